@@ -1,0 +1,216 @@
+//! Configuration as used: checked, complete, in the types that the rest of the worker wants.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::job::Bounds;
+
+/// Everything an operator can set.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// `[amqp]`
+    pub amqp: Amqp,
+    /// `[worker]`
+    pub worker: Worker,
+    /// `[sandbox]`
+    pub sandbox: Sandbox,
+    /// `[limits]`
+    pub limits: Bounds,
+    /// `[environments.NAME]`; `default` is always there.
+    pub environments: BTreeMap<String, Environment>,
+    /// `[http]`
+    pub http: Http,
+    /// `[log]`
+    pub log: Log,
+}
+
+/// The broker and what is declared on it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Amqp {
+    /// Broker addresses, tried in turn: `amqp://user:password@host:5672/vhost`. Secret: never logged.
+    pub urls: Vec<Secret>,
+    /// Re-read at each reconnect; replaces `urls`.
+    pub url_file: Option<PathBuf>,
+    /// PEM file of the authorities to trust for `amqps://`.
+    pub ca_file: Option<PathBuf>,
+    /// Where jobs come from.
+    pub jobs_queue: String,
+    /// The reply queue for a job without `reply_to`, and for one whose `reply_to` no longer exists.
+    pub results_queue: String,
+    /// What could not be handled.
+    pub dead_queue: String,
+    /// Declare the queues, or only check that they are there.
+    pub topology: Topology,
+    /// Deliveries before a job counts as poison.
+    pub delivery_limit: u32,
+    /// Deliveries taken beyond the slots.
+    pub prefetch_surplus: u16,
+    /// Glob pattern that a `reply_to` must match.
+    pub reply_to_allow: String,
+    /// Heartbeat interval asked of the broker.
+    pub heartbeat: Duration,
+    /// Around TCP connect, TLS and the AMQP handshake together.
+    pub connect_timeout: Duration,
+    /// Around every other broker operation.
+    pub operation_timeout: Duration,
+    /// Longest pause between two connection attempts.
+    pub reconnect_max: Duration,
+    /// Largest message body taken on.
+    pub max_body_bytes: usize,
+    /// Largest result, measured as encoded JSON.
+    pub max_result_bytes: usize,
+}
+
+/// How the worker treats its queues at start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Topology {
+    /// Declare them.
+    Declare,
+    /// Only check that they exist.
+    Passive,
+}
+
+/// Slots and drain.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Worker {
+    /// Shown in results and logs; the host name and process id where empty.
+    pub name: String,
+    /// Jobs at one time.
+    pub slots: usize,
+    /// From SIGTERM to the kill of what still runs.
+    pub drain_timeout: Duration,
+}
+
+/// What every job's process is made of.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sandbox {
+    /// The shim library; beside the worker's binary where none is given.
+    pub shim: Option<PathBuf>,
+    /// From taking a job on to handing over its code.
+    pub start_timeout: Duration,
+    /// Publishers may send code that runs before the filter.
+    pub allow_preload: bool,
+    /// Jobs may ask for the host's network.
+    pub allow_network: bool,
+    /// Set for network jobs as `HTTP_PROXY`.
+    pub http_proxy: Option<String>,
+    /// Set for network jobs as `HTTPS_PROXY`.
+    pub https_proxy: Option<String>,
+    /// Set for network jobs as `ALL_PROXY`.
+    pub socks5_proxy: Option<String>,
+    /// The first of the host uids and gids that jobs run under, one for each slot, and one before for helpers.
+    pub uid_base: u32,
+    /// System calls that are allowed on top of the policy.
+    pub allow_syscalls: Vec<String>,
+    /// Layers that must be there for the worker to start.
+    pub require: Vec<String>,
+}
+
+/// A named interpreter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Environment {
+    /// The interpreter, as an absolute path.
+    pub python: PathBuf,
+    /// Further files and directories that its jobs may read, mounted under their own paths.
+    pub mounts: Vec<PathBuf>,
+    /// Its jobs may execute programs (what their root holds: the interpreter).
+    pub allow_exec: bool,
+}
+
+/// The port for metrics and health.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Http {
+    /// None where it is switched off.
+    pub listen: Option<SocketAddr>,
+}
+
+/// What is logged, and how.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Log {
+    /// A `tracing` filter: `info`, `sandpiper=debug`.
+    pub level: String,
+    /// For machines or for people.
+    pub format: LogFormat,
+}
+
+/// The shape of a log line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// A string that does not show in logs, errors or `Debug`.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Wraps a secret.
+    pub fn new(secret: String) -> Self {
+        Self(secret)
+    }
+
+    /// The secret itself, for the one place that needs it.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("[secret]")
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let slots = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Self {
+            amqp: Amqp {
+                urls: vec![Secret::new("amqp://guest:guest@127.0.0.1:5672/%2f".into())],
+                url_file: None,
+                ca_file: None,
+                jobs_queue: "sandpiper.jobs".into(),
+                results_queue: "sandpiper.results".into(),
+                dead_queue: "sandpiper.dead".into(),
+                topology: Topology::Declare,
+                delivery_limit: 20,
+                prefetch_surplus: 2,
+                reply_to_allow: "*".into(),
+                heartbeat: Duration::from_secs(10),
+                connect_timeout: Duration::from_secs(10),
+                operation_timeout: Duration::from_secs(10),
+                reconnect_max: Duration::from_secs(30),
+                max_body_bytes: 8 << 20,
+                max_result_bytes: 16 << 20,
+            },
+            worker: Worker { name: String::new(), slots, drain_timeout: Duration::from_secs(25) },
+            sandbox: Sandbox {
+                shim: None,
+                start_timeout: Duration::from_secs(10),
+                allow_preload: false,
+                allow_network: false,
+                http_proxy: None,
+                https_proxy: None,
+                socks5_proxy: None,
+                uid_base: 2_000_000,
+                allow_syscalls: Vec::new(),
+                require: Vec::new(),
+            },
+            limits: Bounds::default(),
+            environments: BTreeMap::from([("default".into(), Environment::default())]),
+            http: Http { listen: Some(SocketAddr::from(([127, 0, 0, 1], 9464))) },
+            log: Log { level: "info".into(), format: LogFormat::Text },
+        }
+    }
+}
+
+impl Default for Environment {
+    fn default() -> Self {
+        Self { python: "/usr/bin/python3".into(), mounts: Vec::new(), allow_exec: false }
+    }
+}

@@ -1,1 +1,3 @@
-//! To come.
+//! What operators watch a worker by.
+
+pub mod metrics;

@@ -1,1 +1,4 @@
-//! To come.
+//! What operators watch a worker by.
+
+pub mod http;
+pub mod telemetry;

@@ -1,0 +1,52 @@
+//! `exec`: one job, here and now, without a broker.
+
+use std::path::PathBuf;
+
+use anyhow::bail;
+use clap::Args as _;
+use tokio_util::sync::CancellationToken;
+
+use crate::cli::args::ConfigArgs;
+use crate::cli::job_args::JobArgs;
+use crate::cli::{End, output, runtime};
+use crate::job::Outcome;
+use crate::sandbox::Sandbox;
+use crate::script::Payload;
+
+const EXAMPLES: &str = "\
+Examples:
+  echo 'print(6 * 7)' | sandpiper exec -
+  sandpiper exec job.py --timeout-ms 2000 --memory-bytes 67108864 -- --flag value
+  sandpiper exec job.py < input.txt
+  sandpiper exec job.py --file data.csv --artifact '*.png' --artifacts-to out/
+  sandpiper exec --job '{\"code\": \"print(1)\", \"limits\": {\"cpu_ms\": 500}}' --json
+
+Exit code: the job's own; 128 + n when it died of signal n; 124 timeout, cpu_limit, cancelled, expired;
+137 memory_limit, output_limit; 126 rejected, syscall_killed; 125 sandpiper itself failed. Each but the first
+comes with one line on standard error. With --json: 0 when there is a result, 125 when it is worker_error.";
+
+/// Run one job in the sandbox, without a broker
+///
+/// Prints what the job printed and exits with its exit code. Needs no root where the kernel gives user
+/// namespaces to ordinary users, no broker and no configuration.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct Args {
+    #[command(flatten)]
+    job: JobArgs,
+
+    /// Print the result object: one JSON document on standard output, nothing else there
+    #[arg(long)]
+    json: bool,
+
+    /// Write the returned files below this directory
+    #[arg(long, value_name = "DIR")]
+    artifacts_to: Option<PathBuf>,
+
+    /// Run in a fork of a warm interpreter instead of a new one
+    #[arg(long)]
+    warm: bool,
+
+    #[command(flatten)]
+    config: ConfigArgs,
+}

@@ -3,15 +3,16 @@
 use std::path::PathBuf;
 
 use anyhow::bail;
-use clap::Args as _;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::args::ConfigArgs;
 use crate::cli::job_args::JobArgs;
+use crate::cli::local::{self, Verdict};
+use crate::cli::signals::Signals;
 use crate::cli::{End, output, runtime};
-use crate::job::Outcome;
+use crate::config::Config;
+use crate::job::Job;
 use crate::sandbox::Sandbox;
-use crate::script::Payload;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -49,4 +50,29 @@ pub(super) struct Args {
 
     #[command(flatten)]
     config: ConfigArgs,
+}
+
+pub(super) fn run(args: &Args) -> anyhow::Result<End> {
+    if args.warm {
+        bail!("--warm: this build starts every job in a new interpreter; run it without --warm");
+    }
+    let config = args.config.load()?;
+    let body = args.job.body(config.amqp.max_body_bytes)?;
+    let verdict = match local::admit(&body, &config) {
+        Ok(job) => runtime()?.block_on(run_to_end(job, &config))?,
+        Err(refused) => refused,
+    };
+    if args.json {
+        output::print_json(&verdict.result)?;
+        return Ok(End::Printed(verdict.outcome.status));
+    }
+    output::show(&verdict.outcome)
+}
+
+/// Runs the job, until its end or until we are told to stop: then everything of it is killed first.
+async fn run_to_end(job: Job, config: &Config) -> anyhow::Result<Box<Verdict>> {
+    let sandbox = Sandbox::start(config)?;
+    let stop = CancellationToken::new();
+    Signals::listen()?.cancel(stop.clone());
+    Ok(local::run(&sandbox, job, &stop).await)
 }

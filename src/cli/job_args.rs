@@ -22,7 +22,7 @@ const SILENT_PIPE: std::time::Duration = std::time::Duration::from_millis(500);
 #[command(next_help_heading = "Job")]
 pub(super) struct JobArgs {
     /// Python source file; - reads the source from standard input
-    #[arg(value_name = "FILE", required_unless_present_any = ["job", "batch"])]
+    #[arg(value_name = "FILE", required_unless_present_any = ["job"])]
     file: Option<PathBuf>,
 
     /// A whole job as JSON: the document itself, a file that holds it, or - for standard input
@@ -114,11 +114,6 @@ impl JobArgs {
             (None, None) => bail!("neither a file nor --job is given"),
         }
     }
-
-    /// A job is described at all.
-    pub(super) fn given(&self) -> bool {
-        self.job.is_some() || self.file.is_some()
-    }
 }
 
 impl JobFlags {
@@ -154,7 +149,8 @@ impl JobFlags {
         if !self.artifacts.is_empty() {
             job.insert("artifacts".into(), json!(self.artifacts));
         }
-        let files: Vec<Value> = self.files.iter().map(|file| laid_in(file, largest)).collect::<Result<_, _>>()?;
+        let files: Vec<Value> =
+            self.files.iter().map(|file| laid_in(file, largest)).collect::<Result<_, _>>()?;
         if !files.is_empty() {
             job.insert("files".into(), files.into());
         }
@@ -184,7 +180,8 @@ impl JobFlags {
 }
 
 fn variable(pair: &str) -> anyhow::Result<(String, Value)> {
-    let (name, value) = pair.split_once('=').with_context(|| format!("--env {pair}: write it as NAME=VALUE"))?;
+    let (name, value) =
+        pair.split_once('=').with_context(|| format!("--env {pair}: write it as NAME=VALUE"))?;
     Ok((name.to_owned(), value.into()))
 }
 

@@ -6,11 +6,12 @@
 mod args;
 mod exec;
 mod job_args;
+mod local;
 mod output;
 mod serve;
+mod signals;
 
 use std::ffi::OsString;
-use std::io::IsTerminal;
 
 use clap::{Parser, Subcommand};
 
@@ -36,7 +37,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Serve(serve::Args),
-    Exec(exec::Args),
+    Exec(Box<exec::Args>),
 }
 
 impl Verb {
@@ -123,9 +124,4 @@ pub fn run(command_line: impl IntoIterator<Item = OsString>) -> Result<End, Fail
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     use anyhow::Context;
     tokio::runtime::Builder::new_multi_thread().enable_all().build().context("failed to start the runtime")
-}
-
-/// Somebody reads along on standard error.
-fn watched() -> bool {
-    std::io::stderr().is_terminal()
 }

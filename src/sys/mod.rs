@@ -2,5 +2,5 @@
 #![allow(unsafe_code, reason = "this is the fence: everything outside it denies unsafe code")]
 
 pub mod input;
-
+pub mod probe;
 pub mod signal;

@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "printing is what a command line is for")]
 
 mod args;
+mod doctor;
 mod exec;
 mod job_args;
 mod local;
@@ -38,6 +39,7 @@ struct Cli {
 enum Verb {
     Serve(serve::Args),
     Exec(Box<exec::Args>),
+    Doctor(doctor::Args),
 }
 
 impl Verb {
@@ -116,6 +118,7 @@ pub fn run(command_line: impl IntoIterator<Item = OsString>) -> Result<End, Fail
     match cli.verb {
         Verb::Serve(args) => serve::run(&args),
         Verb::Exec(args) => exec::run(&args),
+        Verb::Doctor(args) => doctor::run(&args),
     }
     .map_err(|error| Failure::Verb { error, runs_a_job })
 }

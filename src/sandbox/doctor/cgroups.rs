@@ -78,7 +78,11 @@ fn mounted(mounts: &str, wanted: impl Fn(&str, &str) -> bool) -> Option<(String,
 /// A cgroup's directory. In a container the mount may show only a part of the hierarchy: its root says which.
 fn below((root, point): &(String, PathBuf), path: &str) -> PathBuf {
     let inside = Path::new(path).strip_prefix(root).unwrap_or_else(|_| Path::new(""));
-    point.join(inside.strip_prefix("/").unwrap_or(inside))
+    if inside.as_os_str().is_empty() {
+        point.clone()
+    } else {
+        point.join(inside.strip_prefix("/").unwrap_or(inside))
+    }
 }
 
 fn make_one(parent: &Path) -> Result<(), String> {

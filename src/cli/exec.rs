@@ -22,9 +22,15 @@ Examples:
   sandpiper exec job.py --file data.csv --artifact '*.png' --artifacts-to out/
   sandpiper exec --job '{\"code\": \"print(1)\", \"limits\": {\"cpu_ms\": 500}}' --json
 
-Exit code: the job's own; 128 + n when it died of signal n; 124 timeout, cpu_limit, cancelled, expired;
-137 memory_limit, output_limit; 126 rejected, syscall_killed; 125 sandpiper itself failed. Each but the first
-comes with one line on standard error. With --json: 0 when there is a result, 125 when it is worker_error.";
+Exit code:
+  the job's own, or
+  128 + n  when it died of signal n
+  124      timeout, cpu_limit, cancelled, expired
+  137      memory_limit, output_limit
+  126      rejected, syscall_killed
+  125      sandpiper itself failed
+Each but the first comes with one line on standard error. With --json: 0 when there is a result,
+125 when there is none or it is worker_error.";
 
 /// Run one job in the sandbox, without a broker
 ///
@@ -33,9 +39,6 @@ comes with one line on standard error. With --json: 0 when there is a result, 12
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Args {
-    #[command(flatten)]
-    job: JobArgs,
-
     /// Print the result object: one JSON document on standard output, nothing else there
     #[arg(long)]
     json: bool,
@@ -47,6 +50,9 @@ pub(super) struct Args {
     /// Run in a fork of a warm interpreter instead of a new one
     #[arg(long)]
     warm: bool,
+
+    #[command(flatten)]
+    job: JobArgs,
 
     #[command(flatten)]
     config: ConfigArgs,

@@ -19,11 +19,14 @@ const SILENT_PIPE: std::time::Duration = std::time::Duration::from_millis(500);
 
 /// Where the job comes from.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Job")]
 pub(super) struct JobArgs {
     /// Python source file; - reads the source from standard input
     #[arg(value_name = "FILE", required_unless_present_any = ["job"])]
     file: Option<PathBuf>,
+
+    /// The program's arguments, sys.argv[1:]; put -- before those that begin with a dash
+    #[arg(value_name = "ARGS", requires = "file")]
+    args: Vec<String>,
 
     /// A whole job as JSON: the document itself, a file that holds it, or - for standard input
     #[arg(long, value_name = "JSON|FILE|-", conflicts_with_all = ["file", "JobFlags"])]
@@ -37,10 +40,6 @@ pub(super) struct JobArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Job")]
 pub(super) struct JobFlags {
-    /// The program's arguments, sys.argv[1:]; put -- before those that begin with a dash
-    #[arg(value_name = "ARGS")]
-    args: Vec<String>,
-
     /// Name of the job; a new one where none is given
     #[arg(long, value_name = "ID")]
     id: Option<String>,
@@ -53,8 +52,8 @@ pub(super) struct JobFlags {
     #[arg(long, value_name = "NAME=VALUE")]
     env: Vec<String>,
 
-    /// The job's standard input, - for ours; without it ours is passed on, unless it is a terminal or carries
-    /// the code
+    /// The job's standard input, - for ours. Without this ours is passed on, unless it is a terminal or carries
+    /// the code; an open pipe that stays silent is not waited for
     #[arg(long, value_name = "FILE|-")]
     stdin: Option<PathBuf>,
 
@@ -110,14 +109,14 @@ impl JobArgs {
         match (&self.job, &self.file) {
             (Some(job), _) if job.trim_start().starts_with(['{', '[', '"']) => Ok(job.clone().into_bytes()),
             (Some(job), _) => read(Path::new(job), largest),
-            (None, Some(file)) => self.flags.body(file, largest),
+            (None, Some(file)) => self.flags.body(file, &self.args, largest),
             (None, None) => bail!("neither a file nor --job is given"),
         }
     }
 }
 
 impl JobFlags {
-    fn body(&self, file: &Path, largest: usize) -> anyhow::Result<Vec<u8>> {
+    fn body(&self, file: &Path, args: &[String], largest: usize) -> anyhow::Result<Vec<u8>> {
         let code_on_stdin = file == Path::new("-");
         if code_on_stdin && self.stdin.as_deref() == Some(Path::new("-")) {
             bail!("standard input cannot carry both the code and the job's input");
@@ -143,8 +142,8 @@ impl JobFlags {
         if self.enable_network {
             job.insert("enable_network".into(), true.into());
         }
-        if !self.args.is_empty() {
-            job.insert("args".into(), json!(self.args));
+        if !args.is_empty() {
+            job.insert("args".into(), json!(args));
         }
         if !self.artifacts.is_empty() {
             job.insert("artifacts".into(), json!(self.artifacts));

@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "printing is what a command line is for")]
 
 mod args;
+mod bench;
 mod doctor;
 mod exec;
 mod job_args;
@@ -20,13 +21,13 @@ use crate::job::Status;
 
 const TOUR: &str = "\
 A short tour:
+  sandpiper doctor                           does this machine have what the sandbox needs?
   echo 'print(6 * 7)' | sandpiper exec -     run a program in the sandbox, without a broker
   sandpiper exec job.py --json               the same for a file, and the whole result as JSON
-  sandpiper serve --url amqp://user:password@broker:5672
-                                             take jobs from RabbitMQ until SIGTERM
+  sandpiper serve --url amqp://broker        take jobs from RabbitMQ until SIGTERM
 
-Configuration comes from --config FILE, then SANDPIPER_SECTION__KEY, then flags; without any of them the
-defaults hold. Logs go to standard error.";
+Configuration comes from --config FILE, then SANDPIPER_SECTION__KEY, then flags; without any of
+them the defaults hold. Logs go to standard error.";
 
 #[derive(Debug, Parser)]
 #[command(name = "sandpiper", version, about = "Runs untrusted Python from RabbitMQ, each job in its own locked-down process", after_help = TOUR, max_term_width = 110)]
@@ -39,6 +40,7 @@ struct Cli {
 enum Verb {
     Serve(serve::Args),
     Exec(Box<exec::Args>),
+    Bench(bench::Args),
     Doctor(doctor::Args),
 }
 
@@ -118,6 +120,7 @@ pub fn run(command_line: impl IntoIterator<Item = OsString>) -> Result<End, Fail
     match cli.verb {
         Verb::Serve(args) => serve::run(&args),
         Verb::Exec(args) => exec::run(&args),
+        Verb::Bench(args) => bench::run(&args),
         Verb::Doctor(args) => doctor::run(&args),
     }
     .map_err(|error| Failure::Verb { error, runs_a_job })

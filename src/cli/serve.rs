@@ -19,8 +19,9 @@ Examples:
   sandpiper serve --config /etc/sandpiper/config.toml --slots 8
   SANDPIPER_AMQP__URL=amqp://… sandpiper serve --set log.format=json
 
-SIGTERM drains: no new jobs, running ones get worker.drain_timeout, the rest goes back to the queue. A second
-signal ends at once. `sandpiper doctor` says beforehand whether this machine has what the sandbox needs.";
+SIGTERM drains: no new jobs are taken, running ones get worker.drain_timeout, the rest goes back
+to the queue. A second signal ends at once. `sandpiper doctor` says beforehand whether this
+machine has what the sandbox needs.";
 
 /// Take jobs from RabbitMQ and run them, until SIGTERM
 ///

@@ -5,10 +5,15 @@
 //! - [`process`]: a child that is waited for by its pidfd.
 //! - [`notify`]: the kernel's questions about system calls.
 //! - [`userns`]: user namespaces with chosen maps.
+//! - [`probe`]: tries what a sandbox needs, for the doctor.
+//! - [`input`], [`signal`]: small things that the command line needs.
 #![allow(unsafe_code, reason = "this is the fence: everything outside it denies unsafe code")]
 
 pub mod fd;
+pub mod input;
 pub mod launch;
 pub mod notify;
+pub mod probe;
 pub mod process;
+pub mod signal;
 pub mod userns;

@@ -166,6 +166,22 @@ if importlib.util.find_spec('matplotlib'):
     plt.plot([1, 2]); plt.savefig('x.png')
 if importlib.util.find_spec('scipy'):
     import scipy.optimize; scipy.optimize.minimize(lambda x: (x ** 2).sum(), [1.0, 2.0])
+if importlib.util.find_spec('sklearn'):
+    import sklearn.cluster; sklearn.cluster.KMeans(3).fit(a)
+if importlib.util.find_spec('pyarrow'):
+    import pyarrow.parquet; pyarrow.parquet.write_table(pyarrow.Table.from_pandas(frame), 'x.parquet')
+if importlib.util.find_spec('polars'):
+    import polars; polars.DataFrame({'a': [1, 2]}).lazy().group_by('a').len().collect()
+if importlib.util.find_spec('numba'):
+    import numba; numba.njit(lambda x: x + 1)(1)
+if importlib.util.find_spec('psutil'):
+    import psutil; psutil.Process().memory_info(); psutil.cpu_count(); psutil.Process().rlimit(psutil.RLIMIT_CPU)
+if importlib.util.find_spec('cryptography'):
+    from cryptography.hazmat.primitives.asymmetric import ed25519; ed25519.Ed25519PrivateKey.generate().sign(b'x')
+# libuv asks for io_uring when a loop starts, and has to go on without it.
+if importlib.util.find_spec('uvloop'):
+    import asyncio, uvloop
+    loop = uvloop.new_event_loop(); loop.run_until_complete(asyncio.sleep(0.01)); loop.close()
 print('computed')
 ";
     assert_eq!(python(&STRICT, code), "computed");

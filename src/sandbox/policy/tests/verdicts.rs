@@ -179,6 +179,7 @@ fn arguments_decide() {
         ("clone", [0x4111, 0, 0], ALLOW),               // vfork
         ("clone", [0x1000_0011, 0, 0], KILL),           // CLONE_NEWUSER
         ("clone", [0x4000_0011 | GARBAGE, 0, 0], KILL), // CLONE_NEWNET
+        ("clone", [0x8011, 0, 0], KILL),                // CLONE_PARENT
         ("clone", [0x0002_0000, 0, 0], KILL),
         ("clone", [0x0200_0000, 0, 0], KILL),
         ("clone", [0x0400_0000, 0, 0], KILL),

@@ -103,8 +103,7 @@ impl Checker {
         }
         for address in &urls {
             if let Err(fault) = url::check(address.expose()) {
-                let key = if url_file.is_some() { "amqp.url_file" } else { "amqp.url" };
-                return self.fail(key, &format!("holds an address that {fault}"));
+                return self.fail("amqp.url", &format!("holds an address that {fault}"));
             }
         }
         let queues = [

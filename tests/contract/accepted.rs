@@ -158,7 +158,7 @@ fn a_refusal_can_be_matched_to_its_job() {
 }
 
 #[test]
-fn large_and_deep_bodies_are_refused_in_bounded_time_and_memory() {
+fn large_and_deep_bodies_get_a_short_answer() {
     let brackets = "[".repeat(100_000);
     for body in [
         brackets.clone(),

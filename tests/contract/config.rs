@@ -163,6 +163,7 @@ fn what_is_wrong_is_said_with_its_remedy() {
             "`http.listen` is `:9464`; it must be an address and a port such as `127.0.0.1:9464`, or `off`",
         ),
         ("[log]\nformat = \"xml\"", "`log.format` is `xml`; it must be `text` or `json`"),
+        ("[log]\nlevel = \"inof\"", "`log.level` is `inof`; it must be a filter such as `info`"),
         ("[log]\nlevel = \"info=debug=x\"", "`log.level` is `info=debug=x`; it must be a filter"),
         (
             "[worker]\nslots = 1\n[limits]\ntimeout_ms = { maximum = 1800000 }",

@@ -85,10 +85,8 @@ impl Seats {
             match privilege {
                 Privilege::Full => {
                     let outside = uid_base.saturating_add(number);
-                    let mappings = [
-                        Mapping { inside: 0, outside: uid_base },
-                        Mapping { inside: INSIDE, outside },
-                    ];
+                    let mappings =
+                        [Mapping { inside: 0, outside: uid_base }, Mapping { inside: INSIDE, outside }];
                     let namespace = userns::make(&mappings)
                         .inspect_err(|error| {
                             tracing::warn!(%error, "jobs run without a user namespace: it cannot be made");

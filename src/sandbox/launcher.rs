@@ -21,7 +21,7 @@ pub(super) struct Order {
     pub(super) program: Arc<Program>,
     pub(super) control: OwnedFd,
     /// Descriptors that the plans name, kept open until the processes have them.
-    pub(super) kept: Vec<OwnedFd>,
+    pub(super) _kept: Vec<OwnedFd>,
 }
 
 #[derive(Debug)]

@@ -16,7 +16,7 @@ use super::root::{Entry, Root};
 use crate::job::Limits;
 
 /// A plan in the making.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Plan(Vec<u8>);
 
 impl Plan {
@@ -181,6 +181,11 @@ fn file_system(plan: &mut Plan, job: &Job<'_>) {
                 plan.push(&Step::CreateFile { mode: 0o644, path: &new, content: b"" });
                 mount(plan, &old, &new, NOTHING, BIND, NOTHING);
             }
+            Entry::HostFileFrom(file) => {
+                plan.push(&Step::CreateFile { mode: 0o644, path: &new, content: b"" });
+                mount(plan, &below(OLD, file), &new, NOTHING, BIND, NOTHING);
+            }
+            Entry::Proc => plan.push(&Step::Mkdir { mode: 0o555, path: &new }),
         }
     }
     for device in DEVICES {
@@ -192,8 +197,10 @@ fn file_system(plan: &mut Plan, job: &Job<'_>) {
         let (new, old) = (below(NEW, as_path(device)), below(OLD, as_path(device)));
         mount(plan, &old, &new, NOTHING, BIND, NOTHING);
     }
-    let proc = no_suid | libc::MS_NOEXEC | libc::MS_RDONLY;
-    mount(plan, c"proc", c"/new/proc", c"proc", proc, c"subset=pid,hidepid=invisible");
+    if job.root.entries.contains_key(Path::new("/proc")) {
+        let flags = no_suid | libc::MS_NOEXEC | libc::MS_RDONLY;
+        mount(plan, c"proc", c"/new/proc", c"proc", flags, c"subset=pid,hidepid=invisible");
+    }
 
     // One file system for all that the job writes, so that one size holds for it all.
     let owner = match job.privilege {

@@ -55,8 +55,12 @@ pub(super) enum Entry {
     Link(PathBuf),
     /// The host's directory, with all that is in it.
     HostDirectory,
-    /// The host's file.
+    /// The host's file of the same path.
     HostFile,
+    /// A file of the host's from another path.
+    HostFileFrom(PathBuf),
+    /// The process file system.
+    Proc,
     /// A file that we write.
     File(String),
 }
@@ -134,10 +138,21 @@ impl Root {
         ] {
             root.add(Path::new(path), Entry::File(content));
         }
-        for path in ["/dev/shm", "/proc", "/run/sandpiper", "/tmp", "/work"] {
+        for path in ["/dev/shm", "/tmp", "/work"] {
             root.add(Path::new(path), Entry::Directory);
         }
+        root.add(Path::new("/proc"), Entry::Proc);
         Ok(root)
+    }
+
+    /// Shows a file of the host's under another path.
+    pub(super) fn place(&mut self, path: &Path, file: &Path) {
+        self.add(path, Entry::HostFileFrom(file.to_owned()));
+    }
+
+    /// For a machine where an own `/proc` cannot be mounted.
+    pub(super) fn without_proc(&mut self) {
+        self.entries.remove(Path::new("/proc"));
     }
 
     /// Makes a path of the host visible, with every link on the way to it.

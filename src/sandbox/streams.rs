@@ -4,11 +4,10 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::job::Captured;
-use crate::sys::fd;
+use crate::sys::{fd, ready};
 
 /// Bytes taken in one read: a pipe's own size.
 const CHUNK: usize = 64 << 10;
@@ -32,7 +31,7 @@ enum State {
 impl Output {
     pub(super) fn new(pipe: OwnedFd, limit: u64) -> io::Result<Self> {
         fd::set_nonblocking(&pipe)?;
-        let pipe = AsyncFd::with_interest(File::from(pipe), Interest::READABLE)?;
+        let pipe = ready::readable(File::from(pipe))?;
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         Ok(Self { pipe, bytes: Vec::new(), limit, state: State::Open })
     }
@@ -104,7 +103,7 @@ pub(super) struct Input {
 impl Input {
     pub(super) fn new(pipe: OwnedFd, bytes: Vec<u8>) -> io::Result<Self> {
         fd::set_nonblocking(&pipe)?;
-        let pipe = AsyncFd::with_interest(File::from(pipe), Interest::WRITABLE)?;
+        let pipe = ready::writable(File::from(pipe))?;
         Ok(Self { pipe: (!bytes.is_empty()).then_some(pipe), bytes, sent: 0 })
     }
 

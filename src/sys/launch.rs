@@ -60,12 +60,7 @@ impl Program {
         };
         let (argument_pointers, environment_pointers) = (pointers(&arguments), pointers(&environment));
         let strings = arguments.into_iter().chain(environment).collect();
-        Self {
-            path,
-            _strings: strings,
-            arguments: argument_pointers,
-            environment: environment_pointers,
-        }
+        Self { path, _strings: strings, arguments: argument_pointers, environment: environment_pointers }
     }
 }
 
@@ -232,9 +227,7 @@ fn run_job(launch: &Launch<'_>) -> ! {
     }
     let program = launch.program;
     // SAFETY: every string and both lists end in NUL and outlive the call.
-    unsafe {
-        libc::execve(program.path.as_ptr(), program.arguments.as_ptr(), program.environment.as_ptr())
-    };
+    unsafe { libc::execve(program.path.as_ptr(), program.arguments.as_ptr(), program.environment.as_ptr()) };
     // The wall's last step has closed the control socket under its old number.
     report(CONTROL_FD, Stage::Exec, Failure { step: 0, errno: errno() })
 }

@@ -4,6 +4,7 @@
 //! - [`launch`]: starts a job's first process and its python process behind the outer wall.
 //! - [`process`]: a child that is waited for by its pidfd.
 //! - [`notify`]: the kernel's questions about system calls.
+//! - [`ready`]: descriptors that tokio watches.
 //! - [`userns`]: user namespaces with chosen maps.
 //! - [`probe`]: tries what a sandbox needs, for the doctor.
 //! - [`input`], [`signal`]: small things that the command line needs.
@@ -15,5 +16,6 @@ pub mod launch;
 pub mod notify;
 pub mod probe;
 pub mod process;
+pub mod ready;
 pub mod signal;
 pub mod userns;

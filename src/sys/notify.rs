@@ -31,21 +31,22 @@ impl Listener {
     /// The next question, without waiting.
     ///
     /// # Errors
-    /// `WouldBlock` where there is none; `NotFound` where the one there was has died with its process.
+    /// `WouldBlock` where there is none; `NotFound` where the one there was has died with its process;
+    /// `BrokenPipe` where nobody is left to ask.
     pub fn receive(&self) -> io::Result<Question> {
         // The receiving call itself always waits, so look first. One reader: nobody takes it in between.
         let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::ZERO)?;
         let events = fds[0].revents().unwrap_or(PollFlags::empty());
         if !events.contains(PollFlags::POLLIN) {
-            return Err(io::ErrorKind::WouldBlock.into());
+            let over = events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR);
+            return Err(if over { io::ErrorKind::BrokenPipe } else { io::ErrorKind::WouldBlock }.into());
         }
         // SAFETY: `seccomp_notif` is plain numbers, and the kernel wants it zeroed.
         let mut question: libc::seccomp_notif = unsafe { std::mem::zeroed() };
         // SAFETY: the structure is live, writable and of the size that the request's number names.
-        let received = unsafe {
-            libc::ioctl(self.0.as_raw_fd(), SECCOMP_IOCTL_NOTIF_RECV, &raw mut question)
-        };
+        let received =
+            unsafe { libc::ioctl(self.0.as_raw_fd(), SECCOMP_IOCTL_NOTIF_RECV, &raw mut question) };
         if received < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -59,8 +60,7 @@ impl Listener {
 
     /// Answers with an errno. A process that died meanwhile needs no answer.
     pub fn refuse(&self, question: Question, errno: i32) {
-        let mut answer =
-            libc::seccomp_notif_resp { id: question.id, val: 0, error: -errno.abs(), flags: 0 };
+        let mut answer = libc::seccomp_notif_resp { id: question.id, val: 0, error: -errno.abs(), flags: 0 };
         // SAFETY: the structure is live and of the size that the request's number names.
         let _ = unsafe { libc::ioctl(self.0.as_raw_fd(), SECCOMP_IOCTL_NOTIF_SEND, &raw mut answer) };
     }

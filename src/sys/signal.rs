@@ -16,6 +16,18 @@ pub fn number(name: &str) -> Option<i32> {
     Signal::from_str(name).ok().map(|signal| signal as i32)
 }
 
+/// `SIGSEGV`, `SIGRTMIN+3`; `SIG32` where a number has no name.
+pub fn name(number: i32) -> String {
+    if let Ok(signal) = Signal::try_from(number) {
+        return signal.as_str().to_owned();
+    }
+    match number.checked_sub(libc::SIGRTMIN()) {
+        Some(0) => "SIGRTMIN".to_owned(),
+        Some(offset) if offset > 0 && number <= libc::SIGRTMAX() => format!("SIGRTMIN+{offset}"),
+        _ => format!("SIG{number}"),
+    }
+}
+
 /// A process by descriptor, so that a kill never meets a stranger under the same id.
 #[derive(Debug)]
 pub struct Process(OwnedFd);

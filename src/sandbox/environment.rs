@@ -1,0 +1,127 @@
+//! A named interpreter, prepared: its root, its policies, and how it is started.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use sandpiper_shim::abi::{POLICY_MAGIC, SHIM_PATH};
+
+use super::StartError;
+use super::identity::{INSIDE, Privilege};
+use super::policy::{Options, Policy, PolicyError, Program as Filter};
+use super::root::{Root, RootError};
+use crate::config;
+use crate::sys::fd;
+use crate::sys::launch::Program;
+
+/// Everything of an environment that its jobs share.
+#[derive(Debug)]
+pub(super) struct Environment {
+    pub(super) program: Arc<Program>,
+    offline: Variant,
+    online: Variant,
+}
+
+/// What differs with the network.
+#[derive(Debug)]
+pub(super) struct Variant {
+    pub(super) root: Root,
+    pub(super) policy: Policy,
+    /// The compiled policy as the shim maps it.
+    pub(super) policy_file: OwnedFd,
+    pub(super) coarse: Vec<u8>,
+}
+
+/// Why an environment could not be prepared.
+#[derive(Debug)]
+pub(super) enum PrepareError {
+    Root(RootError),
+    Policy(PolicyError),
+    Shim { path: PathBuf, source: io::Error },
+    Io(io::Error),
+}
+
+impl PrepareError {
+    /// With the environment's name, where that matters.
+    pub(super) fn of(self, name: &str) -> StartError {
+        match self {
+            Self::Root(source) => StartError::Environment { name: name.to_owned(), source },
+            Self::Policy(source) => source.into(),
+            Self::Shim { path, source } => StartError::Shim { path, source },
+            Self::Io(source) => source.into(),
+        }
+    }
+}
+
+impl Environment {
+    pub(super) fn prepare(
+        environment: &config::Environment,
+        sandbox: &config::Sandbox,
+        privilege: Privilege,
+        proc: bool,
+    ) -> Result<Self, PrepareError> {
+        let shim = find_shim(sandbox.shim.as_deref())?;
+        let variant = |network| {
+            let mut root = Root::of(environment, network, INSIDE).map_err(PrepareError::Root)?;
+            root.place(Path::new(SHIM_PATH), &shim);
+            if !proc {
+                root.without_proc();
+            }
+            let options = Options { network, exec: environment.allow_exec, extra: &sandbox.allow_syscalls };
+            let policy = Policy::compile(&options).map_err(PrepareError::Policy)?;
+            let file = policy_file(&policy, network, privilege).map_err(PrepareError::Io)?;
+            let coarse = policy.coarse().bytes();
+            Ok(Variant { root, policy, policy_file: file, coarse })
+        };
+        Ok(Self { offline: variant(false)?, online: variant(true)?, program: Arc::new(program(environment)) })
+    }
+
+    pub(super) fn variant(&self, network: bool) -> &Variant {
+        if network { &self.online } else { &self.offline }
+    }
+}
+
+/// Python reads the prescript as its standard input: no path that another could see, and an empty command line.
+fn program(environment: &config::Environment) -> Program {
+    let string = |bytes: &[u8]| CString::new(bytes).unwrap_or_default();
+    let python = string(environment.python.as_os_str().as_bytes());
+    // Isolated: neither variables nor the working directory nor a user's own packages have a say.
+    let arguments = vec![python.clone(), c"-I".into(), c"-".into()];
+    let variables =
+        vec![c"HOME=/tmp".into(), c"PATH=/usr/local/bin:/usr/bin:/bin".into(), c"LANG=C.UTF-8".into()];
+    Program::new(python, arguments, variables)
+}
+
+/// As [`PolicyHeader`](sandpiper_shim::abi::PolicyHeader) lays it out, in a file that cannot change.
+fn policy_file(policy: &Policy, network: bool, privilege: Privilege) -> io::Result<OwnedFd> {
+    let count = |filters: &[Filter]| u32::try_from(filters.len()).unwrap_or(u32::MAX);
+    let header = [
+        POLICY_MAGIC,
+        network.into(),
+        count(policy.notifying()),
+        count(policy.fallback()),
+        (privilege == Privilege::None).into(),
+    ];
+    let mut bytes: Vec<u8> = header.iter().flat_map(|number| number.to_ne_bytes()).collect();
+    for filter in policy.notifying().iter().chain(policy.fallback()) {
+        let length = u32::try_from(filter.instructions().len()).unwrap_or(u32::MAX);
+        bytes.extend_from_slice(&length.to_ne_bytes());
+        bytes.extend_from_slice(&filter.bytes());
+    }
+    fd::sealed_file(c"policy", &bytes)
+}
+
+/// The shim as configured, or beside the worker's own binary.
+fn find_shim(configured: Option<&Path>) -> Result<PathBuf, PrepareError> {
+    let path = match configured {
+        Some(path) => path.to_owned(),
+        None => {
+            let binary = std::env::current_exe().map_err(PrepareError::Io)?;
+            binary.with_file_name("libsandpiper_shim.so")
+        }
+    };
+    path.canonicalize().map_err(|source| PrepareError::Shim { path, source })
+}

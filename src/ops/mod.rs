@@ -1,3 +1,5 @@
 //! What operators watch a worker by.
 
+pub mod http;
 pub mod metrics;
+pub mod telemetry;

@@ -1,5 +1,8 @@
 //! One door to run a job: [`Sandbox::run`].
 
+pub mod doctor;
+pub mod policy;
+
 use std::time::{Duration, SystemTime};
 
 use tokio_util::sync::CancellationToken;

@@ -12,6 +12,7 @@ use crate::cli::{End, runtime};
 use crate::config::Config;
 use crate::ops::http::{Probes, Server};
 use crate::ops::metrics::Metrics;
+use crate::worker::{self, Ended, Health, Shutdown};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -58,28 +59,43 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
 /// The worker, with the operators' port open from before its start until after its drain.
 async fn serve(config: &Config) -> anyhow::Result<End> {
     let metrics = Metrics::new()?;
+    let health = Health::new();
     let mut signals = Signals::listen()?;
     let closed = CancellationToken::new();
     let port = match config.http.listen {
         Some(address) => {
             let server = Server::bind(address).await?;
             tracing::info!(address = %server.address(), "metrics and health are served");
-            let probes = Arc::new(View { metrics: metrics.clone() });
+            let probes = Arc::new(View { metrics: metrics.clone(), health: health.clone() });
             Some(tokio::spawn(server.serve(probes, closed.clone())))
         }
         None => None,
     };
-    signals.next().await;
+    let shutdown = Shutdown::default();
+    tokio::spawn({
+        let shutdown = shutdown.clone();
+        async move {
+            signals.next().await;
+            shutdown.drain.cancel();
+            signals.next().await;
+            shutdown.now.cancel();
+        }
+    });
+    let ended = worker::serve(config, &metrics, &health, &shutdown).await?;
     closed.cancel();
     if let Some(port) = port {
         port.await?;
     }
-    Ok(End::Done)
+    Ok(match ended {
+        Ended::Drained => End::Done,
+        Ended::Abandoned => End::Unsatisfied,
+    })
 }
 
 /// What the port shows of the worker.
 struct View {
     metrics: Metrics,
+    health: Health,
 }
 
 impl Probes for View {
@@ -88,10 +104,10 @@ impl Probes for View {
     }
 
     fn live(&self) -> Result<(), String> {
-        Ok(())
+        self.health.alive()
     }
 
     fn ready(&self) -> Result<(), String> {
-        Err("not connected to the broker".into())
+        self.health.ready()
     }
 }

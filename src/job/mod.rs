@@ -2,10 +2,14 @@
 //!
 //! Pure values. Nothing here does I/O or knows a broker, a process or a configuration file.
 
+mod check;
+pub(crate) mod explain;
 mod limits;
 mod outcome;
+mod raw;
 mod request;
+mod strict;
 
 pub use limits::{Bounds, Limits};
 pub use outcome::{Artifact, BlockedSyscall, Captured, Outcome, Status, Usage};
-pub use request::{InputFile, Job};
+pub use request::{Admission, InputFile, Job, Refusal, RefusalKind, Supports, parse};

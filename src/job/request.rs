@@ -1,8 +1,15 @@
-//! A job as a publisher writes it, and as the worker takes it on.
+//! A job as the worker takes it on, what the operator lets a job ask for, and the way from a message body
+//! to either a [`Job`] or a [`Refusal`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use crate::job::Limits;
+use serde_json::{Map, Value};
+use uuid::Uuid;
+
+use super::check;
+use super::raw::{self, Salvage};
+use super::strict::Metadata;
+use crate::job::{Bounds, Limits};
 
 /// A job that passed every check: defaults filled in, limits inside the operator's maxima.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,14 +41,135 @@ pub struct Job {
     /// Send output while it runs.
     pub stream: bool,
     /// Echoed in the result.
-    pub metadata: Option<serde_json::Map<String, serde_json::Value>>,
+    pub metadata: Option<Map<String, Value>>,
 }
 
 /// A file for the working directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InputFile {
-    /// Relative, and staying inside.
+    /// Relative, and staying inside; no `.`, `..` or empty part.
     pub path: String,
     /// Its bytes.
     pub content: Vec<u8>,
+}
+
+/// What the operator, and this worker's state of building, let a job ask for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Admission {
+    /// Limits by default, and at most.
+    pub bounds: Bounds,
+    /// Largest body that is read at all.
+    pub max_body_bytes: usize,
+    /// `preload` may be given.
+    pub allow_preload: bool,
+    /// `enable_network` may be true.
+    pub allow_network: bool,
+    /// The names that `environment` may have.
+    pub environments: BTreeSet<String>,
+    /// The parts of the contract that this worker can carry out.
+    pub supports: Supports,
+}
+
+/// Parts of the contract that a worker may not be able to carry out. Such a field is read and checked in full
+/// all the same, and the job is then rejected if it really asks for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Supports {
+    /// `files`
+    pub files: bool,
+    /// `artifacts`
+    pub artifacts: bool,
+    /// `stream`
+    pub stream: bool,
+}
+
+impl Default for Supports {
+    fn default() -> Self {
+        Self { files: false, artifacts: false, stream: false }
+    }
+}
+
+impl Default for Admission {
+    /// What the default configuration allows.
+    fn default() -> Self {
+        Self {
+            bounds: Bounds::default(),
+            max_body_bytes: 8 << 20,
+            allow_preload: false,
+            allow_network: false,
+            environments: BTreeSet::from(["default".into()]),
+            supports: Supports::default(),
+        }
+    }
+}
+
+/// Why a body is not run, and all that its requester needs to recognise it.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("{reason}")]
+pub struct Refusal {
+    /// The job's id where it has an acceptable one, else the one it would have got.
+    pub id: String,
+    /// The job's metadata, where it could be had.
+    pub metadata: Option<Map<String, Value>>,
+    /// Where the message goes.
+    pub kind: RefusalKind,
+    /// One sentence that names the field, what is wrong with it, and the remedy.
+    pub reason: String,
+}
+
+/// The two ways in which a body is not run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RefusalKind {
+    /// It cannot be read as a job: not JSON, or not of the contract's fields and types.
+    Malformed,
+    /// It is a job, and asks for what it may not have.
+    Unacceptable,
+}
+
+/// Reads and checks one message body.
+///
+/// `message_id` is the AMQP property, the job's id where the body has none.
+pub fn parse(body: &[u8], message_id: Option<&str>, admission: &Admission) -> Result<Job, Refusal> {
+    if body.len() > admission.max_body_bytes {
+        let reason = format!(
+            "the body has {} bytes, above this worker's maximum of {}",
+            body.len(),
+            admission.max_body_bytes
+        );
+        return Err(salvage(body, message_id, RefusalKind::Unacceptable, reason));
+    }
+    let mut raw = match raw::read(body) {
+        Ok(raw) => raw,
+        Err(reason) => return Err(salvage(body, message_id, RefusalKind::Malformed, reason)),
+    };
+    let id = identify(raw.id.as_deref(), message_id);
+    let (metadata, metadata_fits) = match raw.metadata.take() {
+        None => (None, true),
+        Some(Metadata::Fits(metadata)) => (Some(metadata), true),
+        Some(Metadata::TooLarge) => (None, false),
+    };
+    let checked = if metadata_fits { check::check(raw, admission) } else { Err(check::metadata_too_large()) };
+    match checked {
+        Ok(job) => Ok(Job { id, metadata, ..job }),
+        Err(reason) => Err(Refusal { id, metadata, kind: RefusalKind::Unacceptable, reason }),
+    }
+}
+
+fn salvage(body: &[u8], message_id: Option<&str>, kind: RefusalKind, reason: String) -> Refusal {
+    let Salvage { id, metadata } = Salvage::from_body(body);
+    Refusal { id: identify(id.as_deref(), message_id), metadata, kind, reason }
+}
+
+/// The name that a job goes by.
+fn identify(id: Option<&str>, message_id: Option<&str>) -> String {
+    let message_id = message_id.filter(|id| !id.is_empty());
+    if let Some(id) = id.or(message_id).filter(|id| check::is_id(id)) {
+        return id.to_owned();
+    }
+    match message_id {
+        Some(message_id) if check::is_id(message_id) => message_id.to_owned(),
+        // Brokers let any text be a message id. One that cannot be a job id still names this message, so the
+        // id is made from it: it stays the same over every delivery, and readers can drop duplicates.
+        Some(message_id) => Uuid::new_v5(&Uuid::NAMESPACE_OID, message_id.as_bytes()).to_string(),
+        None => Uuid::now_v7().to_string(),
+    }
 }

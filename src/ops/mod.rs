@@ -1,1 +1,5 @@
-//! To come.
+//! What operators watch a worker by.
+
+pub mod http;
+pub mod metrics;
+pub mod telemetry;

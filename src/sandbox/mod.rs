@@ -1,5 +1,7 @@
 //! One door to run a job: [`Sandbox::run`].
 
+pub mod doctor;
+
 use std::time::{Duration, SystemTime};
 
 use tokio_util::sync::CancellationToken;

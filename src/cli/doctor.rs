@@ -1,0 +1,78 @@
+//! `doctor`: whether this machine has what the worker needs, and how to get what it lacks.
+
+use serde::Serialize;
+
+use crate::cli::args::ConfigArgs;
+use crate::cli::{End, output};
+use crate::sandbox::doctor::{Check, examine};
+
+const EXAMPLES: &str = "\
+Examples:
+  sandpiper doctor                        what is there, what is not, and how to get it
+  sandpiper doctor --json | jq '.checks[] | select(.ok | not)'
+
+Exit code: 0 when serve would start here, 1 when something that it requires is missing.";
+
+/// Try every layer of the sandbox on this machine and say what is missing
+///
+/// Each layer is tried for real, in child processes that are thrown away; nothing is changed. Run it as the
+/// user, and in the container, that the worker will run in.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct Args {
+    /// Print the findings as one JSON document
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    config: ConfigArgs,
+}
+
+#[derive(Serialize)]
+struct Findings {
+    /// Everything that is required is there.
+    ready: bool,
+    checks: Vec<Check>,
+}
+
+pub(super) fn run(args: &Args) -> anyhow::Result<End> {
+    let config = args.config.load()?;
+    let checks = examine(&config);
+    let findings = Findings { ready: checks.iter().all(|check| check.ok || !check.required), checks };
+    if args.json {
+        output::print_json(&findings)?;
+    } else {
+        output::print(page(&findings).as_bytes())?;
+    }
+    Ok(if findings.ready { End::Done } else { End::Unsatisfied })
+}
+
+fn page(findings: &Findings) -> String {
+    let width = findings.checks.iter().map(|check| check.name.len()).max().unwrap_or(0);
+    let indent = " ".repeat(width + 11);
+    let mut page = String::new();
+    for check in &findings.checks {
+        let mark = match (check.ok, check.required) {
+            (true, _) => "ok",
+            (false, true) => "MISSING",
+            (false, false) => "without",
+        };
+        page.push_str(&format!("{mark:<8} {:<width$}  {}\n", check.name, check.detail));
+        if !check.ok {
+            page.push_str(&format!("{indent}lost: {}\n", check.without));
+            page.push_str(&format!("{indent}remedy: {}\n", check.remedy));
+        }
+    }
+    let count = |required: bool| findings.checks.iter().filter(|c| !c.ok && c.required == required).count();
+    let verdict = match (count(true), count(false)) {
+        (0, 0) => "everything is there".to_owned(),
+        (0, lesser) => format!("serve would start; {lesser} that it can do without {} missing", are(lesser)),
+        (missing, _) => format!("serve would not start: {missing} required {} missing", are(missing)),
+    };
+    page.push_str(&format!("\n{verdict}\n"));
+    page
+}
+
+fn are(count: usize) -> &'static str {
+    if count == 1 { "is" } else { "are" }
+}

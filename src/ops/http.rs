@@ -1,0 +1,109 @@
+//! The port that operators look at: `/metrics`, `/healthz`, `/readyz`.
+//!
+//! What is answered comes from the [`Probes`] that the caller hands in; this file only speaks HTTP. It has
+//! no authentication and says nothing secret: keep it inside the cluster.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+/// How long requests that are under way may take once the server was told to stop.
+const LAST_REQUESTS: Duration = Duration::from_secs(1);
+
+/// What the three pages show.
+pub trait Probes: Send + Sync + 'static {
+    /// Every metric in the Prometheus text format.
+    fn metrics(&self) -> String;
+    /// Whether the process works at all. Never depends on the broker: restarting us does not mend it.
+    fn live(&self) -> Result<(), String>;
+    /// Whether it takes jobs at this moment.
+    fn ready(&self) -> Result<(), String>;
+}
+
+/// Why the port could not be opened or served.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HttpError {
+    /// The address is not ours, or somebody else has it.
+    #[error("http.listen: cannot listen on {address}: {source}; name a free address, or \"\" for none")]
+    Bind {
+        /// As configured.
+        address: SocketAddr,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+}
+
+/// A port that is open but does not answer yet.
+#[derive(Debug)]
+pub struct Server {
+    listener: TcpListener,
+    address: SocketAddr,
+}
+
+impl Server {
+    /// Opens the port, so that a wrong address ends the start and not a running worker.
+    pub async fn bind(address: SocketAddr) -> Result<Self, HttpError> {
+        let bind = |source| HttpError::Bind { address, source };
+        let listener = TcpListener::bind(address).await.map_err(bind)?;
+        let address = listener.local_addr().map_err(bind)?;
+        Ok(Self { listener, address })
+    }
+
+    /// Where it listens: with port 0 configured, the port that the kernel chose.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Answers until `stop`, then lets the requests under way end.
+    pub async fn serve(self, probes: Arc<dyn Probes>, stop: CancellationToken) {
+        let app = router(probes);
+        let graceful = axum::serve(self.listener, app).with_graceful_shutdown(stop.clone().cancelled_owned());
+        let hard = async {
+            stop.cancelled().await;
+            tokio::time::sleep(LAST_REQUESTS).await;
+        };
+        tokio::select! {
+            // Accept errors are retried inside axum; it only ends by `stop`.
+            _ = graceful.into_future() => {}
+            () = hard => {}
+        }
+    }
+}
+
+fn router(probes: Arc<dyn Probes>) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics))
+        .route("/healthz", get(healthz))
+        .route("/readyz", get(readyz))
+        .fallback(|| async { (StatusCode::NOT_FOUND, "not here; try /metrics, /healthz or /readyz\n") })
+        .with_state(probes)
+}
+
+async fn metrics(State(probes): State<Arc<dyn Probes>>) -> Response {
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], probes.metrics()).into_response()
+}
+
+async fn healthz(State(probes): State<Arc<dyn Probes>>) -> Response {
+    verdict(probes.live(), "alive")
+}
+
+async fn readyz(State(probes): State<Arc<dyn Probes>>) -> Response {
+    verdict(probes.ready(), "ready")
+}
+
+fn verdict(state: Result<(), String>, good: &str) -> Response {
+    match state {
+        Ok(()) => (StatusCode::OK, format!("{good}\n")),
+        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", reason.replace('\n', " "))),
+    }
+    .into_response()
+}

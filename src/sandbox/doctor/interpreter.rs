@@ -1,0 +1,60 @@
+//! Whether an environment's python is there, starts, and can load the shim.
+
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use super::Check;
+use crate::config::Environment;
+
+/// A python that takes longer to say its version does not serve jobs either.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What the prescript imports before any job, and the version. The start of every job.
+const ASK: &str = "import ctypes, binascii, sys; print('.'.join(map(str, sys.version_info[:3])))";
+
+pub(super) fn examine(name: &str, environment: &Environment) -> Check {
+    let python = environment.python.display();
+    let tried = start(environment);
+    let ok = tried.is_ok();
+    Check {
+        name: format!("environments.{name}"),
+        ok,
+        required: true,
+        detail: match tried {
+            Ok(version) => format!("{python} is Python {version}"),
+            Err(error) => format!("{python}: {error}"),
+        },
+        without: format!("jobs that ask for the environment {name:?} cannot run"),
+        remedy: if ok {
+            String::new()
+        } else {
+            format!("install Python 3 with ctypes there, or name another in environments.{name}.python")
+        },
+    }
+}
+
+fn start(environment: &Environment) -> Result<String, String> {
+    let child = Command::new(&environment.python)
+        .args(["-I", "-c", ASK])
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| error.to_string())?;
+    let process = crate::sys::signal::Process::of(&child).map_err(|error| error.to_string())?;
+    let (tell, hear) = mpsc::channel();
+    let waiting = std::thread::spawn(move || drop(tell.send(child.wait_with_output())));
+    let answer = hear.recv_timeout(PATIENCE);
+    if answer.is_err() {
+        // It ends the wait below; that it is gone already is as good.
+        drop(process.kill());
+    }
+    drop(waiting.join());
+    let out = answer.map_err(|_| format!("did not start within {} s", PATIENCE.as_secs()))?;
+    let out = out.map_err(|error| error.to_string())?;
+    let last_line =
+        |bytes: &[u8]| String::from_utf8_lossy(bytes).lines().last().unwrap_or_default().to_owned();
+    if out.status.success() { Ok(last_line(&out.stdout)) } else { Err(last_line(&out.stderr)) }
+}

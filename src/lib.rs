@@ -39,6 +39,7 @@ pub mod cli;
 pub mod config;
 pub mod job;
 pub mod ops;
+pub mod retry;
 pub mod sandbox;
 pub mod script;
 pub mod sys;

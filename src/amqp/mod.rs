@@ -1,1 +1,129 @@
-//! To come.
+//! The broker: the only place that names lapin.
+//!
+//! A worker holds two connections, because a broker that is short of memory blocks those that publish, and a
+//! blocked connection sends no acks either. The consumer takes deliveries and settles them; the publisher
+//! sends results and waits for their confirms. Each has a supervisor task that dials, sets up, watches, and
+//! after any fault does it all again, for ever. lapin's own recovery is not used.
+//!
+//! Who waits for whom: a job's task waits for its confirm, then settles its delivery. A delivery is settled on
+//! the channel that it came by or not at all: what belonged to a lost channel comes again, by the broker's
+//! own doing. Every wait for the broker has an end: an answer, the connection's loss, or a timeout.
+
+mod address;
+pub mod client;
+mod connection;
+mod consumer;
+mod control;
+mod delivery;
+mod message;
+mod publisher;
+mod supervisor;
+mod topology;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub use address::{Address, AddressError, Addresses};
+pub use consumer::Consumer;
+pub use control::Command;
+pub use delivery::{Delivery, Properties};
+pub use message::Message;
+pub use publisher::{Publisher, Sent};
+pub use supervisor::LinkState;
+
+/// What the broker, or the way to it, made impossible.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// `amqp.url_file` could not be read.
+    #[error("read amqp.url_file {path}")]
+    UrlFile {
+        /// As configured.
+        path: PathBuf,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// `amqp.ca_file` could not be read.
+    #[error("read amqp.ca_file {path}")]
+    CaFile {
+        /// As configured.
+        path: PathBuf,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// No address at all.
+    #[error("find a broker address: amqp.url and amqp.url_file name none")]
+    NoAddress,
+    /// An address that is none. It is not shown: it may hold a password.
+    #[error("understand amqp.url, address {position}: {reason}; write amqp://user:password@host:5672/vhost")]
+    Url {
+        /// Counted from 1.
+        position: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The broker could not be reached, or did not let us in.
+    #[error("connect to {broker}")]
+    Connect {
+        /// Host and port.
+        broker: String,
+        /// What lapin said.
+        source: Box<lapin::Error>,
+    },
+    /// No answer in time.
+    #[error("{what} within {after:?}")]
+    Timeout {
+        /// The operation.
+        what: String,
+        /// How long it was waited for.
+        after: Duration,
+    },
+    /// The broker refused an operation, or the channel broke over it.
+    #[error("{what}")]
+    Operation {
+        /// The operation.
+        what: String,
+        /// What lapin said.
+        source: Box<lapin::Error>,
+    },
+    /// A queue or exchange exists, but not as it is wanted here.
+    #[error(
+        "declare {name}: it exists with other arguments ({detail}); set amqp.topology = \"passive\" to take it \
+         as it is, or delete it"
+    )]
+    Mismatch {
+        /// The queue or exchange.
+        name: String,
+        /// The broker's own words, which name the argument.
+        detail: String,
+    },
+    /// A name that no broker takes.
+    #[error("use {name:?} as a name: more than 255 bytes")]
+    Name {
+        /// The name.
+        name: String,
+    },
+    /// The broker ended the consumer: its queue was deleted, or its node went away.
+    #[error("go on consuming: the broker ended the consumer; was the queue deleted?")]
+    ConsumerEnded,
+    /// The connection is gone.
+    #[error("reach the broker: the connection is lost")]
+    Lost,
+}
+
+/// An error and all its causes in one line, for a log.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+/// A name in the form that lapin wants; it would panic over one that is too long.
+fn short(name: &str) -> Result<lapin::types::ShortString, Error> {
+    lapin::types::ShortString::try_new(name).map_err(|_| Error::Name { name: name.to_owned() })
+}

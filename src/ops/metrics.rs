@@ -34,10 +34,16 @@ macro_rules! label {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum $name { $($(#[$variant_doc])* $variant,)+ }
+        impl $name {
+            /// The label's value.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $label,)+ }
+            }
+        }
         impl Label for $name {
             const ALL: &'static [Self] = &[$(Self::$variant,)+];
             fn label(self) -> &'static str {
-                match self { $(Self::$variant => $label,)+ }
+                self.as_str()
             }
         }
     };
@@ -78,6 +84,8 @@ label! {
         Nacked => "nacked",
         /// No confirm in time.
         TimedOut => "timed_out",
+        /// Its requester no longer listens, and nobody else could read it.
+        Dropped => "dropped",
         /// The channel or connection broke.
         Failed => "failed",
     }
@@ -244,7 +252,7 @@ impl Metrics {
         self.0.connection_blocked.with_label_values(&[role.label()]).set(i64::from(blocked));
     }
 
-    /// A connection was lost and is being built anew.
+    /// A connection was lost, or did not come up, and is tried anew.
     pub fn reconnect(&self, role: Role) {
         self.0.reconnects.with_label_values(&[role.label()]).inc();
     }
@@ -448,7 +456,7 @@ fn build(registry: Registry) -> prometheus::Result<Inner> {
         )?,
         reconnects: shelf.counters_of::<Role>(
             "sandpiper_connection_reconnects_total",
-            "Connections lost and built anew",
+            "Attempts to connect to the broker after the first",
             "role",
         )?,
         draining: shelf.gauge("sandpiper_draining", "1 once the worker takes no more jobs on")?,

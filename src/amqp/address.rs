@@ -1,0 +1,193 @@
+//! Where a result goes: what a publisher wrote into `reply_to`, checked before anything is sent there.
+//!
+//! The name comes from a stranger. One that means one of our own queues would feed results to workers; a
+//! malformed direct reply-to makes the broker close the whole connection, with everybody's results on it.
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use globset::{Glob, GlobMatcher};
+
+use crate::config;
+
+/// What names of direct reply-to queues begin with.
+const DIRECT: &str = "amq.rabbitmq.reply-to";
+
+/// Longest name that the protocol can carry.
+const NAME_MAX: usize = 255;
+
+/// A checked destination.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// A queue. A result for one that is gone goes to the results queue.
+    Queue(String),
+    /// A requester that listens on its own channel. Nobody else could read a result that it no longer takes.
+    Direct(String),
+}
+
+/// Why a `reply_to` is not written to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AddressError {
+    /// Longer than a name can be.
+    #[error("reply_to is longer than 255 bytes; name a queue")]
+    TooLong,
+    /// Not something that names a queue.
+    #[error("reply_to contains a control character; name a queue")]
+    ControlCharacter,
+    /// A queue that workers, not requesters, read.
+    #[error("reply_to names one of the workers' own queues; name a queue of yours, or leave it out")]
+    Own,
+    /// Not what the operator allows.
+    #[error("reply_to does not match the operator's pattern amqp.reply_to_allow; name another queue")]
+    NotAllowed,
+    /// Not what the broker hands out to requesters.
+    #[error("reply_to is not a direct reply-to address; copy it as the broker delivered it")]
+    MalformedDirect,
+}
+
+/// Checks addresses against the operator's settings.
+#[derive(Clone, Debug)]
+pub struct Addresses {
+    results: String,
+    own: [String; 2],
+    allow: Option<GlobMatcher>,
+}
+
+impl Addresses {
+    /// A pattern that is none allows nothing; the configuration has refused it before.
+    pub fn new(config: &config::Amqp) -> Self {
+        Self {
+            results: config.results_queue.clone(),
+            own: [config.jobs_queue.clone(), config.dead_queue.clone()],
+            allow: Glob::new(&config.reply_to_allow).ok().map(|glob| glob.compile_matcher()),
+        }
+    }
+
+    /// The results queue, for whoever named no other, or none that will do.
+    pub fn results(&self) -> Address {
+        Address::Queue(self.results.clone())
+    }
+
+    /// The destination that `reply_to` names.
+    ///
+    /// # Errors
+    /// Names the field, what is wrong with it, and the remedy; for the publisher of the job.
+    pub fn check(&self, reply_to: Option<&str>) -> Result<Address, AddressError> {
+        let name = match reply_to {
+            None | Some("") => return Ok(self.results()),
+            Some(name) if name == self.results => return Ok(self.results()),
+            Some(name) => name,
+        };
+        if name.len() > NAME_MAX {
+            return Err(AddressError::TooLong);
+        }
+        if name.chars().any(char::is_control) {
+            return Err(AddressError::ControlCharacter);
+        }
+        if self.own.iter().any(|own| own == name) {
+            return Err(AddressError::Own);
+        }
+        if !self.allow.as_ref().is_some_and(|allow| allow.is_match(name)) {
+            return Err(AddressError::NotAllowed);
+        }
+        match name.strip_prefix(DIRECT) {
+            None => Ok(Address::Queue(name.to_owned())),
+            Some(rest) if is_direct(rest) => Ok(Address::Direct(name.to_owned())),
+            Some(_) => Err(AddressError::MalformedDirect),
+        }
+    }
+}
+
+/// What RabbitMQ appends to the pseudo-queue's name: `.` a channel's process `.` a key, each in base64.
+fn is_direct(rest: &str) -> bool {
+    let mut parts = rest.split('.');
+    let (Some(""), Some(process), Some(key), None) = (parts.next(), parts.next(), parts.next(), parts.next())
+    else {
+        return false;
+    };
+    STANDARD.decode(process).is_ok_and(|process| is_process(&process))
+        && STANDARD.decode(key).is_ok_and(|key| !key.is_empty())
+}
+
+/// A process identifier in Erlang's external term format: version, tag, node name, id, serial, creation.
+fn is_process(term: &[u8]) -> bool {
+    const VERSION: u8 = 131;
+    const PID: u8 = 103;
+    const NEW_PID: u8 = 88;
+    let [VERSION, tag, rest @ ..] = term else { return false };
+    let creation = match *tag {
+        PID => 1,
+        NEW_PID => 4,
+        _ => return false,
+    };
+    let (length, rest) = match rest {
+        // The three ways to write an atom: with a length of 16 bits (latin 1, UTF-8), or of 8 (UTF-8).
+        [100 | 118, high, low, rest @ ..] => (usize::from(u16::from_be_bytes([*high, *low])), rest),
+        [119, length, rest @ ..] => (usize::from(*length), rest),
+        _ => return false,
+    };
+    length > 0 && rest.len() == length + 4 + 4 + creation
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    fn addresses(allow: &str) -> Addresses {
+        Addresses::new(&config::Amqp { reply_to_allow: allow.into(), ..Config::default().amqp })
+    }
+
+    /// As RabbitMQ 3.10 delivered it.
+    const LIVE: &str =
+        "amq.rabbitmq.reply-to.g1h3DnJlcGx5QDEzMjQ5MTg3AAAEKwAAAABnLZWN.VmhRVK9wRbZ/VhLZEwXXvQ==";
+
+    #[test]
+    fn no_reply_to_means_the_results_queue() {
+        let addresses = addresses("replies.*");
+        for none in [None, Some(""), Some("sandpiper.results")] {
+            assert_eq!(addresses.check(none), Ok(Address::Queue("sandpiper.results".into())));
+        }
+    }
+
+    #[test]
+    fn a_queue_is_taken_where_the_pattern_allows_it() {
+        let addresses = addresses("replies.*");
+        assert_eq!(addresses.check(Some("replies.7")), Ok(Address::Queue("replies.7".into())));
+        assert_eq!(addresses.check(Some("other")), Err(AddressError::NotAllowed));
+    }
+
+    #[test]
+    fn hostile_addresses_are_refused() {
+        let addresses = addresses("*");
+        let long = "q".repeat(256);
+        for (name, error) in [
+            ("sandpiper.jobs", AddressError::Own),
+            ("sandpiper.dead", AddressError::Own),
+            ("a\u{0}b", AddressError::ControlCharacter),
+            ("a\nb", AddressError::ControlCharacter),
+            (long.as_str(), AddressError::TooLong),
+            ("amq.rabbitmq.reply-to", AddressError::MalformedDirect),
+            ("amq.rabbitmq.reply-to.", AddressError::MalformedDirect),
+            ("amq.rabbitmq.reply-to.bogus.bogus", AddressError::MalformedDirect),
+            ("amq.rabbitmq.reply-to-bogus", AddressError::MalformedDirect),
+            // Base64, but of no process.
+            ("amq.rabbitmq.reply-to.Ym9ndXM=.Ym9ndXM=", AddressError::MalformedDirect),
+            ("amq.rabbitmq.reply-to.g2gAAAA=.Ym9ndXM=", AddressError::MalformedDirect),
+        ] {
+            assert_eq!(addresses.check(Some(name)), Err(error), "{name:?}");
+        }
+        for cut in 1..LIVE.len() - DIRECT.len() {
+            if let Ok(address) = addresses.check(Some(&LIVE[..LIVE.len() - cut])) {
+                // A key may be shorter and still be base64.
+                assert!(LIVE[..LIVE.len() - cut].rsplit('.').next().unwrap().len() % 4 == 0, "{address:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_live_direct_reply_to_is_taken() {
+        assert_eq!(addresses("*").check(Some(LIVE)), Ok(Address::Direct(LIVE.into())));
+    }
+}

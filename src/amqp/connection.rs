@@ -1,0 +1,270 @@
+//! One connection to the broker: dialled under a timeout of our own, watched, and given up for good.
+//!
+//! Dialling again after a loss is the supervisor's business.
+
+use std::future::Future;
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use lapin::tcp::{AsyncTcpStream, OwnedTLSConfig};
+use lapin::uri::AMQPUri;
+use lapin::{Connection, ConnectionProperties, ConnectionStatus, Event};
+use tokio::sync::watch;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::amqp::Error;
+use crate::config;
+use crate::config::Secret;
+
+/// Finds a broker among the configured addresses.
+#[derive(Clone, Debug)]
+pub(super) struct Dialer {
+    config: config::Amqp,
+    name: String,
+}
+
+impl Dialer {
+    /// `name` is what operators see in the broker's list of connections.
+    pub(super) fn new(config: &config::Amqp, name: String) -> Self {
+        Self { config: config.clone(), name }
+    }
+
+    /// Tries each address once, in turn, and returns the first connection that comes up, else the last error.
+    pub(super) async fn dial(&self) -> Result<Link, Error> {
+        let tls = self.tls().await?;
+        let mut last = Error::NoAddress;
+        for (at, url) in self.urls().await?.iter().enumerate() {
+            match self.connect(at + 1, url, tls.clone()).await {
+                Ok(link) => return Ok(link),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    /// The addresses as they are now: `url_file` may have been written anew since the last time.
+    async fn urls(&self) -> Result<Vec<Secret>, Error> {
+        let Some(path) = &self.config.url_file else { return Ok(self.config.urls.clone()) };
+        let text = tokio::fs::read_to_string(path)
+            .await
+            .map_err(|source| Error::UrlFile { path: path.clone(), source })?;
+        let urls = text.split([',', '\n']).map(str::trim).filter(|url| !url.is_empty());
+        Ok(urls.map(|url| Secret::new(url.to_owned())).collect())
+    }
+
+    async fn tls(&self) -> Result<OwnedTLSConfig, Error> {
+        let Some(path) = &self.config.ca_file else { return Ok(OwnedTLSConfig::default()) };
+        let authorities = tokio::fs::read_to_string(path)
+            .await
+            .map_err(|source| Error::CaFile { path: path.clone(), source })?;
+        Ok(OwnedTLSConfig { identity: None, cert_chain: Some(authorities) })
+    }
+
+    async fn connect(&self, position: usize, url: &Secret, tls: OwnedTLSConfig) -> Result<Link, Error> {
+        let mut uri: AMQPUri = url.expose().parse().map_err(|reason: String| {
+            // Some reasons quote the whole address, password and all.
+            let quoted = reason.contains(url.expose());
+            Error::Url { position, reason: if quoted { "not an address".into() } else { reason } }
+        })?;
+        let broker = format!("{}:{}", uri.authority.host, uri.authority.port);
+        uri.query.heartbeat = Some(u16::try_from(self.config.heartbeat.as_secs()).unwrap_or(u16::MAX));
+
+        let socket = Socket::default();
+        let timeout = self.config.connect_timeout;
+        let connecting = Connection::connector(
+            uri,
+            lapin::runtime::default_runtime().map_err(failed(&broker))?,
+            {
+                let socket = socket.clone();
+                async move |uri: AMQPUri, runtime| {
+                    // Here as well: this runs on a thread of lapin's that no timeout outside reaches.
+                    let stream = async {
+                        let address = (uri.authority.host.clone(), uri.authority.port);
+                        let stream =
+                            AsyncTcpStream::connect(&runtime, runtime.to_socket_addrs(address)).await?;
+                        if let AsyncTcpStream::Plain(stream) = &stream {
+                            socket.keep(stream.get_ref());
+                        }
+                        match uri.scheme {
+                            lapin::uri::AMQPScheme::AMQP => Ok(stream),
+                            lapin::uri::AMQPScheme::AMQPS => {
+                                stream.into_tls(&uri.authority.host, tls.as_ref()).await
+                            }
+                        }
+                    };
+                    let in_time = tokio::time::timeout(timeout, stream).await;
+                    Ok(in_time.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))?)
+                }
+            },
+            self.properties(),
+        );
+        let connection = tokio::time::timeout(timeout, connecting)
+            .await
+            .map_err(|_| {
+                // lapin would wait on for a peer that accepts and then says nothing.
+                socket.shut();
+                Error::Timeout { what: format!("connect to {broker}"), after: timeout }
+            })?
+            .map_err(failed(&broker))?;
+        Ok(Link::new(connection, broker, socket, self.config.operation_timeout))
+    }
+
+    fn properties(&self) -> ConnectionProperties {
+        ConnectionProperties::default()
+            .with_connection_name(self.name.clone().into())
+            .with_client_property("product".into(), "sandpiper".into())
+            .with_client_property("version".into(), env!("CARGO_PKG_VERSION").into())
+            .with_client_property("platform".into(), "Rust".into())
+    }
+}
+
+fn failed(broker: &str) -> impl Fn(lapin::Error) -> Error {
+    move |source| Error::Connect { broker: broker.to_owned(), source: Box::new(source) }
+}
+
+/// A handle on the socket under a connection, to end it where lapin would wait on.
+#[derive(Clone, Debug, Default)]
+struct Socket(Arc<Mutex<Option<TcpStream>>>);
+
+impl Socket {
+    fn keep(&self, stream: &impl AsFd) {
+        let handle = stream.as_fd().try_clone_to_owned().ok().map(TcpStream::from);
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = handle;
+    }
+
+    fn shut(&self) {
+        if let Some(stream) = self.0.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            // It fails only where the connection is gone already.
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+/// A connection that came up. Once lost it stays lost; dropping it closes it.
+#[derive(Debug)]
+pub(super) struct Link {
+    connection: Connection,
+    broker: String,
+    socket: Socket,
+    timeout: Duration,
+    lost: CancellationToken,
+    blocked: watch::Receiver<bool>,
+    _watcher: DropGuard,
+}
+
+impl Link {
+    fn new(connection: Connection, broker: String, socket: Socket, timeout: Duration) -> Self {
+        let lost = CancellationToken::new();
+        let watcher = CancellationToken::new();
+        let (blocked, is_blocked) = watch::channel(false);
+        tokio::spawn(watcher.clone().run_until_cancelled_owned(watch_events(
+            connection.events_listener(),
+            connection.status().clone(),
+            lost.clone(),
+            blocked,
+        )));
+        Self {
+            connection,
+            broker,
+            socket,
+            timeout,
+            lost,
+            blocked: is_blocked,
+            _watcher: watcher.drop_guard(),
+        }
+    }
+
+    /// Host and port, for logs.
+    pub(super) fn broker(&self) -> &str {
+        &self.broker
+    }
+
+    /// Ends when the connection is gone.
+    pub(super) async fn lost(&self) {
+        self.lost.cancelled().await;
+    }
+
+    /// Whether it is gone.
+    pub(super) fn is_lost(&self) -> bool {
+        self.lost.is_cancelled()
+    }
+
+    /// Whether the broker takes no messages from it at the moment.
+    pub(super) fn blocked(&self) -> watch::Receiver<bool> {
+        self.blocked.clone()
+    }
+
+    /// Gives the connection up, because of something that only its user saw.
+    pub(super) fn give_up(&self) {
+        self.lost.cancel();
+        self.socket.shut();
+    }
+
+    /// A new channel.
+    pub(super) async fn channel(&self) -> Result<lapin::Channel, Error> {
+        self.ask("open a channel", self.connection.create_channel()).await
+    }
+
+    /// Waits for the answer to one operation: until it comes, the connection is lost, or it is overdue, which
+    /// counts as lost. While the broker blocks the connection the clock stands still: it owes us nothing then.
+    pub(super) async fn ask<T>(
+        &self,
+        what: &str,
+        operation: impl Future<Output = lapin::Result<T>>,
+    ) -> Result<T, Error> {
+        let mut operation = std::pin::pin!(operation);
+        let mut blocked = self.blocked();
+        loop {
+            let is_blocked = *blocked.borrow_and_update();
+            tokio::select! {
+                biased;
+                answer = &mut operation => {
+                    return answer.map_err(|source| Error::Operation { what: what.into(), source: Box::new(source) });
+                }
+                () = self.lost() => return Err(Error::Lost),
+                Ok(()) = blocked.changed() => {}
+                () = tokio::time::sleep(self.timeout), if !is_blocked => {
+                    self.give_up();
+                    return Err(Error::Timeout { what: what.into(), after: self.timeout });
+                }
+            }
+        }
+    }
+
+    /// Says goodbye, so that everything sent before has reached the broker.
+    pub(super) async fn close(&self) {
+        let goodbye = self.connection.close(lapin::protocol::constants::REPLY_SUCCESS, "goodbye".into());
+        if let Err(error) = self.ask("close the connection", goodbye).await {
+            tracing::debug!(error = crate::amqp::chain(&error), "the connection was gone before its end");
+        }
+    }
+}
+
+/// Follows what lapin reports of one connection until it is gone.
+async fn watch_events(
+    events: impl futures_util::Stream<Item = Event>,
+    status: ConnectionStatus,
+    lost: CancellationToken,
+    blocked: watch::Sender<bool>,
+) {
+    let mut events = std::pin::pin!(events);
+    while let Some(event) = events.next().await {
+        match event {
+            Event::ConnectionBlocked(reason) => {
+                tracing::warn!(reason, "the broker takes no messages for now");
+                blocked.send_replace(true);
+            }
+            Event::ConnectionUnblocked => {
+                tracing::info!("the broker takes messages again");
+                blocked.send_replace(false);
+            }
+            // Errors of a single channel come here as well; whoever uses it sees them.
+            Event::Error(_) if !status.connected() => break,
+            _ => {}
+        }
+    }
+    lost.cancel();
+}

@@ -1,0 +1,222 @@
+//! A delivery in plain types, and the one chance to settle it.
+//!
+//! It is settled on the channel that it came by. Where that is gone nothing is sent: the broker delivers the
+//! message again by itself, and the settlement counts as lost.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use lapin::BasicProperties;
+use lapin::options::{BasicAckOptions, BasicNackOptions};
+use lapin::types::AMQPValue;
+use tokio::time::Instant;
+
+use crate::amqp::chain;
+use crate::amqp::connection::Link;
+use crate::ops::metrics::{Metrics, Settled};
+
+/// A message from the jobs queue.
+#[derive(Debug)]
+#[must_use = "an unsettled delivery blocks a place in the prefetch"]
+pub struct Delivery {
+    /// The job, as it came.
+    pub body: Vec<u8>,
+    /// What its publisher wrote on the envelope.
+    pub properties: Properties,
+    /// Which delivery of this message it is, counted from 1, as far as the broker tells.
+    pub attempt: u32,
+    /// It was delivered before, here or elsewhere.
+    pub redelivered: bool,
+    /// When it came in.
+    pub received: Instant,
+    settler: Settler,
+}
+
+/// The properties that the contract reads.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Properties {
+    /// Where the result is wanted.
+    pub reply_to: Option<String>,
+    /// Echoed in the result.
+    pub correlation_id: Option<String>,
+    /// The job's id where its body names none.
+    pub message_id: Option<String>,
+    /// How long the message is worth anything.
+    pub expiration: Option<Duration>,
+    /// When it was published, in whole seconds, as the protocol has it.
+    pub timestamp: Option<SystemTime>,
+    /// W3C trace context, passed on.
+    pub traceparent: Option<String>,
+    /// W3C trace context, passed on.
+    pub tracestate: Option<String>,
+    /// Everything, for a copy in the dead queue.
+    pub(super) raw: BasicProperties,
+}
+
+impl Properties {
+    fn new(raw: BasicProperties) -> Self {
+        let text = |property: &Option<lapin::types::ShortString>| property.as_ref().map(ToString::to_string);
+        Self {
+            reply_to: text(raw.reply_to()),
+            correlation_id: text(raw.correlation_id()),
+            message_id: text(raw.message_id()),
+            expiration: text(raw.expiration()).and_then(|ms| ms.parse().ok()).map(Duration::from_millis),
+            timestamp: raw
+                .timestamp()
+                .and_then(|seconds| SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))),
+            traceparent: header(&raw, "traceparent"),
+            tracestate: header(&raw, "tracestate"),
+            raw,
+        }
+    }
+
+    /// How long the message waited before `now`, where its publisher wrote when it was sent.
+    pub fn queued(&self, now: SystemTime) -> Option<Duration> {
+        self.timestamp.map(|sent| now.duration_since(sent).unwrap_or_default())
+    }
+
+    /// Whether the message was worth nothing any more at `now`.
+    pub fn expired(&self, now: SystemTime) -> bool {
+        // A timestamp is cut to whole seconds: the message may be up to one second younger than it says.
+        const CUT: Duration = Duration::from_secs(1);
+        match (self.queued(now), self.expiration) {
+            (Some(queued), Some(expiration)) => queued > expiration.saturating_add(CUT),
+            _ => false,
+        }
+    }
+}
+
+/// A header's text, where it has one.
+fn header(raw: &BasicProperties, name: &str) -> Option<String> {
+    match raw.headers().as_ref()?.inner().get(name)? {
+        AMQPValue::LongString(text) => String::from_utf8(text.as_bytes().to_vec()).ok(),
+        AMQPValue::ShortString(text) => Some(text.to_string()),
+        _ => None,
+    }
+}
+
+/// How often a quorum queue delivered the message before; it says so from the second time on.
+fn delivered_before(raw: &BasicProperties) -> Option<u32> {
+    let count = match raw.headers().as_ref()?.inner().get("x-delivery-count")? {
+        AMQPValue::LongLongInt(count) => u32::try_from(*count).ok()?,
+        AMQPValue::LongInt(count) => u32::try_from(*count).ok()?,
+        AMQPValue::LongUInt(count) => *count,
+        AMQPValue::ShortInt(count) => u32::try_from(*count).ok()?,
+        AMQPValue::ShortUInt(count) => (*count).into(),
+        AMQPValue::ShortShortInt(count) => u32::try_from(*count).ok()?,
+        AMQPValue::ShortShortUInt(count) => (*count).into(),
+        _ => return None,
+    };
+    Some(count)
+}
+
+/// Settles one delivery, once.
+#[derive(Debug)]
+struct Settler {
+    acker: lapin::Acker,
+    link: Arc<Link>,
+    metrics: Metrics,
+}
+
+impl Delivery {
+    pub(super) fn new(delivery: lapin::message::Delivery, link: Arc<Link>, metrics: Metrics) -> Self {
+        let before = delivered_before(&delivery.properties).unwrap_or(u32::from(delivery.redelivered));
+        Self {
+            body: delivery.data,
+            properties: Properties::new(delivery.properties),
+            attempt: before.saturating_add(1),
+            redelivered: delivery.redelivered,
+            received: Instant::now(),
+            settler: Settler { acker: delivery.acker, link, metrics },
+        }
+    }
+
+    /// Its channel is gone: the broker has given the message to somebody else, or will.
+    pub fn is_gone(&self) -> bool {
+        self.settler.link.is_lost() || !self.settler.acker.usable()
+    }
+
+    /// The message is done with.
+    pub async fn ack(self) {
+        let acking = self.settler.acker.ack(BasicAckOptions::default());
+        self.settler.settle("ack", Settled::Acked, acking).await;
+    }
+
+    /// The message is stored in the dead queue, so that it is done with here.
+    pub async fn ack_dead_lettered(self) {
+        let acking = self.settler.acker.ack(BasicAckOptions::default());
+        self.settler.settle("ack", Settled::DeadLettered, acking).await;
+    }
+
+    /// The message shall come again, here or elsewhere.
+    pub async fn requeue(self) {
+        let options = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
+        let requeuing = self.settler.acker.nack(options);
+        self.settler.settle("requeue", Settled::Requeued, requeuing).await;
+    }
+}
+
+impl Settler {
+    async fn settle(&self, what: &str, action: Settled, settling: impl Future<Output = lapin::Result<bool>>) {
+        let action = match self.link.ask(what, settling).await {
+            Ok(true) => action,
+            Ok(false) => Settled::Lost,
+            Err(error) => {
+                tracing::debug!(error = chain(&error), "a delivery could not be settled; it will come again");
+                Settled::Lost
+            }
+        };
+        self.metrics.settled(action);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+mod tests {
+    use super::*;
+    use lapin::types::{FieldTable, ShortString};
+
+    fn at(seconds: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn a_message_expires_by_its_timestamp_and_expiration() {
+        let raw = BasicProperties::default().with_timestamp(100).with_expiration("5000".into());
+        let properties = Properties::new(raw);
+        assert_eq!(properties.queued(at(103)), Some(Duration::from_secs(3)));
+        assert!(!properties.expired(at(105)));
+        assert!(!properties.expired(at(106)));
+        assert!(properties.expired(at(107)));
+        // A publisher whose clock is ahead: it waited for nothing, and is not expired.
+        assert_eq!(properties.queued(at(90)), Some(Duration::ZERO));
+        assert!(!properties.expired(at(90)));
+    }
+
+    #[test]
+    fn without_a_timestamp_nothing_is_known_of_the_wait() {
+        let properties = Properties::new(BasicProperties::default().with_expiration("1".into()));
+        assert_eq!(properties.queued(at(9)), None);
+        assert!(!properties.expired(at(9)));
+    }
+
+    #[test]
+    fn what_is_no_number_of_milliseconds_is_no_expiration() {
+        let raw = BasicProperties::default().with_timestamp(u64::MAX).with_expiration("soon".into());
+        let properties = Properties::new(raw);
+        assert_eq!((properties.expiration, properties.timestamp), (None, None));
+    }
+
+    #[test]
+    fn headers_are_read_whatever_their_type() {
+        let mut headers = FieldTable::default();
+        headers.insert("traceparent".into(), AMQPValue::LongString("00-ab".into()));
+        headers.insert("tracestate".into(), AMQPValue::ShortString(ShortString::from("a=b")));
+        headers.insert("x-delivery-count".into(), AMQPValue::LongLongInt(7));
+        let raw = BasicProperties::default().with_headers(headers);
+        assert_eq!(delivered_before(&raw), Some(7));
+        let properties = Properties::new(raw);
+        assert_eq!(properties.traceparent.as_deref(), Some("00-ab"));
+        assert_eq!(properties.tracestate.as_deref(), Some("a=b"));
+    }
+}

@@ -1,0 +1,158 @@
+//! What is published: a result for whoever asked, or a copy for the dead queue.
+
+use lapin::BasicProperties;
+use lapin::types::{AMQPValue, FieldTable};
+
+use crate::amqp::{Address, Delivery, Properties, short};
+
+/// A message that survives a restart of the broker.
+const PERSISTENT: u8 = 2;
+
+/// Most bytes of a header that is passed on or written: one frame has to hold all of them.
+const HEADER_MAX: usize = 1_024;
+
+/// Most bytes of a stranger's headers that are copied, half of the usual frame.
+const HEADERS_MAX: usize = 64 << 10;
+
+/// What a requester writes before the broker makes an address of it.
+const BARE_DIRECT: &str = "amq.rabbitmq.reply-to";
+
+/// What is to be published, and where.
+#[derive(Clone, Debug)]
+pub struct Message {
+    pub(super) to: Address,
+    pub(super) body: Vec<u8>,
+    pub(super) properties: BasicProperties,
+}
+
+impl Message {
+    /// The result of a job, as an answer to the message that `asked` for it. `message_id` is the same for
+    /// every duplicate.
+    pub fn result(to: Address, asked: &Properties, message_id: &str, body: Vec<u8>) -> Self {
+        let mut headers = FieldTable::default();
+        for (name, value) in [("traceparent", &asked.traceparent), ("tracestate", &asked.tracestate)] {
+            if let Some(value) = value.as_ref().filter(|value| value.len() <= HEADER_MAX) {
+                headers.insert(name.into(), AMQPValue::LongString(value.as_str().into()));
+            }
+        }
+        let mut properties = BasicProperties::default()
+            .with_content_type("application/json".into())
+            .with_type("result".into())
+            .with_delivery_mode(PERSISTENT)
+            .with_timestamp(now())
+            .with_headers(headers);
+        if let Ok(message_id) = short(message_id) {
+            properties = properties.with_message_id(message_id);
+        }
+        if let Some(correlation_id) = asked.raw.correlation_id().clone() {
+            properties = properties.with_correlation_id(correlation_id);
+        }
+        Self { to, body, properties }
+    }
+
+    /// A copy of `delivery` for the dead queue, with what came with it, and the reason, as headers.
+    pub fn dead(delivery: &Delivery, dead_queue: &str, reason: &str, worker: &str) -> Self {
+        let raw = &delivery.properties.raw;
+        let mut headers = copied_headers(raw);
+        let reason = &reason[..reason.floor_char_boundary(HEADER_MAX)];
+        headers.insert("x-sandpiper-reason".into(), AMQPValue::LongString(reason.into()));
+        headers.insert("x-sandpiper-attempt".into(), AMQPValue::LongLongInt(delivery.attempt.into()));
+        headers.insert("x-sandpiper-worker".into(), AMQPValue::LongString(worker.into()));
+        let properties = copied_properties(raw).with_headers(headers).with_delivery_mode(PERSISTENT);
+        Self { to: Address::Queue(dead_queue.to_owned()), body: delivery.body.clone(), properties }
+    }
+}
+
+/// Headers that do no harm in another's hands: `CC` and `BCC` would have the broker send copies wherever a
+/// stranger says, in our name.
+fn copied_headers(raw: &BasicProperties) -> FieldTable {
+    let mut copied = FieldTable::default();
+    let mut bytes = 0;
+    for (name, value) in raw.headers().iter().flat_map(|headers| headers.inner()) {
+        bytes += name.as_str().len() + weight(value);
+        if bytes <= HEADERS_MAX && !["CC", "BCC"].contains(&name.as_str()) {
+            copied.insert(name.clone(), value.clone());
+        }
+    }
+    copied
+}
+
+/// About how many bytes a value takes on the wire, never less.
+fn weight(value: &AMQPValue) -> usize {
+    const SMALL: usize = 16;
+    SMALL
+        + match value {
+            AMQPValue::ShortString(text) => text.as_str().len(),
+            AMQPValue::LongString(text) => text.as_bytes().len(),
+            AMQPValue::ByteArray(bytes) => bytes.as_slice().len(),
+            AMQPValue::FieldArray(values) => values.as_slice().iter().map(weight).sum(),
+            AMQPValue::FieldTable(table) => {
+                table.inner().iter().map(|(name, value)| SMALL + name.as_str().len() + weight(value)).sum()
+            }
+            _ => 0,
+        }
+}
+
+/// The properties that say what the message was. Not its expiration: what is dead must not vanish before
+/// somebody has looked at it. Not its user id: the broker holds that against who publishes, and that is us.
+fn copied_properties(raw: &BasicProperties) -> BasicProperties {
+    let mut copied = BasicProperties::default();
+    macro_rules! copy {
+        ($($get:ident => $with:ident),+ $(,)?) => {
+            $(if let Some(value) = raw.$get().clone() { copied = copied.$with(value); })+
+        };
+    }
+    copy! {
+        content_type => with_content_type,
+        content_encoding => with_content_encoding,
+        correlation_id => with_correlation_id,
+        reply_to => with_reply_to,
+        message_id => with_message_id,
+        timestamp => with_timestamp,
+        kind => with_type,
+        app_id => with_app_id,
+    }
+    if copied.reply_to().as_ref().is_some_and(|name| name.as_str() == BARE_DIRECT) {
+        // The broker would refuse it from whoever does not listen there.
+        copied = copied.with_reply_to("".into());
+    }
+    copied
+}
+
+/// Seconds since 1970.
+pub(super) fn now() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_for_the_dead_queue_leaves_out_what_would_steer_the_broker() {
+        let mut headers = FieldTable::default();
+        for name in ["CC", "BCC", "tenant"] {
+            headers.insert(name.into(), AMQPValue::LongString("value".into()));
+        }
+        let raw = BasicProperties::default()
+            .with_headers(headers)
+            .with_correlation_id("c".into())
+            .with_expiration("1".into())
+            .with_user_id("guest".into());
+        assert_eq!(
+            copied_headers(&raw).inner().keys().map(|key| key.as_str()).collect::<Vec<_>>(),
+            ["tenant"]
+        );
+        assert_eq!(copied_properties(&raw), BasicProperties::default().with_correlation_id("c".into()));
+    }
+
+    #[test]
+    fn headers_that_would_not_fit_a_frame_are_left_out() {
+        let mut headers = FieldTable::default();
+        headers.insert("a".into(), AMQPValue::LongString("small".into()));
+        headers.insert("b".into(), AMQPValue::LongString("x".repeat(HEADERS_MAX).as_str().into()));
+        let copied = copied_headers(&BasicProperties::default().with_headers(headers));
+        assert_eq!(copied.inner().len(), 1);
+    }
+}

@@ -1,0 +1,272 @@
+//! Publishes results over a connection of its own, each until the broker has confirmed that it keeps it.
+//!
+//! One message at a time on a channel: lapin pairs a returned message with whichever confirm comes next, and
+//! with several under way that may be another message's. A channel is cheap; as many are kept as results were
+//! ever under way at once. One that did not end in a plain confirm is not used again: after a nack it may be
+//! past help (it met a leader election), and after a timeout a late confirm may still come.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions};
+use lapin::types::FieldTable;
+use lapin::{Channel, Confirmation, ErrorKind};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::amqp::connection::{Dialer, Link};
+use crate::amqp::supervisor::{LinkState, Session, State, Supervisor};
+use crate::amqp::{Address, Error, Message, chain, short, topology};
+use crate::config;
+use crate::ops::metrics::{Body, Metrics, Published, Role};
+use crate::retry::Delays;
+
+/// The first pause after a refused message; it grows up to [`LONGEST_DELAY`].
+const FIRST_DELAY: Duration = Duration::from_millis(100);
+
+/// The longest pause between two attempts at one message. Connecting has its own.
+const LONGEST_DELAY: Duration = Duration::from_secs(5);
+
+/// A reply queue that refuses a result for this long (it is full) does not get it: a requester must not be able
+/// to hold up the results of all others. The results queue does.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What became of a message that was published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sent {
+    /// Where it was meant to go.
+    Delivered,
+    /// In the results queue: the queue it was meant for is gone or takes nothing.
+    Redirected,
+    /// Nowhere: the requester no longer listens, and its address is nobody else's.
+    Dropped,
+}
+
+/// Publishes messages, across all connections that it takes. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Publisher(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    config: config::Amqp,
+    metrics: Metrics,
+    outlet: watch::Receiver<Option<Arc<Outlet>>>,
+    state: watch::Receiver<LinkState>,
+    closing: CancellationToken,
+    task: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// A connection with its idle channels.
+#[derive(Debug)]
+struct Outlet {
+    link: Arc<Link>,
+    idle: Mutex<Vec<Channel>>,
+}
+
+/// What the broker said to one attempt.
+enum Answer {
+    Confirmed,
+    Returned,
+    Nacked,
+}
+
+impl Publisher {
+    /// Connects in the background.
+    pub fn start(config: &config::Amqp, name: &str, metrics: &Metrics) -> Self {
+        let closing = CancellationToken::new();
+        let state = State::new(Role::Publish, metrics);
+        let subscription = state.subscribe();
+        let (sender, outlet) = watch::channel(None);
+        let supervisor = Supervisor {
+            dialer: Dialer::new(config, format!("sandpiper {name} results")),
+            state,
+            longest_delay: config.reconnect_max,
+            leave: closing.clone(),
+        };
+        let task = tokio::spawn(supervisor.run(Publishing { outlet: sender, closing: closing.clone() }));
+        Self(Arc::new(Inner {
+            config: config.clone(),
+            metrics: metrics.clone(),
+            outlet,
+            state: subscription,
+            closing,
+            task: Mutex::new(Some(task)),
+        }))
+    }
+
+    /// How the connection is, now and later.
+    pub fn state(&self) -> watch::Receiver<LinkState> {
+        self.0.state.clone()
+    }
+
+    /// Publishes until the broker confirmed it, through faults and reconnects, for as long as it takes.
+    ///
+    /// Dropped before its end, it may or may not have been stored.
+    pub async fn publish(&self, message: &Message) -> Sent {
+        let results = Address::Queue(self.0.config.results_queue.clone());
+        let mut to = message.to.clone();
+        let mut delays = Delays::new(FIRST_DELAY, LONGEST_DELAY);
+        let mut refused_since = None;
+        loop {
+            let answer = self.attempt(message, &to).await;
+            self.count(&answer, &to);
+            match answer {
+                Ok(Answer::Confirmed) if to == message.to => return Sent::Delivered,
+                Ok(Answer::Confirmed) => return Sent::Redirected,
+                Ok(Answer::Returned) if matches!(to, Address::Direct(_)) => return Sent::Dropped,
+                Ok(Answer::Returned) if to != results => {
+                    self.redirect("is gone", &mut to, &results);
+                    continue;
+                }
+                // Our own queue is gone. It is declared again by the next attempt.
+                Ok(Answer::Returned) => tracing::warn!("a queue of our own is gone; trying again"),
+                Ok(Answer::Nacked) => {
+                    let since = *refused_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() > PATIENCE && to != results {
+                        self.redirect("takes nothing", &mut to, &results);
+                        continue;
+                    }
+                }
+                Err(error) => tracing::warn!(error = chain(&error), "a result is published again"),
+            }
+            tokio::time::sleep(delays.next_delay()).await;
+        }
+    }
+
+    fn redirect(&self, why: &str, to: &mut Address, results: &Address) {
+        tracing::info!("a reply queue {why}: its result goes to the results queue");
+        self.0.metrics.redirected();
+        *to = results.clone();
+    }
+
+    fn count(&self, answer: &Result<Answer, Error>, to: &Address) {
+        self.0.metrics.published(match answer {
+            Ok(Answer::Confirmed) => Published::Confirmed,
+            Ok(Answer::Returned) if matches!(to, Address::Direct(_)) => Published::Dropped,
+            Ok(Answer::Returned) => Published::Returned,
+            Ok(Answer::Nacked) => Published::Nacked,
+            Err(Error::Timeout { .. }) => Published::TimedOut,
+            Err(_) => Published::Failed,
+        });
+    }
+
+    /// One attempt, on a channel that has nothing else under way.
+    async fn attempt(&self, message: &Message, to: &Address) -> Result<Answer, Error> {
+        let outlet = self.outlet().await?;
+        let (name, mandatory) = match to {
+            Address::Queue(name) => (name, true),
+            // Delivered past the queues: the broker would call it unroutable though it arrived.
+            Address::Direct(name) => (name, false),
+        };
+        if !mandatory && !outlet.listens(name).await? {
+            return Ok(Answer::Returned);
+        }
+        let channel = outlet.channel().await?;
+        let start = Instant::now();
+        let publishing = async {
+            let options = BasicPublishOptions { mandatory, ..BasicPublishOptions::default() };
+            let properties = message.properties.clone();
+            channel
+                .basic_publish("".into(), short(name).unwrap_or_default(), options, &message.body, properties)
+                .await?
+                .await
+        };
+        match outlet.link.ask("have a result confirmed", publishing).await? {
+            Confirmation::Ack(None) => {
+                self.0.metrics.confirm(start.elapsed());
+                self.0.metrics.body(Body::Result, message.body.len());
+                outlet.give_back(channel);
+                Ok(Answer::Confirmed)
+            }
+            Confirmation::Ack(Some(_)) => {
+                if name == &self.0.config.results_queue || name == &self.0.config.dead_queue {
+                    topology::ensure(&outlet.link, &channel, &self.0.config).await?;
+                }
+                outlet.give_back(channel);
+                Ok(Answer::Returned)
+            }
+            Confirmation::Nack(_) | Confirmation::NotRequested => Ok(Answer::Nacked),
+        }
+    }
+
+    /// The connection that is up, as soon as there is one.
+    async fn outlet(&self) -> Result<Arc<Outlet>, Error> {
+        let mut outlet = self.0.outlet.clone();
+        let outlet = outlet.wait_for(Option::is_some).await.map_err(|_| Error::Lost)?;
+        outlet.clone().ok_or(Error::Lost)
+    }
+
+    /// Ends the connection, after everything was published.
+    pub async fn close(&self) {
+        self.0.closing.cancel();
+        let task = self.0.task.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(task) = task {
+            // It cannot be aborted by anybody else, and a panic in it was reported by the runtime.
+            let _ = task.await;
+        }
+    }
+}
+
+impl Outlet {
+    /// A channel in confirm mode with nothing under way.
+    async fn channel(&self) -> Result<Channel, Error> {
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        if let Some(channel) = idle.filter(|channel| channel.status().connected()) {
+            return Ok(channel);
+        }
+        let channel = self.link.channel().await?;
+        let selecting = channel.confirm_select(ConfirmSelectOptions::default());
+        self.link.ask("turn confirms on", selecting).await?;
+        Ok(channel)
+    }
+
+    fn give_back(&self, channel: Channel) {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(channel);
+    }
+
+    /// Whether a requester still listens on its direct reply-to address: the broker answers a passive
+    /// declaration of it, and nothing else tells.
+    async fn listens(&self, address: &str) -> Result<bool, Error> {
+        let channel = self.channel().await?;
+        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let declaring = channel.queue_declare(short(address)?, options, FieldTable::default());
+        match self.link.ask("look for a requester", declaring).await {
+            Ok(_) => {
+                self.give_back(channel);
+                Ok(true)
+            }
+            // A refusal costs the channel and nothing else.
+            Err(Error::Operation { source, .. }) if is_not_found(&source) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn is_not_found(error: &lapin::Error) -> bool {
+    const NOT_FOUND: u16 = 404;
+    matches!(error.kind(), ErrorKind::ProtocolError(refused) if refused.get_id() == NOT_FOUND)
+}
+
+/// What the publisher does with a connection: lend it to whoever has something to say.
+struct Publishing {
+    outlet: watch::Sender<Option<Arc<Outlet>>>,
+    closing: CancellationToken,
+}
+
+impl Session for Publishing {
+    async fn run(&mut self, link: &Arc<Link>, state: &State) -> Result<(), Error> {
+        self.outlet.send_replace(Some(Arc::new(Outlet { link: link.clone(), idle: Mutex::default() })));
+        state.up(link);
+        let ended = tokio::select! {
+            () = link.lost() => Err(Error::Lost),
+            () = self.closing.cancelled() => Ok(()),
+        };
+        self.outlet.send_replace(None);
+        if ended.is_ok() {
+            link.close().await;
+        }
+        ended
+    }
+}

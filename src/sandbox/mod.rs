@@ -1,6 +1,7 @@
 //! One door to run a job: [`Sandbox::run`].
 
 pub mod doctor;
+pub mod policy;
 
 use std::time::{Duration, SystemTime};
 

@@ -1,0 +1,177 @@
+//! The vocabulary of the policy: classes of calls, argument filters, architectures.
+//! What is in each class stands in `table/`, the argument filters in `args.rs`.
+
+use super::Options;
+
+/// A machine the policy is written for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arch {
+    /// 64-bit x86.
+    X86_64,
+    /// 64-bit Arm.
+    Aarch64,
+}
+
+impl Arch {
+    /// The machine this build is for, if the policy knows it.
+    pub const fn host() -> Option<Self> {
+        if cfg!(target_arch = "x86_64") {
+            Some(Self::X86_64)
+        } else if cfg!(target_arch = "aarch64") {
+            Some(Self::Aarch64)
+        } else {
+            None
+        }
+    }
+
+    /// The `AUDIT_ARCH_*` value of linux/audit.h, as seccomp reports it.
+    pub const fn audit(self) -> u32 {
+        match self {
+            Self::X86_64 => 0xC000_003E,
+            Self::Aarch64 => 0xC000_00B7,
+        }
+    }
+}
+
+/// What happens to a call, before the options of the environment are known.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Class {
+    Allow,
+    /// An errno from inside the filter, of which nobody is told.
+    Quiet(i32),
+    /// An honest errno, counted.
+    Refuse(i32),
+    /// Ends the job.
+    Kill,
+    /// Allowed with some arguments only.
+    Partly(&'static Filter),
+    /// For jobs with network, with some arguments only if a filter is named; refused to all others.
+    WithNetwork(Option<&'static Filter>),
+    /// For environments that allow exec; refused in all others.
+    WithExec,
+}
+
+/// What happens to a call under given options.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Verdict {
+    Allow,
+    Quiet(i32),
+    Refuse(i32),
+    Kill,
+    Partly(&'static Filter),
+}
+
+impl Class {
+    pub(super) const fn under(self, options: &Options<'_>) -> Verdict {
+        match self {
+            Self::Allow => Verdict::Allow,
+            Self::Quiet(errno) => Verdict::Quiet(errno),
+            Self::Refuse(errno) => Verdict::Refuse(errno),
+            Self::Kill => Verdict::Kill,
+            Self::Partly(filter) => Verdict::Partly(filter),
+            // EACCES is what socket(2) documents for "not permitted"; python raises PermissionError.
+            Self::WithNetwork(_) if !options.network => Verdict::Refuse(libc::EACCES),
+            Self::WithNetwork(None) => Verdict::Allow,
+            Self::WithNetwork(Some(filter)) => Verdict::Partly(filter),
+            Self::WithExec if options.exec => Verdict::Allow,
+            // Not EACCES: that reads as if the file were at fault, and makes execvp try the next one.
+            Self::WithExec => Verdict::Refuse(libc::EPERM),
+        }
+    }
+}
+
+/// How long the start of a job still needs a call that its filter will forbid. The coarse filter forbids
+/// it from then on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Until {
+    /// Nothing needs it: forbidden before the first import.
+    Never,
+    /// Needed to raise the outer wall.
+    OuterWall,
+    /// Needed, or left alone, until the inner wall is set.
+    InnerWall,
+}
+
+/// Calls that share a class and the reason for it.
+#[derive(Debug)]
+pub(super) struct Group {
+    pub(super) class: Class,
+    pub(super) until: Until,
+    pub(super) reason: &'static str,
+    pub(super) calls: &'static [Call],
+}
+
+/// A name and its numbers on x86_64 and aarch64.
+pub(super) type Call = (&'static str, i16, i16);
+
+/// In place of a number: the architecture has no such call.
+pub(super) const NONE: i16 = -1;
+
+/// An argument filter: allowed if one rule of `allow` holds.
+#[derive(Debug)]
+pub(super) struct Filter {
+    pub(super) allow: &'static [Rule],
+    /// Ends the job if one of these holds; they are disjoint from `allow`.
+    pub(super) kill: &'static [Rule],
+    /// What happens with any other arguments.
+    pub(super) otherwise: Denial,
+    /// For people: what is allowed.
+    pub(super) detail: &'static str,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Denial {
+    Refuse(i32),
+    Kill,
+}
+
+/// Holds if each of its conditions does.
+pub(super) type Rule = &'static [Cond];
+
+/// One condition on one argument.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Cond {
+    pub(super) arg: u8,
+    pub(super) test: Test,
+}
+
+/// The kernel takes most arguments as 32 bits and ignores what stands above; a test that looked there would
+/// refuse innocent calls (a sign-extended int) and, the other way round, could be walked past.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Test {
+    /// The low 32 bits equal the value.
+    Is(u32),
+    /// The low 32 bits differ from the value.
+    Not(u32),
+    /// The low 32 bits under the mask equal the value.
+    Masked(u32, u32),
+    /// The whole register is zero: a null pointer.
+    Null,
+}
+
+impl Filter {
+    /// What a call with these arguments meets; `None` if it is allowed.
+    pub(super) fn judge(&self, args: &[u64; 6]) -> Option<Denial> {
+        let holds = |rules: &[Rule]| rules.iter().any(|rule| rule.iter().all(|cond| cond.holds(args)));
+        if holds(self.kill) {
+            Some(Denial::Kill)
+        } else if holds(self.allow) {
+            None
+        } else {
+            Some(self.otherwise)
+        }
+    }
+}
+
+impl Cond {
+    fn holds(&self, args: &[u64; 6]) -> bool {
+        let whole = args[usize::from(self.arg)];
+        let low = whole & u64::from(u32::MAX);
+        match self.test {
+            Test::Is(value) => low == u64::from(value),
+            Test::Not(value) => low != u64::from(value),
+            Test::Masked(mask, value) => low & u64::from(mask) == u64::from(value),
+            Test::Null => whole == 0,
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! Sockets. Without the network a job has only `socketpair`, and only kinds of it that can meet nobody else:
+//! jobs without network share one empty network namespace, where abstract socket names would be common.
+
+use super::super::args;
+use super::super::rules::{Class, Group, Until};
+
+pub(super) const GROUPS: &[Group] = &[
+    Group {
+        class: Class::WithNetwork(Some(&args::SOCKET)),
+        until: Until::InnerWall,
+        reason: "the door to the network",
+        calls: &[("socket", 41, 198)],
+    },
+    Group {
+        class: Class::Partly(&args::SOCKETPAIR),
+        until: Until::InnerWall,
+        reason: "the self-pipe of asyncio, and multiprocessing.Pipe",
+        calls: &[("socketpair", 53, 199)],
+    },
+    Group {
+        class: Class::WithNetwork(None),
+        until: Until::InnerWall,
+        reason: "naming, calling and answering; a socket pair needs none of it",
+        calls: &[
+            ("bind", 49, 200),
+            ("connect", 42, 203),
+            ("listen", 50, 201),
+            ("accept", 43, 202),
+            ("accept4", 288, 242),
+        ],
+    },
+    Group {
+        class: Class::Allow,
+        until: Until::InnerWall,
+        reason: "traffic on sockets the job already holds",
+        calls: &[
+            ("sendto", 44, 206),
+            ("recvfrom", 45, 207),
+            ("sendmsg", 46, 211),
+            ("recvmsg", 47, 212),
+            ("sendmmsg", 307, 269),
+            ("recvmmsg", 299, 243),
+            ("shutdown", 48, 210),
+            ("getsockname", 51, 204),
+            ("getpeername", 52, 205),
+            ("getsockopt", 55, 209),
+            ("setsockopt", 54, 208),
+        ],
+    },
+];

@@ -1,1 +1,19 @@
-//! x
+//! What stands between a python process and the code that it will run.
+//!
+//! The worker links this crate for its types; python loads the same crate as a C library through ctypes.
+//! It has no runtime, starts no thread, and neither allocates nor takes a lock on the way through a wall:
+//! its functions run between `fork` and `exec` of a threaded process, and inside an interpreter.
+//!
+//! - [`plan`]: the outer wall as data, a list of system calls prepared before the process exists.
+//! - [`wall`]: carries a plan out. One piece of code for a process that the worker starts (cold) and for one
+//!   that a zygote forks (warm).
+//! - [`lockdown`]: the inner wall, raised from inside python: identity and capabilities verified, then the
+//!   filter.
+//! - [`abi`]: what both sides agree on: descriptor numbers, the report, the layout of a policy.
+
+pub mod abi;
+pub mod ffi;
+pub mod lockdown;
+pub mod plan;
+mod sys;
+pub mod wall;

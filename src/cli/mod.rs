@@ -10,6 +10,7 @@ mod exec;
 mod job_args;
 mod local;
 mod output;
+mod policy;
 mod serve;
 mod signals;
 
@@ -40,6 +41,7 @@ struct Cli {
 enum Verb {
     Serve(serve::Args),
     Exec(Box<exec::Args>),
+    Policy(policy::Args),
     Bench(bench::Args),
     Doctor(doctor::Args),
 }
@@ -120,6 +122,7 @@ pub fn run(command_line: impl IntoIterator<Item = OsString>) -> Result<End, Fail
     match cli.verb {
         Verb::Serve(args) => serve::run(&args),
         Verb::Exec(args) => exec::run(&args),
+        Verb::Policy(args) => policy::run(&args),
         Verb::Bench(args) => bench::run(&args),
         Verb::Doctor(args) => doctor::run(&args),
     }

@@ -3,13 +3,17 @@
 //! Pure values. Nothing here does I/O or knows a broker, a process or a configuration file.
 
 mod check;
+mod encode;
 pub(crate) mod explain;
 mod limits;
 mod outcome;
 mod raw;
+mod reply;
 mod request;
+pub mod schema;
 mod strict;
 
 pub use limits::{Bounds, Limits};
 pub use outcome::{Artifact, BlockedSyscall, Captured, Outcome, Status, Usage};
+pub use reply::{Context, Encoding, Reply, ReplyArtifact, Timing, VERSION, message_id};
 pub use request::{Admission, InputFile, Job, Refusal, RefusalKind, Supports, parse};

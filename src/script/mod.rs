@@ -1,17 +1,172 @@
 //! Code becomes a payload: template, XOR with a fresh 512-bit key, base64. Pure.
+//!
+//! The code goes into the rendered prescript and the key stays outside of it, in the assignment: a process gets
+//! the one when it starts and the other when it has locked itself down.
 
-use crate::job::Job;
+use std::collections::BTreeMap;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use rand::RngExt;
+
+use crate::job::{InputFile, Job};
+
+/// What runs in every python process.
+const TEMPLATE: &str = include_str!("../../prescript.py");
+
+/// Bytes of a key: 512 bits.
+const KEY_BYTES: usize = 64;
 
 /// A job in the form in which it enters a process.
 #[derive(Debug)]
 pub struct Payload {
-    #[expect(dead_code, reason = "the sandbox reads it")]
-    job: Job,
+    /// The environment that it runs in.
+    pub environment: String,
+    /// The host's network.
+    pub network: bool,
+    /// There is code to run before the filter.
+    pub has_preload: bool,
+    /// Standard input.
+    pub stdin: Vec<u8>,
+    /// Laid into the working directory.
+    pub files: Vec<InputFile>,
+    /// Glob patterns of files to return.
+    pub artifacts: Vec<String>,
+    key: String,
+    arguments: Vec<String>,
+    variables: BTreeMap<String, String>,
+    code: String,
+    preload: String,
 }
 
 impl Payload {
     /// Encodes the code of `job` with a fresh random key.
     pub fn encode(job: Job) -> Self {
-        Self { job }
+        let key: [u8; KEY_BYTES] = rand::rng().random();
+        Self {
+            environment: job.environment,
+            network: job.enable_network,
+            has_preload: !job.preload.is_empty(),
+            stdin: job.stdin,
+            files: job.files,
+            artifacts: job.artifacts,
+            key: BASE64.encode(key),
+            arguments: job.args,
+            variables: job.env,
+            code: BASE64.encode(xor(job.code.into_bytes(), &key)),
+            preload: BASE64.encode(job.preload),
+        }
+    }
+
+    /// What goes over the control socket once the filter is on: key, number of arguments, arguments, variables;
+    /// each ends in NUL. `operators` are variables that the job's own override.
+    pub fn assignment(&self, operators: &[(&str, &str)]) -> Vec<u8> {
+        let mut fields = self.key.clone().into_bytes();
+        fields.push(0);
+        let mut put = |parts: &[&str]| {
+            parts.iter().for_each(|part| fields.extend_from_slice(part.as_bytes()));
+            fields.push(0);
+        };
+        put(&[&self.arguments.len().to_string()]);
+        self.arguments.iter().for_each(|argument| put(&[argument]));
+        operators.iter().for_each(|(name, value)| put(&[name, "=", value]));
+        self.variables.iter().for_each(|(name, value)| put(&[name, "=", value]));
+        fields
+    }
+
+    /// The prescript for a process that is to be this user and group.
+    pub fn render(&self, uid: u32, gid: u32) -> String {
+        let (uid, gid) = (uid.to_string(), gid.to_string());
+        let network = if self.network { "1" } else { "0" };
+        fill(TEMPLATE, |name| match name {
+            "uid" => Some(&uid),
+            "gid" => Some(&gid),
+            "enable_network" => Some(network),
+            "preload" => Some(&self.preload),
+            "code" => Some(&self.code),
+            _ => None,
+        })
+    }
+}
+
+/// Encodes and decodes: the key is repeated over the code.
+fn xor(mut code: Vec<u8>, key: &[u8; KEY_BYTES]) -> Vec<u8> {
+    for (byte, key) in code.iter_mut().zip(key.iter().cycle()) {
+        *byte ^= key;
+    }
+    code
+}
+
+/// Replaces each `{{name}}` that has a value, in one pass: what a value holds is never looked at again.
+fn fill<'a>(template: &'a str, value: impl Fn(&str) -> Option<&'a str>) -> String {
+    let mut filled = String::with_capacity(template.len());
+    let mut rest = template;
+    while let Some((before, after)) = rest.split_once("{{") {
+        filled.push_str(before);
+        let placeholder = after.split_once("}}").and_then(|(name, after)| Some((value(name)?, after)));
+        match placeholder {
+            Some((value, after)) => {
+                filled.push_str(value);
+                rest = after;
+            }
+            None => {
+                filled.push_str("{{");
+                rest = after;
+            }
+        }
+    }
+    filled.push_str(rest);
+    filled
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_placeholder_of_the_template_is_filled() {
+        for name in ["uid", "gid", "enable_network", "preload", "code"] {
+            assert_eq!(TEMPLATE.matches(&format!("{{{{{name}}}}}")).count(), 1, "{name}");
+        }
+        let filled = fill(TEMPLATE, |_| Some("0"));
+        assert!(!filled.contains("{{"), "{filled}");
+    }
+
+    #[test]
+    fn a_placeholder_inside_a_value_stays_text() {
+        let value = |name: &str| match name {
+            "a" => Some("{{b}}"),
+            "b" => Some("never"),
+            _ => None,
+        };
+        assert_eq!(fill("<{{a}}>{{c}}{{", value), "<{{b}}>{{c}}{{");
+    }
+
+    #[test]
+    fn an_assignment_holds_every_field_and_the_jobs_own_variable_last() {
+        let payload = Payload {
+            environment: String::new(),
+            network: false,
+            has_preload: false,
+            stdin: Vec::new(),
+            files: Vec::new(),
+            artifacts: Vec::new(),
+            key: "a2V5".into(),
+            arguments: vec!["one".into(), String::new()],
+            variables: BTreeMap::from([("A".into(), "job=1".into())]),
+            code: String::new(),
+            preload: String::new(),
+        };
+        let assignment = payload.assignment(&[("A", "operator")]);
+        assert_eq!(assignment, b"a2V5\x002\0one\0\0A=operator\0A=job=1\0");
+    }
+
+    #[test]
+    fn decoding_is_encoding_again() {
+        let key = [0xa5; KEY_BYTES];
+        let code: Vec<u8> = (0..1000_u32).map(|byte| (byte % 251) as u8).collect();
+        let encoded = xor(code.clone(), &key);
+        assert_ne!(encoded, code);
+        assert_eq!(xor(encoded, &key), code);
     }
 }

@@ -1,6 +1,19 @@
-//! The only unsafe code of the worker, behind safe functions and owned descriptors.
+//! The only unsafe code of the worker: safe functions and owned descriptors around system calls.
+//!
+//! - [`fd`]: pipes, sockets, sealed memory files, and descriptors that travel over a socket.
+//! - [`launch`]: starts a job's first process and its python process behind the outer wall.
+//! - [`process`]: a child that is waited for by its pidfd.
+//! - [`notify`]: the kernel's questions about system calls.
+//! - [`input`], [`signal`]: waiting for a descriptor; names of signals.
+//! - [`probe`]: tries what the kernel grants, for the doctor.
+//! - [`userns`]: user namespaces with chosen maps.
 #![allow(unsafe_code, reason = "this is the fence: everything outside it denies unsafe code")]
 
+pub mod fd;
 pub mod input;
+pub mod launch;
+pub mod notify;
 pub mod probe;
+pub mod process;
 pub mod signal;
+pub mod userns;

@@ -1,0 +1,227 @@
+//! The inner wall, raised from inside python after the imports and before any code of the job arrives.
+//!
+//! Identity, capabilities and `no_new_privs` are dropped where that is still to be done, and verified; then the
+//! filter goes on and its listener is sent to the worker. The worker hands over the code only when that has
+//! arrived, so a process that comes here another way gets nothing to run.
+
+use core::ffi::c_int;
+
+use crate::abi::{
+    CONTROL_FD, MAX_INSTRUCTIONS, POLICY_FD, POLICY_HEADER_LEN, POLICY_MAGIC, PolicyHeader, REPORT_LEN,
+    Report, Stage,
+};
+use crate::sys::{self, Errno};
+
+/// The steps of the lockdown, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Step {
+    /// Groups, gid and uid.
+    Identity = 1,
+    /// The capability sets.
+    Capabilities = 2,
+    /// `no_new_privs`.
+    NoNewPrivileges = 3,
+    /// Mapping and reading the compiled policy.
+    Policy = 4,
+    /// Installing the filter.
+    Filter = 5,
+    /// Sending the listener to the worker.
+    Report = 6,
+}
+
+impl Step {
+    /// A name for messages, from the number in a report.
+    #[must_use]
+    pub fn name(number: u32) -> &'static str {
+        match number {
+            1 => "drop groups, gid and uid",
+            2 => "drop capabilities",
+            3 => "set no_new_privs",
+            4 => "read policy",
+            5 => "install filter",
+            6 => "send listener",
+            _ => "unknown step",
+        }
+    }
+}
+
+/// Locks the calling process down, and tells the worker how that ended.
+///
+/// # Errors
+/// The step that failed, and its errno. The caller must end the process.
+pub fn lockdown(uid: u32, gid: u32, enable_network: bool) -> Result<(), (Step, Errno)> {
+    let result = lock(uid, gid, enable_network);
+    if let Err((step, errno)) = result {
+        let report = Report::Failed { stage: Stage::Lockdown, step: step as u32, errno };
+        // Where even this fails, the worker sees the process end without a report.
+        let _ = sys::write_once(CONTROL_FD, &report.encode());
+    }
+    result
+}
+
+fn lock(uid: u32, gid: u32, enable_network: bool) -> Result<(), (Step, Errno)> {
+    let at = |step| move |errno| (step, errno);
+    let policy = Policy::map().map_err(at(Step::Policy))?;
+    if policy.header.network != u32::from(enable_network) {
+        return Err((Step::Policy, libc::EINVAL));
+    }
+
+    drop_identity(uid, gid, policy.header.keeps_groups != 0).map_err(at(Step::Identity))?;
+    drop_capabilities().map_err(at(Step::Capabilities))?;
+    sys::set_no_new_privileges().map_err(at(Step::NoNewPrivileges))?;
+    let listener = policy.install().map_err(at(Step::Filter))?;
+
+    let report = if listener.is_some() { Report::Locked } else { Report::LockedWithoutListener };
+    let sent = send(report, listener).map_err(at(Step::Report));
+    if let Some(listener) = listener {
+        sys::close(listener);
+    }
+    sys::close(POLICY_FD);
+    sent
+}
+
+/// A cold process comes here with its final identity and only has it verified.
+fn drop_identity(uid: u32, gid: u32, keeps_groups: bool) -> Result<(), Errno> {
+    if uid == 0 || gid == 0 {
+        return Err(libc::EINVAL);
+    }
+    let groups_dropped = keeps_groups || {
+        // SAFETY: with size 0 the call only counts.
+        let count = unsafe { sys::syscall(libc::SYS_getgroups, [0; 5]) }?;
+        count == 0
+    };
+    if groups_dropped && sys::identity()? == ([uid; 3], [gid; 3]) {
+        return Ok(());
+    }
+    sys::become_identity(uid, gid, keeps_groups)
+}
+
+fn drop_capabilities() -> Result<(), Errno> {
+    if !sys::has_no_capabilities()? {
+        sys::clear_capabilities()?;
+    }
+    if sys::has_no_capabilities()? { Ok(()) } else { Err(libc::EPERM) }
+}
+
+/// The compiled policy, mapped read-only for the rest of the process's life.
+struct Policy {
+    header: PolicyHeader,
+    /// What follows the header.
+    programs: &'static [u8],
+}
+
+impl Policy {
+    fn map() -> Result<Self, Errno> {
+        let size = size_of_file(POLICY_FD)?;
+        if size < POLICY_HEADER_LEN {
+            return Err(libc::EBADMSG);
+        }
+        // SAFETY: a new private mapping, nowhere in particular.
+        let at = unsafe {
+            libc::mmap(core::ptr::null_mut(), size, libc::PROT_READ, libc::MAP_PRIVATE, POLICY_FD, 0)
+        };
+        if at == libc::MAP_FAILED {
+            return Err(sys::errno());
+        }
+        // SAFETY: `size` readable bytes that are never unmapped; the worker sealed the file, so that it neither
+        // shrinks nor changes below the mapping.
+        let bytes: &'static [u8] = unsafe { core::slice::from_raw_parts(at.cast(), size) };
+        let (head, programs) = bytes.split_at(POLICY_HEADER_LEN);
+        // SAFETY: the slice has the header's length, and every bit pattern is a header; a read without
+        // alignment needs none.
+        let header: PolicyHeader = unsafe { head.as_ptr().cast::<PolicyHeader>().read_unaligned() };
+        if header.magic == POLICY_MAGIC { Ok(Self { header, programs }) } else { Err(libc::EBADMSG) }
+    }
+
+    /// Installs the programs; the listener comes from the last one of those that ask for it.
+    fn install(&self) -> Result<Option<c_int>, Errno> {
+        let mut rest = self.programs;
+        let mut listener = Err(libc::EBUSY);
+        for remaining in (0..self.header.notifying).rev() {
+            let program = next_program(&mut rest)?;
+            if remaining == 0 {
+                listener = install_with_listener(program);
+            } else {
+                sys::install_filter(program, 0)?;
+            }
+        }
+        match listener {
+            Ok(fd) => return Ok(Some(fd)),
+            // Another listener is there already, as around some containers, or the kernel knows none.
+            Err(libc::EBUSY | libc::EINVAL) => {}
+            Err(errno) => return Err(errno),
+        }
+        if self.header.fallback == 0 {
+            return Err(libc::EBUSY);
+        }
+        for _ in 0..self.header.fallback {
+            sys::install_filter(next_program(&mut rest)?, 0)?;
+        }
+        Ok(None)
+    }
+}
+
+fn next_program<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8], Errno> {
+    let (count, after) = rest.split_first_chunk::<4>().ok_or(libc::EBADMSG)?;
+    let count = u32::from_ne_bytes(*count) as usize;
+    if count > MAX_INSTRUCTIONS {
+        return Err(libc::E2BIG);
+    }
+    let (program, after) =
+        after.split_at_checked(count * size_of::<libc::sock_filter>()).ok_or(libc::EBADMSG)?;
+    *rest = after;
+    Ok(program)
+}
+
+fn install_with_listener(program: &[u8]) -> Result<c_int, Errno> {
+    const NEW_LISTENER: usize = 1 << 3;
+    // From Linux 5.19: a signal does not make a call that the worker has already judged come a second time.
+    const WAIT_KILLABLE: usize = 1 << 5;
+    let listener = match sys::install_filter(program, NEW_LISTENER | WAIT_KILLABLE) {
+        Err(libc::EINVAL) => sys::install_filter(program, NEW_LISTENER),
+        other => other,
+    }?;
+    c_int::try_from(listener).map_err(|_| libc::EBADF)
+}
+
+fn size_of_file(fd: c_int) -> Result<usize, Errno> {
+    // SAFETY: `stat` is plain numbers: all zero is a value of it.
+    let mut stat: libc::stat = unsafe { core::mem::zeroed() };
+    // SAFETY: the structure is live and writable.
+    if unsafe { libc::fstat(fd, &raw mut stat) } != 0 {
+        return Err(sys::errno());
+    }
+    usize::try_from(stat.st_size).map_err(|_| libc::EFBIG)
+}
+
+/// Sends the report with the listener beside it. The filter is on: this is the first call that it lets through.
+fn send(report: Report, listener: Option<c_int>) -> Result<(), Errno> {
+    let mut bytes: [u8; REPORT_LEN] = report.encode();
+    let Some(listener) = listener else {
+        return sys::write_once(CONTROL_FD, &bytes);
+    };
+    let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    // Room for one descriptor, in the alignment that a control message needs.
+    let mut control = [0_u64; 4];
+    // SAFETY: `msghdr` is plain numbers and pointers: all zero is a value of it.
+    let mut message: libc::msghdr = unsafe { core::mem::zeroed() };
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    const DESCRIPTOR: u32 = 4; // bytes of a `c_int`
+    // SAFETY: pure arithmetic.
+    let (space, length) = unsafe { (libc::CMSG_SPACE(DESCRIPTOR), libc::CMSG_LEN(DESCRIPTOR)) };
+    message.msg_controllen = space as _;
+    // SAFETY: the control buffer is live and holds at least one header: 32 bytes for the 24 that it needs.
+    unsafe {
+        let head = libc::CMSG_FIRSTHDR(&raw const message);
+        (*head).cmsg_level = libc::SOL_SOCKET;
+        (*head).cmsg_type = libc::SCM_RIGHTS;
+        (*head).cmsg_len = length as _;
+        libc::CMSG_DATA(head).cast::<c_int>().write_unaligned(listener);
+    }
+    // SAFETY: every pointer in the message is live until the call returns.
+    let sent = unsafe { libc::sendmsg(CONTROL_FD, &raw const message, libc::MSG_NOSIGNAL) };
+    if sent < 0 { Err(sys::errno()) } else { Ok(()) }
+}

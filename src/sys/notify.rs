@@ -1,0 +1,78 @@
+//! The kernel's questions about system calls: seccomp user notification, from the supervisor's side.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// The listener of one job's filter.
+#[derive(Debug)]
+pub struct Listener(OwnedFd);
+
+/// A call that waits for an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Question {
+    id: u64,
+    /// `AUDIT_ARCH_*` of the way by which the call came.
+    pub arch: u32,
+    /// The call's number, in that architecture's table.
+    pub number: i32,
+}
+
+impl Listener {
+    /// Takes over a descriptor that a job sent. Whether it is a listener shows at the first question.
+    pub fn new(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+
+    /// The next question, without waiting.
+    ///
+    /// # Errors
+    /// `WouldBlock` where there is none; `NotFound` where the one there was has died with its process.
+    pub fn receive(&self) -> io::Result<Question> {
+        // The receiving call itself always waits, so look first. One reader: nobody takes it in between.
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO)?;
+        let events = fds[0].revents().unwrap_or(PollFlags::empty());
+        if !events.contains(PollFlags::POLLIN) {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        // SAFETY: `seccomp_notif` is plain numbers, and the kernel wants it zeroed.
+        let mut question: libc::seccomp_notif = unsafe { std::mem::zeroed() };
+        // SAFETY: the structure is live, writable and of the size that the request's number names.
+        let received =
+            unsafe { libc::ioctl(self.0.as_raw_fd(), SECCOMP_IOCTL_NOTIF_RECV, &raw mut question) };
+        if received < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Question { id: question.id, arch: question.data.arch, number: question.data.nr })
+    }
+
+    /// Answers with an errno. A process that died meanwhile needs no answer.
+    pub fn refuse(&self, question: Question, errno: i32) {
+        let mut answer = libc::seccomp_notif_resp { id: question.id, val: 0, error: -errno.abs(), flags: 0 };
+        // SAFETY: the structure is live and of the size that the request's number names.
+        let _ = unsafe { libc::ioctl(self.0.as_raw_fd(), SECCOMP_IOCTL_NOTIF_SEND, &raw mut answer) };
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// `_IOWR('!', number, type)`, as `linux/seccomp.h` builds its requests.
+const fn request(number: u64, size: usize) -> u64 {
+    const READ_AND_WRITE: u64 = 3;
+    (READ_AND_WRITE << 30) | ((size as u64) << 16) | ((b'!' as u64) << 8) | number
+}
+
+const SECCOMP_IOCTL_NOTIF_RECV: u64 = request(0, size_of::<libc::seccomp_notif>());
+const SECCOMP_IOCTL_NOTIF_SEND: u64 = request(1, size_of::<libc::seccomp_notif_resp>());

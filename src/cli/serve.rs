@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
+use anyhow::Context;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::args::ConfigArgs;
@@ -21,8 +22,8 @@ Examples:
   SANDPIPER_AMQP__URL=amqp://… sandpiper serve --set log.format=json
 
 SIGTERM drains: no new jobs are taken, running ones get worker.drain_timeout, the rest goes back
-to the queue. A second signal ends at once. `sandpiper doctor` says beforehand whether this
-machine has what the sandbox needs.";
+to the queue; exit code 0. A second signal ends at once: exit code 3, and what ran comes again.
+Exit code 1: it could not start; `sandpiper doctor` says what this machine lacks.";
 
 /// Take jobs from RabbitMQ and run them, until SIGTERM
 ///
@@ -53,43 +54,47 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
         ("worker.slots", args.slots.map(|slots| slots.to_string())),
         ("http.listen", args.listen.map(|listen| listen.to_string())),
     ])?;
-    runtime()?.block_on(serve(&config))
+    let runtime = runtime()?;
+    let end = runtime.block_on(serve(&config));
+    // What was cut off is not waited for.
+    runtime.shutdown_background();
+    end
 }
 
 /// The worker, with the operators' port open from before its start until after its drain.
 async fn serve(config: &Config) -> anyhow::Result<End> {
     let metrics = Metrics::new()?;
     let health = Health::new();
-    let mut signals = Signals::listen()?;
+    let shutdown = Shutdown::default();
     let closed = CancellationToken::new();
+    tokio::spawn(obey(Signals::listen()?, shutdown.clone()));
     let port = match config.http.listen {
         Some(address) => {
             let server = Server::bind(address).await?;
             tracing::info!(address = %server.address(), "metrics and health are served");
-            let probes = Arc::new(View { metrics: metrics.clone(), health: health.clone() });
-            Some(tokio::spawn(server.serve(probes, closed.clone())))
+            let view = View { metrics: metrics.clone(), health: health.clone() };
+            Some(tokio::spawn(server.serve(Arc::new(view), closed.clone())))
         }
         None => None,
     };
-    let shutdown = Shutdown::default();
-    tokio::spawn({
-        let shutdown = shutdown.clone();
-        async move {
-            signals.next().await;
-            shutdown.drain.cancel();
-            signals.next().await;
-            shutdown.now.cancel();
-        }
-    });
     let ended = worker::serve(config, &metrics, &health, &shutdown).await?;
     closed.cancel();
-    if let Some(port) = port {
-        port.await?;
+    if let (Some(port), Ended::Drained) = (port, ended) {
+        port.await.context("the port for metrics and health failed")?;
     }
     Ok(match ended {
         Ended::Drained => End::Done,
-        Ended::Abandoned => End::Unsatisfied,
+        Ended::Abandoned => End::Abandoned,
     })
+}
+
+/// The first signal drains, the second ends.
+async fn obey(mut signals: Signals, shutdown: Shutdown) {
+    signals.next().await;
+    shutdown.drain.cancel();
+    signals.next().await;
+    tracing::warn!("told to end at once: what still runs is cut off and comes again");
+    shutdown.now.cancel();
 }
 
 /// What the port shows of the worker.

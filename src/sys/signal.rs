@@ -1,9 +1,7 @@
-//! Signals by name, and sent to a process that cannot be mistaken.
+//! Names of signals, and their numbers.
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::str::FromStr;
 
-use nix::errno::Errno;
 use nix::sys::signal::Signal;
 
 /// The number behind `SIGSEGV` or `SIGRTMIN+3`, where there is such a signal.
@@ -25,29 +23,5 @@ pub fn name(number: i32) -> String {
         Some(0) => "SIGRTMIN".to_owned(),
         Some(offset) if offset > 0 && number <= libc::SIGRTMAX() => format!("SIGRTMIN+{offset}"),
         _ => format!("SIG{number}"),
-    }
-}
-
-/// A process by descriptor, so that a kill never meets a stranger under the same id.
-#[derive(Debug)]
-pub struct Process(OwnedFd);
-
-impl Process {
-    /// A child that was not waited for yet.
-    pub fn of(child: &std::process::Child) -> std::io::Result<Self> {
-        // SAFETY: two integers go in, a new descriptor or an error comes out.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, child.id(), 0) };
-        let fd = i32::try_from(Errno::result(fd)?).map_err(std::io::Error::other)?;
-        // SAFETY: the kernel just made this descriptor for us, and nobody else knows it.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
-    }
-
-    /// Kills it.
-    pub fn kill(&self) -> std::io::Result<()> {
-        let none = std::ptr::null::<libc::siginfo_t>();
-        // SAFETY: a null siginfo is allowed; the descriptor is ours and open.
-        let sent =
-            unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), libc::SIGKILL, none, 0) };
-        Ok(Errno::result(sent).map(drop)?)
     }
 }

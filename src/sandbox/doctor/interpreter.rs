@@ -1,11 +1,11 @@
 //! Whether an environment's python is there, starts, and can load the shim.
 
 use std::process::{Command, Stdio};
-use std::sync::mpsc;
 use std::time::Duration;
 
 use super::Check;
 use crate::config::Environment;
+use crate::sys::input::readable_within;
 
 /// A python that takes longer to say its version does not serve jobs either.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -35,7 +35,7 @@ pub(super) fn examine(name: &str, environment: &Environment) -> Check {
 }
 
 fn start(environment: &Environment) -> Result<String, String> {
-    let child = Command::new(&environment.python)
+    let mut child = Command::new(&environment.python)
         .args(["-I", "-c", ASK])
         .env_clear()
         .stdin(Stdio::null())
@@ -43,17 +43,16 @@ fn start(environment: &Environment) -> Result<String, String> {
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|error| error.to_string())?;
-    let process = crate::sys::signal::Process::of(&child).map_err(|error| error.to_string())?;
-    let (tell, hear) = mpsc::channel();
-    let waiting = std::thread::spawn(move || drop(tell.send(child.wait_with_output())));
-    let answer = hear.recv_timeout(PATIENCE);
-    if answer.is_err() {
-        // It ends the wait below; that it is gone already is as good.
-        drop(process.kill());
+    // It speaks or ends, and either makes its output readable.
+    let spoke = child.stdout.as_ref().is_some_and(|out| readable_within(out, PATIENCE).unwrap_or(false));
+    if !spoke {
+        // That it is gone already is as good.
+        drop(child.kill());
     }
-    drop(waiting.join());
-    let out = answer.map_err(|_| format!("did not start within {} s", PATIENCE.as_secs()))?;
-    let out = out.map_err(|error| error.to_string())?;
+    let out = child.wait_with_output().map_err(|error| error.to_string())?;
+    if !spoke {
+        return Err(format!("did not start within {} s", PATIENCE.as_secs()));
+    }
     let last_line =
         |bytes: &[u8]| String::from_utf8_lossy(bytes).lines().last().unwrap_or_default().to_owned();
     if out.status.success() { Ok(last_line(&out.stdout)) } else { Err(last_line(&out.stderr)) }

@@ -9,6 +9,8 @@ use sandpiper::job::Status;
 const USAGE: u8 = 2;
 /// The verb could not do its work, or the answer is no.
 const FAILED: u8 = 1;
+/// `serve`: a second signal cut jobs off; the broker delivers them again.
+const ABANDONED: u8 = 3;
 /// `exec` and `submit`: a limit of time was reached, as `timeout(1)` says it.
 const OUT_OF_TIME: u8 = 124;
 /// `exec` and `submit`: our own failure, never the job's.
@@ -38,6 +40,7 @@ fn code(end: &End) -> u8 {
     match end {
         End::Done => 0,
         End::Unsatisfied => FAILED,
+        End::Abandoned => ABANDONED,
         End::Printed(Status::WorkerError) => OURS,
         End::Printed(_) => 0,
         End::Job { status, exit_code, signal } => match status {

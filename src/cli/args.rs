@@ -1,7 +1,9 @@
 //! What several verbs share: where the configuration comes from, and what of it is said on the command line.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
+use anyhow::Context;
 use clap::Args;
 
 use crate::config::{Config, LogFormat};
@@ -11,8 +13,8 @@ use crate::ops::telemetry;
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Configuration")]
 pub(super) struct ConfigArgs {
-    /// Configuration file; without one the defaults hold
-    #[arg(long, short = 'c', value_name = "FILE", env = "SANDPIPER_CONFIG")]
+    /// Configuration file; else the one that SANDPIPER_CONFIG names, else the defaults hold
+    #[arg(long, short = 'c', value_name = "FILE")]
     config: Option<PathBuf>,
 
     /// Set any key, above file and environment: --set worker.slots=4 (repeatable)
@@ -45,7 +47,20 @@ impl ConfigArgs {
     }
 
     fn read(&self, shorthands: &[(&str, Option<String>)]) -> anyhow::Result<Config> {
-        let _ = (&self.config, &self.set, shorthands);
-        Ok(Config::default())
+        let mut overrides = Vec::new();
+        for set in &self.set {
+            let (key, value) = set
+                .split_once('=')
+                // Not repeated: it may be a password.
+                .context("--set: write it as SECTION.KEY=VALUE, such as worker.slots=4")?;
+            overrides.push((key.trim().to_owned(), value.to_owned()));
+        }
+        for (key, value) in shorthands {
+            overrides.extend(value.clone().map(|value| ((*key).to_owned(), value)));
+        }
+        // One that is not UTF-8 is read all the same, so that it is refused and not passed over.
+        let text = |text: OsString| text.to_string_lossy().into_owned();
+        let env = std::env::vars_os().map(|(name, value)| (text(name), text(value)));
+        Ok(Config::load(self.config.as_deref(), env, &overrides)?)
     }
 }

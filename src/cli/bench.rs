@@ -13,7 +13,8 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::args::ConfigArgs;
-use crate::cli::local::{self, Verdict};
+use crate::cli::job_args::Asked;
+use crate::cli::local;
 use crate::cli::signals::Signals;
 use crate::cli::{End, output, runtime};
 use crate::config::Config;
@@ -74,7 +75,7 @@ struct Figures {
 struct Sample {
     took: Duration,
     status: Status,
-    error: Option<String>,
+    verdict: String,
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<End> {
@@ -98,8 +99,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
     let Some(bad) = samples.iter().find(|sample| sample.status != Status::Succeeded) else {
         return Ok(End::Done);
     };
-    let error = bad.error.as_deref().unwrap_or("no more is known");
-    output::complain(&format!("not every job succeeded; one was {}: {error}", bad.status.as_str()));
+    output::complain(&format!("not every job succeeded; one of them: {}", bad.verdict));
     Ok(End::Unsatisfied)
 }
 
@@ -139,11 +139,11 @@ struct Runner {
 impl Runner {
     async fn one(&self) -> Sample {
         let begin = Instant::now();
-        let verdict: Box<Verdict> = match local::admit(&self.body, &self.config) {
+        let reply = match local::admit(Asked::Body(self.body.clone()), &self.config) {
             Ok(job) => local::run(&self.sandbox, job, &self.stop).await,
-            Err(refused) => refused,
+            Err(refused) => *refused,
         };
-        Sample { took: begin.elapsed(), status: verdict.outcome.status, error: verdict.outcome.error }
+        Sample { took: begin.elapsed(), status: reply.status, verdict: output::verdict(&reply) }
     }
 }
 
@@ -215,7 +215,7 @@ mod tests {
 
     #[test]
     fn the_json_has_the_names_that_scripts_read() {
-        let sample = |status, ms| Sample { took: Duration::from_millis(ms), status, error: None };
+        let sample = |status, ms| Sample { took: Duration::from_millis(ms), status, verdict: String::new() };
         let samples = [sample(Status::Succeeded, 4), sample(Status::Timeout, 2)];
         let shown = serde_json::to_value(figures(&samples, Duration::from_millis(500))).ok();
         let expected = json!({

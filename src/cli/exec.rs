@@ -7,11 +7,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cli::args::ConfigArgs;
 use crate::cli::job_args::JobArgs;
-use crate::cli::local::{self, Verdict};
+use crate::cli::local;
 use crate::cli::signals::Signals;
 use crate::cli::{End, output, runtime};
 use crate::config::Config;
-use crate::job::Job;
+use crate::job::{Job, Reply};
 use crate::sandbox::Sandbox;
 
 const EXAMPLES: &str = "\
@@ -63,22 +63,25 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
         bail!("--warm: this build starts every job in a new interpreter; run it without --warm");
     }
     let config = args.config.load()?;
-    let body = args.job.body(config.amqp.max_body_bytes)?;
-    let verdict = match local::admit(&body, &config) {
+    let asked = args.job.read(config.amqp.max_body_bytes)?;
+    let reply = match local::admit(asked, &config) {
         Ok(job) => runtime()?.block_on(run_to_end(job, &config))?,
-        Err(refused) => refused,
+        Err(refused) => *refused,
     };
-    if args.json {
-        output::print_json(&verdict.result)?;
-        return Ok(End::Printed(verdict.outcome.status));
+    if let Some(directory) = &args.artifacts_to {
+        output::save(&reply, directory)?;
     }
-    output::show(&verdict.outcome)
+    if args.json {
+        output::print_json(&reply)?;
+        return Ok(End::Printed(reply.status));
+    }
+    output::show(&reply)
 }
 
 /// Runs the job, until its end or until we are told to stop: then everything of it is killed first.
-async fn run_to_end(job: Job, config: &Config) -> anyhow::Result<Box<Verdict>> {
-    let sandbox = Sandbox::start(config)?;
+async fn run_to_end(job: Job, config: &Config) -> anyhow::Result<Reply> {
     let stop = CancellationToken::new();
     Signals::listen()?.cancel(stop.clone());
+    let sandbox = Sandbox::start(config)?;
     Ok(local::run(&sandbox, job, &stop).await)
 }

@@ -12,10 +12,20 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use clap::Args;
 use serde_json::{Map, Value, json};
 
+use crate::job::{Refusal, RefusalKind};
 use crate::sys::input::readable_within;
 
 /// How long an open pipe on standard input may stay silent before the job runs without it.
 const SILENT_PIPE: std::time::Duration = std::time::Duration::from_millis(500);
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub(super) enum Asked {
+    /// A message body, as a publisher would send it.
+    Body(Vec<u8>),
+    /// What cannot even be written down as one.
+    Refused(Refusal),
+}
 
 /// Where the job comes from.
 #[derive(Debug, Args)]
@@ -105,26 +115,31 @@ pub(super) struct JobFlags {
 impl JobArgs {
     /// The job as a message body. At most `largest` bytes are read of anything, and one more so that the
     /// check of the body's size still sees that it is too large.
-    pub(super) fn body(&self, largest: usize) -> anyhow::Result<Vec<u8>> {
+    pub(super) fn read(&self, largest: usize) -> anyhow::Result<Asked> {
         match (&self.job, &self.file) {
-            (Some(job), _) if job.trim_start().starts_with(['{', '[', '"']) => Ok(job.clone().into_bytes()),
-            (Some(job), _) => read(Path::new(job), largest),
-            (None, Some(file)) => self.flags.body(file, &self.args, largest),
+            (Some(job), _) if job.trim_start().starts_with(['{', '[', '"']) => {
+                Ok(Asked::Body(job.clone().into_bytes()))
+            }
+            (Some(job), _) => read(Path::new(job), largest).map(Asked::Body),
+            (None, Some(file)) => self.flags.read(file, &self.args, largest),
             (None, None) => bail!("neither a file nor --job is given"),
         }
     }
 }
 
 impl JobFlags {
-    fn body(&self, file: &Path, args: &[String], largest: usize) -> anyhow::Result<Vec<u8>> {
+    fn read(&self, file: &Path, args: &[String], largest: usize) -> anyhow::Result<Asked> {
         let code_on_stdin = file == Path::new("-");
         if code_on_stdin && self.stdin.as_deref() == Some(Path::new("-")) {
             bail!("standard input cannot carry both the code and the job's input");
         }
         let mut job = Map::new();
-        job.insert("code".into(), text(file, largest)?.into());
-        if let Some(preload) = &self.preload {
-            job.insert("preload".into(), text(preload, largest)?.into());
+        for (field, source) in [("code", Some(file)), ("preload", self.preload.as_deref())] {
+            let Some(source) = source else { continue };
+            match String::from_utf8(read(source, largest)?) {
+                Ok(text) => job.insert(field.into(), text.into()),
+                Err(error) => return Ok(self.refused(field, &error)),
+            };
         }
         let stdin = match &self.stdin {
             Some(path) => read(path, largest)?,
@@ -174,7 +189,17 @@ impl JobFlags {
         if !limits.is_empty() {
             job.insert("limits".into(), limits.into());
         }
-        serde_json::to_vec(&job).context("failed to write the job as JSON")
+        serde_json::to_vec(&job).map(Asked::Body).context("failed to write the job as JSON")
+    }
+
+    fn refused(&self, field: &str, error: &std::string::FromUtf8Error) -> Asked {
+        let at = error.utf8_error().valid_up_to();
+        Asked::Refused(Refusal {
+            id: self.id.clone().unwrap_or_else(|| uuid::Uuid::now_v7().to_string()),
+            metadata: None,
+            kind: RefusalKind::Malformed,
+            reason: format!("`{field}` is not UTF-8 at byte {at}; save it as UTF-8"),
+        })
     }
 }
 
@@ -193,10 +218,6 @@ fn laid_in(file: &str, largest: usize) -> anyhow::Result<Value> {
         }
     };
     Ok(json!({ "path": inside, "base64": BASE64.encode(read(outside, largest)?) }))
-}
-
-fn text(path: &Path, largest: usize) -> anyhow::Result<String> {
-    String::from_utf8(read(path, largest)?).with_context(|| format!("{} is not UTF-8", shown(path)))
 }
 
 fn read(path: &Path, largest: usize) -> anyhow::Result<Vec<u8>> {

@@ -1,49 +1,55 @@
 //! Jobs that run in this process, without a broker: what `exec` and `bench --local` share.
 
-use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
+use crate::cli::job_args::Asked;
 use crate::config::Config;
-use crate::job::{Job, Outcome, Status};
+use crate::job::{self, Context, Job, Limits, Outcome, Refusal, Reply, Status};
 use crate::sandbox::Sandbox;
 use crate::script::Payload;
 
-/// What became of one job, and its result object.
-#[derive(Debug)]
-pub(super) struct Verdict {
-    pub(super) outcome: Outcome,
-    pub(super) result: serde_json::Value,
-}
+/// The worker's name in a result that no worker made.
+const WORKER: &str = "local";
 
-/// The same checks that a job from the queue goes through. One that fails them has its verdict.
-pub(super) fn admit(body: &[u8], config: &Config) -> Result<Job, Box<Verdict>> {
-    let refused = |error: &str| {
-        let outcome = Outcome::not_run(Status::Rejected, error);
-        Box::new(Verdict { result: json!({ "status": "rejected", "error": error }), outcome })
+/// The same checks that a job from the queue goes through. One that fails them has its result.
+pub(super) fn admit(asked: Asked, config: &Config) -> Result<Job, Box<Reply>> {
+    let parsed = match asked {
+        Asked::Body(body) => job::parse(&body, None, &config.admission()),
+        Asked::Refused(refusal) => Err(refusal),
     };
-    let body: serde_json::Value = serde_json::from_slice(body).map_err(|_| refused("not JSON"))?;
-    let code = body["code"].as_str().ok_or_else(|| refused("code: required"))?;
-    Ok(Job {
-        id: "interim".into(),
-        code: code.into(),
-        preload: String::new(),
-        enable_network: false,
-        environment: "default".into(),
-        stdin: Vec::new(),
-        args: Vec::new(),
-        env: std::collections::BTreeMap::new(),
-        files: Vec::new(),
-        artifacts: Vec::new(),
-        limits: config.limits.default,
-        deadline: None,
-        stream: false,
-        metadata: None,
-    })
+    let job = parsed.map_err(|Refusal { id, metadata, reason, .. }| {
+        let refused = Outcome::not_run(Status::Rejected, reason);
+        Box::new(Reply::new(Context { metadata, ..context(id, None) }, refused))
+    })?;
+    match job.deadline {
+        Some(deadline) if deadline < jiff::Timestamp::now() => {
+            let expired = Outcome::not_run(Status::Expired, format!("the deadline {deadline} has passed"));
+            Err(Box::new(reply(&job, expired)))
+        }
+        _ => Ok(job),
+    }
 }
 
 /// Runs one job to its end.
-pub(super) async fn run(sandbox: &Sandbox, job: Job, stop: &CancellationToken) -> Box<Verdict> {
-    let limits = job.limits;
-    let outcome = sandbox.run(Payload::encode(job), &limits, stop).await;
-    Box::new(Verdict { result: json!({ "status": outcome.status, "error": outcome.error }), outcome })
+pub(super) async fn run(sandbox: &Sandbox, mut job: Job, stop: &CancellationToken) -> Reply {
+    let (limits, metadata) = (job.limits, job.metadata.take());
+    let context = Context { metadata, ..context(job.id.clone(), Some(limits)) };
+    Reply::new(context, sandbox.run(Payload::encode(job), &limits, stop).await)
+}
+
+fn reply(job: &Job, outcome: Outcome) -> Reply {
+    let context = context(job.id.clone(), Some(job.limits));
+    Reply::new(Context { metadata: job.metadata.clone(), ..context }, outcome)
+}
+
+fn context(id: String, limits: Option<Limits>) -> Context {
+    Context {
+        id,
+        limits,
+        attempt: 1,
+        redelivered: false,
+        worker: WORKER.into(),
+        queued: None,
+        metadata: None,
+    }
 }

@@ -11,6 +11,7 @@ mod job_args;
 mod local;
 mod output;
 mod policy;
+mod schema;
 mod serve;
 mod signals;
 
@@ -42,6 +43,7 @@ enum Verb {
     Serve(serve::Args),
     Exec(Box<exec::Args>),
     Policy(policy::Args),
+    Schema(schema::Args),
     Bench(bench::Args),
     Doctor(doctor::Args),
 }
@@ -60,6 +62,8 @@ pub enum End {
     Done,
     /// It did its work, and the answer is no.
     Unsatisfied,
+    /// It was told to end at once, and left work behind.
+    Abandoned,
     /// The result of a job was printed as JSON.
     Printed(Status),
     /// A job ran; what became of it is told by the exit code.
@@ -123,6 +127,7 @@ pub fn run(command_line: impl IntoIterator<Item = OsString>) -> Result<End, Fail
         Verb::Serve(args) => serve::run(&args),
         Verb::Exec(args) => exec::run(&args),
         Verb::Policy(args) => policy::run(&args),
+        Verb::Schema(args) => schema::run(&args),
         Verb::Bench(args) => bench::run(&args),
         Verb::Doctor(args) => doctor::run(&args),
     }

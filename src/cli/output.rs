@@ -1,11 +1,14 @@
 //! How results and complaints reach a person or a program.
 
 use std::io::{ErrorKind, Write};
+use std::path::{Component, Path};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 
 use crate::cli::End;
-use crate::job::{Outcome, Status};
+use crate::job::{Encoding, Reply, Status};
 
 /// One line on standard error, opened by our name so that it is not taken for the job's.
 pub(super) fn complain(message: &str) {
@@ -33,22 +36,51 @@ pub(super) fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
 }
 
 /// Prints what a job printed, and the one line that says what became of it where its own exit code does not.
-pub(super) fn show(outcome: &Outcome) -> anyhow::Result<End> {
-    print(&outcome.stdout.bytes)?;
+pub(super) fn show(reply: &Reply) -> anyhow::Result<End> {
+    print(&stream(&reply.stdout, reply.stdout_encoding)?)?;
+    let stderr = stream(&reply.stderr, reply.stderr_encoding)?;
     // Nobody is left to tell where standard error is closed.
-    drop(std::io::stderr().write_all(&outcome.stderr.bytes));
-    let status = outcome.status;
-    if !matches!(status, Status::Succeeded | Status::Failed) {
-        if outcome.stderr.bytes.last().is_some_and(|last| *last != b'\n') {
+    drop(std::io::stderr().write_all(&stderr));
+    if !matches!(reply.status, Status::Succeeded | Status::Failed) {
+        if stderr.last().is_some_and(|last| *last != b'\n') {
             drop(std::io::stderr().write_all(b"\n"));
         }
-        let error = outcome.error.as_deref().unwrap_or("no more is known");
-        complain(&format!("{}: {}", status.as_str(), one_line(error)));
+        complain(&verdict(reply));
     }
-    let signal = outcome.signal.as_deref().and_then(crate::sys::signal::number);
-    Ok(End::Job { status, exit_code: outcome.exit_code, signal })
+    Ok(End::Job {
+        status: reply.status,
+        exit_code: reply.exit_code,
+        signal: reply.signal.as_deref().and_then(crate::sys::signal::number),
+    })
 }
 
-fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+/// The status and why, in one line.
+pub(super) fn verdict(reply: &Reply) -> String {
+    let error = reply.error.as_deref().unwrap_or("no more is known");
+    let error: Vec<&str> = error.split_whitespace().collect();
+    format!("{}: {}", reply.status.as_str(), error.join(" "))
+}
+
+/// Writes the returned files below `directory`. Their names come from the job: none leads out of it.
+pub(super) fn save(reply: &Reply, directory: &Path) -> anyhow::Result<()> {
+    for artifact in &reply.artifacts {
+        let inside = Path::new(&artifact.path);
+        if !inside.components().all(|part| matches!(part, Component::Normal(_))) {
+            bail!("the job returned a file under a path that leads elsewhere: {:?}", artifact.path);
+        }
+        let path = directory.join(inside);
+        let content = BASE64.decode(&artifact.base64).context("a returned file is not base64")?;
+        path.parent()
+            .map_or(Ok(()), std::fs::create_dir_all)
+            .and_then(|()| std::fs::write(&path, content))
+            .with_context(|| format!("failed to write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn stream(text: &str, encoding: Encoding) -> anyhow::Result<Vec<u8>> {
+    match encoding {
+        Encoding::Utf8 => Ok(text.as_bytes().to_vec()),
+        Encoding::Base64 => BASE64.decode(text).context("the result holds output that is not base64"),
+    }
 }

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
+use anyhow::Context;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::args::ConfigArgs;
@@ -12,6 +13,7 @@ use crate::cli::{End, runtime};
 use crate::config::Config;
 use crate::ops::http::{Probes, Server};
 use crate::ops::metrics::Metrics;
+use crate::worker::{self, Ended, Health, Shutdown};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -20,8 +22,8 @@ Examples:
   SANDPIPER_AMQP__URL=amqp://… sandpiper serve --set log.format=json
 
 SIGTERM drains: no new jobs are taken, running ones get worker.drain_timeout, the rest goes back
-to the queue. A second signal ends at once. `sandpiper doctor` says beforehand whether this
-machine has what the sandbox needs.";
+to the queue; exit code 0. A second signal ends at once: exit code 3, and what ran comes again.
+Exit code 1: it could not start; `sandpiper doctor` says what this machine lacks.";
 
 /// Take jobs from RabbitMQ and run them, until SIGTERM
 ///
@@ -52,34 +54,53 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
         ("worker.slots", args.slots.map(|slots| slots.to_string())),
         ("http.listen", args.listen.map(|listen| listen.to_string())),
     ])?;
-    runtime()?.block_on(serve(&config))
+    let runtime = runtime()?;
+    let end = runtime.block_on(serve(&config));
+    // What was cut off is not waited for.
+    runtime.shutdown_background();
+    end
 }
 
 /// The worker, with the operators' port open from before its start until after its drain.
 async fn serve(config: &Config) -> anyhow::Result<End> {
     let metrics = Metrics::new()?;
-    let mut signals = Signals::listen()?;
+    let health = Health::new();
+    let shutdown = Shutdown::default();
     let closed = CancellationToken::new();
+    tokio::spawn(obey(Signals::listen()?, shutdown.clone()));
     let port = match config.http.listen {
         Some(address) => {
             let server = Server::bind(address).await?;
             tracing::info!(address = %server.address(), "metrics and health are served");
-            let probes = Arc::new(View { metrics: metrics.clone() });
-            Some(tokio::spawn(server.serve(probes, closed.clone())))
+            let view = View { metrics: metrics.clone(), health: health.clone() };
+            Some(tokio::spawn(server.serve(Arc::new(view), closed.clone())))
         }
         None => None,
     };
-    signals.next().await;
+    let ended = worker::serve(config, &metrics, &health, &shutdown).await?;
     closed.cancel();
-    if let Some(port) = port {
-        port.await?;
+    if let (Some(port), Ended::Drained) = (port, ended) {
+        port.await.context("the port for metrics and health failed")?;
     }
-    Ok(End::Done)
+    Ok(match ended {
+        Ended::Drained => End::Done,
+        Ended::Abandoned => End::Abandoned,
+    })
+}
+
+/// The first signal drains, the second ends.
+async fn obey(mut signals: Signals, shutdown: Shutdown) {
+    signals.next().await;
+    shutdown.drain.cancel();
+    signals.next().await;
+    tracing::warn!("told to end at once: what still runs is cut off and comes again");
+    shutdown.now.cancel();
 }
 
 /// What the port shows of the worker.
 struct View {
     metrics: Metrics,
+    health: Health,
 }
 
 impl Probes for View {
@@ -88,10 +109,10 @@ impl Probes for View {
     }
 
     fn live(&self) -> Result<(), String> {
-        Ok(())
+        self.health.alive()
     }
 
     fn ready(&self) -> Result<(), String> {
-        Err("not connected to the broker".into())
+        self.health.ready()
     }
 }

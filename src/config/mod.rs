@@ -1,11 +1,110 @@
 //! Configuration as used: checked, complete, in the types that the rest of the worker wants.
+//!
+//! `layers` puts defaults, file, environment variables and flags over each other into `raw`, the keys as
+//! written; `check` makes a [`Config`] of that.
+
+mod check;
+mod layers;
+mod raw;
+mod url;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::job::Bounds;
+use crate::job::{Admission, Bounds, Supports};
+use layers::Layers;
+
+/// Why there is no configuration to work with. No message holds a secret.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// A file cannot be read.
+    #[error("{}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The file is not TOML.
+    #[error("{}, line {line}: {message}", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Counted from 1.
+        line: usize,
+        /// What the parser says.
+        message: String,
+    },
+    /// A key is unknown, or its value will not do.
+    #[error("{origin}: {sentence}")]
+    Invalid {
+        /// Where it was set: the file, the variable, the command line.
+        origin: String,
+        /// The key, the fault and the remedy.
+        sentence: String,
+    },
+}
+
+impl Config {
+    /// Reads the configuration: defaults, then the file, then `SANDPIPER_SECTION__KEY`, then flags.
+    ///
+    /// Without `file` it is the one that `SANDPIPER_CONFIG` names, if any. `overrides` are flags by the key
+    /// they set: `("worker.slots", "4")`.
+    pub fn load(
+        file: Option<&Path>,
+        env: impl Iterator<Item = (String, String)>,
+        overrides: &[(String, String)],
+    ) -> Result<Self, ConfigError> {
+        let mut variables: Vec<_> = env.filter(|(name, _)| name.starts_with("SANDPIPER_")).collect();
+        // In a fixed order, so that the same mistakes give the same error.
+        variables.sort();
+        let mut layers = Layers::defaults()?;
+        if let Some(file) = file.or_else(|| layers::file_variable(&variables)) {
+            layers.file(file)?;
+        }
+        layers.variables(&variables)?;
+        for (key, value) in overrides {
+            layers.flag(key, value)?;
+        }
+        let (raw, origins) = layers.finish()?;
+        check::check(raw, origins)
+    }
+
+    /// What jobs may ask for.
+    pub fn admission(&self) -> Admission {
+        Admission {
+            bounds: self.limits,
+            max_body_bytes: self.amqp.max_body_bytes,
+            allow_preload: self.sandbox.allow_preload,
+            allow_network: self.sandbox.allow_network,
+            environments: self.environments.keys().cloned().collect(),
+            supports: Supports::default(),
+        }
+    }
+}
+
+impl Amqp {
+    /// The broker addresses of this moment: `url_file` read anew where there is one, so that a rotated
+    /// password is picked up.
+    pub fn current_urls(&self) -> Result<Vec<Secret>, ConfigError> {
+        let Some(file) = &self.url_file else { return Ok(self.urls.clone()) };
+        let invalid = |fault: &str| ConfigError::Invalid {
+            origin: file.display().to_string(),
+            sentence: format!("`amqp.url_file` {fault}"),
+        };
+        let urls = url::read_file(file)?;
+        if urls.is_empty() {
+            return Err(invalid("is empty; give at least one address"));
+        }
+        match urls.iter().find_map(|address| url::check(address.expose()).err()) {
+            Some(fault) => Err(invalid(&format!("holds an address that {fault}"))),
+            None => Ok(urls),
+        }
+    }
+}
 
 /// Everything an operator can set.
 #[derive(Clone, Debug, PartialEq)]

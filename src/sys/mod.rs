@@ -7,6 +7,8 @@
 //! - [`input`], [`signal`]: waiting for a descriptor; names of signals.
 //! - [`probe`]: tries what the kernel grants, for the doctor.
 //! - [`userns`]: user namespaces with chosen maps.
+//! - [`probe`]: tries what a sandbox needs, for the doctor.
+//! - [`input`], [`signal`]: small things that the command line needs.
 #![allow(unsafe_code, reason = "this is the fence: everything outside it denies unsafe code")]
 
 pub mod fd;

@@ -17,6 +17,9 @@ pub struct Question {
     pub arch: u32,
     /// The call's number, in that architecture's table.
     pub number: i32,
+    /// Its arguments as register values. What a pointer among them leads to can change at any time and is never
+    /// looked at.
+    pub arguments: [u64; 6],
 }
 
 impl Listener {
@@ -45,7 +48,12 @@ impl Listener {
         if received < 0 {
             return Err(io::Error::last_os_error());
         }
-        Ok(Question { id: question.id, arch: question.data.arch, number: question.data.nr })
+        Ok(Question {
+            id: question.id,
+            arch: question.data.arch,
+            number: question.data.nr,
+            arguments: question.data.args,
+        })
     }
 
     /// Answers with an errno. A process that died meanwhile needs no answer.

@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::process::Stdio;
 
-use crate::support::{Ran, command, run, run_with_stdin};
+use crate::support::{Ran, command, run_with_stdin};
 
 fn exec(code: &str, flags: &[&str]) -> Ran {
     run_with_stdin(["exec", "-"].iter().chain(flags), code.as_bytes())

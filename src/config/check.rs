@@ -1,0 +1,311 @@
+//! From what is written to what is used: ranges, names and what keys must keep to each other.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::layers::Origins;
+use super::raw::{OneOrMany, Raw, RawAmqp, RawEnvironment, RawSandbox};
+use super::{
+    Amqp, Config, ConfigError, Environment, Http, Log, LogFormat, Sandbox, Secret, Topology, Worker, url,
+};
+use crate::job::explain::quote;
+use crate::job::{Bounds, Limits};
+
+/// RabbitMQ gives a delivery up for lost after 30 minutes without an ack.
+const ACK_TIMEOUT_MS: u64 = 30 * 60 * 1_000;
+/// More concurrent jobs than any machine serves well; catches a slip of the finger.
+const SLOTS_MAX: usize = 1_024;
+/// The longest duration taken for a timeout of ours.
+const DAY_MS: u64 = 24 * 60 * 60 * 1_000;
+/// RabbitMQ's own bound on a message, up to 3.13.
+const MESSAGE_MAX: usize = 128 << 20;
+
+pub(super) fn check(raw: Raw, origins: Origins) -> Result<Config, ConfigError> {
+    let check = Checker { origins };
+    let slots = match raw.worker.slots {
+        0 => Config::default().worker.slots,
+        slots => slots,
+    };
+    check.range("worker.slots", slots, 1..=SLOTS_MAX)?;
+    let worker = Worker {
+        name: raw.worker.name,
+        slots,
+        drain_timeout: check.duration("worker.drain_timeout_ms", raw.worker.drain_timeout_ms, 0..=DAY_MS)?,
+    };
+    if worker.name.len() > 255 || worker.name.chars().any(char::is_control) {
+        return check.fail("worker.name", "must have at most 255 bytes and no control characters");
+    }
+    let config = Config {
+        amqp: check.amqp(raw.amqp)?,
+        worker,
+        sandbox: check.sandbox(raw.sandbox, slots)?,
+        limits: check.limits(Bounds::from(&raw.limits))?,
+        environments: check.environments(raw.environments)?,
+        http: Http { listen: check.listen(&raw.http.listen)? },
+        log: Log {
+            level: check.level(raw.log.level)?,
+            format: check.choice(
+                "log.format",
+                &raw.log.format,
+                &[("text", LogFormat::Text), ("json", LogFormat::Json)],
+            )?,
+        },
+    };
+    check.ack_timeout(&config)?;
+    Ok(config)
+}
+
+struct Checker {
+    origins: Origins,
+}
+
+impl Checker {
+    fn fail<T>(&self, key: &str, fault: &str) -> Result<T, ConfigError> {
+        Err(self.origins.error(key, format!("{} {fault}", quote(key))))
+    }
+
+    fn range<T: PartialOrd + std::fmt::Display>(
+        &self,
+        key: &str,
+        value: T,
+        range: RangeInclusive<T>,
+    ) -> Result<T, ConfigError> {
+        if range.contains(&value) {
+            return Ok(value);
+        }
+        self.fail(key, &format!("is {value}; it must be from {} to {}", range.start(), range.end()))
+    }
+
+    fn duration(&self, key: &str, millis: u64, range: RangeInclusive<u64>) -> Result<Duration, ConfigError> {
+        self.range(key, millis, range).map(Duration::from_millis)
+    }
+
+    fn choice<T: Copy>(&self, key: &str, value: &str, choices: &[(&str, T)]) -> Result<T, ConfigError> {
+        if let Some((_, choice)) = choices.iter().find(|(name, _)| *name == value) {
+            return Ok(*choice);
+        }
+        let names: Vec<String> = choices.iter().map(|(name, _)| quote(name)).collect();
+        self.fail(key, &format!("is {}; it must be {}", quote(value), names.join(" or ")))
+    }
+
+    fn amqp(&self, raw: RawAmqp) -> Result<Amqp, ConfigError> {
+        let url_file = optional_path(&raw.url_file);
+        let urls = match (&url_file, raw.url) {
+            (Some(file), _) => url::read_file(file)?,
+            (None, OneOrMany::One(one)) => vec![Secret::new(one)],
+            (None, OneOrMany::Many(many)) => many.into_iter().map(Secret::new).collect(),
+        };
+        if urls.is_empty() {
+            return self.fail("amqp.url", "is empty; give at least one address");
+        }
+        for address in &urls {
+            if let Err(fault) = url::check(address.expose()) {
+                let key = if url_file.is_some() { "amqp.url_file" } else { "amqp.url" };
+                return self.fail(key, &format!("holds an address that {fault}"));
+            }
+        }
+        let queues = [
+            ("amqp.jobs_queue", &raw.jobs_queue),
+            ("amqp.results_queue", &raw.results_queue),
+            ("amqp.dead_queue", &raw.dead_queue),
+        ];
+        for (index, (key, name)) in queues.iter().enumerate() {
+            if name.is_empty() || name.len() > 255 || name.starts_with("amq.") {
+                return self.fail(key, "must have 1 to 255 bytes and not begin with `amq.`");
+            }
+            if queues[..index].iter().any(|(_, other)| other == name) {
+                return self
+                    .fail(key, &format!("is {}, as another queue is; give each its own", quote(name)));
+            }
+        }
+        if let Err(error) = globset::Glob::new(&raw.reply_to_allow) {
+            return self.fail("amqp.reply_to_allow", &format!("is no glob pattern: {}", error.kind()));
+        }
+        if !raw.heartbeat_ms.is_multiple_of(1_000) {
+            return self.fail("amqp.heartbeat_ms", "must be whole seconds, a multiple of 1000");
+        }
+        Ok(Amqp {
+            urls,
+            url_file,
+            ca_file: optional_path(&raw.ca_file),
+            topology: self.choice(
+                "amqp.topology",
+                &raw.topology,
+                &[("declare", Topology::Declare), ("passive", Topology::Passive)],
+            )?,
+            // Below 2 the worker could not answer a poison job before the broker drops it.
+            delivery_limit: self.range("amqp.delivery_limit", raw.delivery_limit, 2..=1_000_000)?,
+            prefetch_surplus: self.range("amqp.prefetch_surplus", raw.prefetch_surplus, 0..=1_024)?,
+            reply_to_allow: raw.reply_to_allow,
+            heartbeat: self.duration("amqp.heartbeat_ms", raw.heartbeat_ms, 1_000..=3_600_000)?,
+            connect_timeout: self.duration("amqp.connect_timeout_ms", raw.connect_timeout_ms, 1..=DAY_MS)?,
+            operation_timeout: self.duration(
+                "amqp.operation_timeout_ms",
+                raw.operation_timeout_ms,
+                1..=DAY_MS,
+            )?,
+            reconnect_max: self.duration("amqp.reconnect_max_ms", raw.reconnect_max_ms, 1..=DAY_MS)?,
+            max_body_bytes: self.range("amqp.max_body_bytes", raw.max_body_bytes, 1_024..=MESSAGE_MAX)?,
+            max_result_bytes: self.range(
+                "amqp.max_result_bytes",
+                raw.max_result_bytes,
+                16_384..=MESSAGE_MAX,
+            )?,
+            jobs_queue: raw.jobs_queue,
+            results_queue: raw.results_queue,
+            dead_queue: raw.dead_queue,
+        })
+    }
+
+    fn sandbox(&self, raw: RawSandbox, slots: usize) -> Result<Sandbox, ConfigError> {
+        // One uid a slot, one before for helpers, and the last two numbers have meanings of their own.
+        let room = u32::try_from(slots).unwrap_or(u32::MAX).saturating_add(2);
+        self.range("sandbox.uid_base", raw.uid_base, 1_001..=u32::MAX - room)?;
+        for (key, names) in
+            [("sandbox.allow_syscalls", &raw.allow_syscalls), ("sandbox.require", &raw.require)]
+        {
+            let plausible = |name: &str| {
+                !name.is_empty()
+                    && name.bytes().all(|byte| {
+                        byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"_-".contains(&byte)
+                    })
+            };
+            if let Some(name) = names.iter().find(|name| !plausible(name)) {
+                return self.fail(key, &format!("holds {}; a name has only a-z 0-9 _ -", quote(name)));
+            }
+        }
+        Ok(Sandbox {
+            shim: optional_path(&raw.shim),
+            start_timeout: self.duration("sandbox.start_timeout_ms", raw.start_timeout_ms, 1..=600_000)?,
+            allow_preload: raw.allow_preload,
+            allow_network: raw.allow_network,
+            http_proxy: self.proxy("sandbox.http_proxy", raw.http_proxy, &["http://", "https://"])?,
+            https_proxy: self.proxy("sandbox.https_proxy", raw.https_proxy, &["http://", "https://"])?,
+            socks5_proxy: self.proxy(
+                "sandbox.socks5_proxy",
+                raw.socks5_proxy,
+                &["socks5://", "socks5h://"],
+            )?,
+            uid_base: raw.uid_base,
+            allow_syscalls: raw.allow_syscalls,
+            require: raw.require,
+        })
+    }
+
+    /// The value is not shown: it may hold a password.
+    fn proxy(&self, key: &str, proxy: String, schemes: &[&str]) -> Result<Option<String>, ConfigError> {
+        if proxy.is_empty() {
+            return Ok(None);
+        }
+        if schemes.iter().any(|scheme| proxy.len() > scheme.len() && proxy.starts_with(scheme)) {
+            return Ok(Some(proxy));
+        }
+        self.fail(key, &format!("must begin with {} and name a host", schemes.join(" or ")))
+    }
+
+    fn limits(&self, bounds: Bounds) -> Result<Bounds, ConfigError> {
+        type Of = fn(&Limits) -> u64;
+        let every: [(&str, Of); 7] = [
+            ("timeout_ms", |limits| limits.timeout_ms),
+            ("cpu_ms", |limits| limits.cpu_ms),
+            ("memory_bytes", |limits| limits.memory_bytes),
+            ("output_bytes", |limits| limits.output_bytes),
+            ("processes", |limits| limits.processes),
+            ("open_files", |limits| limits.open_files),
+            ("disk_bytes", |limits| limits.disk_bytes),
+        ];
+        for (name, of) in every {
+            let (default, maximum) = (of(&bounds.default), of(&bounds.maximum));
+            // What the kernel takes is signed.
+            self.range(&format!("limits.{name}.default"), default, 1..=i64::MAX.unsigned_abs())?;
+            if default > maximum {
+                return self.fail(
+                    &format!("limits.{name}.default"),
+                    &format!("is {default}, above `limits.{name}.maximum` of {maximum}"),
+                );
+            }
+        }
+        Ok(bounds)
+    }
+
+    fn environments(
+        &self,
+        raw: BTreeMap<String, RawEnvironment>,
+    ) -> Result<BTreeMap<String, Environment>, ConfigError> {
+        let mut environments = BTreeMap::new();
+        for (name, raw) in raw {
+            let key = format!("environments.{name}");
+            let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-".contains(&byte);
+            if name.is_empty() || name.len() > 64 || !name.bytes().all(plain) {
+                return self.fail(&key, "must have a name of 1 to 64 characters A-Z a-z 0-9 _ -");
+            }
+            let absolute = |field: &str, path: String| {
+                let plain = Path::new(&path).is_absolute() && !path.contains('\0');
+                if plain {
+                    Ok(PathBuf::from(path))
+                } else {
+                    self.fail(&format!("{key}.{field}"), "must hold absolute paths")
+                }
+            };
+            let python = absolute("python", raw.python)?;
+            let mounts =
+                raw.mounts.into_iter().map(|mount| absolute("mounts", mount)).collect::<Result<_, _>>()?;
+            environments.insert(name, Environment { python, mounts, allow_exec: raw.allow_exec });
+        }
+        Ok(environments)
+    }
+
+    fn listen(&self, listen: &str) -> Result<Option<SocketAddr>, ConfigError> {
+        if matches!(listen, "" | "off") {
+            return Ok(None);
+        }
+        listen.parse().map(Some).or_else(|_| {
+            self.fail(
+                "http.listen",
+                &format!(
+                    "is {}; it must be an address and a port such as `127.0.0.1:9464`, or `off`",
+                    quote(listen)
+                ),
+            )
+        })
+    }
+
+    fn level(&self, level: String) -> Result<String, ConfigError> {
+        match tracing_subscriber::EnvFilter::try_new(&level) {
+            Ok(_) if !level.is_empty() => Ok(level),
+            _ => self.fail(
+                "log.level",
+                &format!(
+                    "is {}; it must be a filter such as `info` or `info,sandpiper=debug`",
+                    quote(&level)
+                ),
+            ),
+        }
+    }
+
+    /// A delivery waits for those taken before it, then runs, and all that time it is not acked.
+    fn ack_timeout(&self, config: &Config) -> Result<(), ConfigError> {
+        let one = config
+            .limits
+            .maximum
+            .timeout_ms
+            .saturating_add(u64::try_from(config.sandbox.start_timeout.as_millis()).unwrap_or(u64::MAX));
+        let rounds = 1 + usize::from(config.amqp.prefetch_surplus).div_ceil(config.worker.slots);
+        let longest = one.saturating_mul(u64::try_from(rounds).unwrap_or(u64::MAX));
+        if longest < ACK_TIMEOUT_MS {
+            return Ok(());
+        }
+        self.fail("limits.timeout_ms.maximum", &format!(
+            "lets a job stay unacked for {longest} ms ({rounds} rounds of it and `sandbox.start_timeout_ms`, as \
+             `amqp.prefetch_surplus` waits behind `worker.slots`); the broker gives up after {ACK_TIMEOUT_MS} ms: \
+             lower it or the surplus"
+        ))
+    }
+}
+
+fn optional_path(text: &str) -> Option<PathBuf> {
+    (!text.is_empty()).then(|| PathBuf::from(text))
+}

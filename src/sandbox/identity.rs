@@ -1,0 +1,128 @@
+//! Who a job is: one seat a slot, each with its own uid and gid, handed from job to job.
+//!
+//! A worker that may choose uids gives every seat one of its own and a user namespace around it, in which that
+//! uid is [`INSIDE`] and init's is 0; on the host both are nobody. An ordinary user has only its own uid: each
+//! of its jobs makes a user namespace for itself.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::sys::userns::{self, Mapping};
+
+/// A job's uid and gid as itself sees them, wherever there is a user namespace around it.
+pub(super) const INSIDE: u32 = 1000;
+
+/// What the worker itself may do; decides how jobs get their identity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Privilege {
+    /// It may mount, and be any user.
+    Full,
+    /// It may do neither outside a user namespace of its own.
+    None,
+}
+
+impl Privilege {
+    /// Reads this process's own capabilities.
+    pub(super) fn of_this_process() -> Self {
+        const CAP_CHOWN: u64 = 1 << 0;
+        const CAP_SETGID: u64 = 1 << 6;
+        const CAP_SETUID: u64 = 1 << 7;
+        const CAP_SYS_ADMIN: u64 = 1 << 21;
+        const NEEDED: u64 = CAP_CHOWN | CAP_SETGID | CAP_SETUID | CAP_SYS_ADMIN;
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let effective = status
+            .lines()
+            .find_map(|line| line.strip_prefix("CapEff:"))
+            .and_then(|set| u64::from_str_radix(set.trim(), 16).ok());
+        if effective.is_some_and(|set| set & NEEDED == NEEDED) { Self::Full } else { Self::None }
+    }
+}
+
+/// One job's identity while it runs.
+#[derive(Debug)]
+pub(super) struct Seat {
+    /// The job's uid and gid on the host.
+    pub(super) outside: u32,
+    /// Init's, and that of nobody else.
+    pub(super) init_outside: u32,
+    /// The user namespace to join; none where the job makes its own, or where there are none.
+    pub(super) namespace: Option<OwnedFd>,
+}
+
+impl Seat {
+    /// The uid and gid that the job sees.
+    pub(super) fn inside(&self, privilege: Privilege) -> u32 {
+        match (privilege, &self.namespace) {
+            (Privilege::Full, None) => self.outside,
+            _ => INSIDE,
+        }
+    }
+}
+
+/// All seats.
+#[derive(Debug)]
+pub(super) struct Seats {
+    free: Mutex<Vec<Seat>>,
+    count: Arc<Semaphore>,
+}
+
+/// A seat on loan; it returns by itself.
+#[derive(Debug)]
+pub(super) struct Lease {
+    seat: Option<Seat>,
+    seats: Arc<Seats>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Seats {
+    /// Prepares one seat for every job that may run at one time.
+    pub(super) fn prepare(count: usize, privilege: Privilege, uid_base: u32) -> Arc<Self> {
+        let seats = (0..count).map(|at| {
+            // The first id of the range is that of every init; each is alone in its own namespaces.
+            let number = u32::try_from(at).unwrap_or(u32::MAX).saturating_add(1);
+            match privilege {
+                Privilege::Full => {
+                    let outside = uid_base.saturating_add(number);
+                    let mappings = [
+                        Mapping { inside: 0, outside: uid_base },
+                        Mapping { inside: INSIDE, outside },
+                    ];
+                    let namespace = userns::make(&mappings)
+                        .inspect_err(|error| {
+                            tracing::warn!(%error, "jobs run without a user namespace: it cannot be made");
+                        })
+                        .ok();
+                    Seat { outside, init_outside: uid_base, namespace }
+                }
+                Privilege::None => {
+                    let own = nix::unistd::getuid().as_raw();
+                    Seat { outside: own, init_outside: own, namespace: None }
+                }
+            }
+        });
+        Arc::new(Self { free: Mutex::new(seats.collect()), count: Arc::new(Semaphore::new(count)) })
+    }
+
+    /// Waits for a free seat.
+    pub(super) async fn take(self: &Arc<Self>) -> Option<Lease> {
+        let permit = Arc::clone(&self.count).acquire_owned().await.ok()?;
+        let seat = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop()?;
+        Some(Lease { seat: Some(seat), seats: Arc::clone(self), _permit: permit })
+    }
+}
+
+impl std::ops::Deref for Lease {
+    type Target = Seat;
+
+    fn deref(&self) -> &Seat {
+        self.seat.as_ref().expect("a lease has its seat until it is dropped")
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.seats.free.lock().unwrap_or_else(PoisonError::into_inner).extend(self.seat.take());
+    }
+}

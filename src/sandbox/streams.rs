@@ -1,0 +1,182 @@
+//! The pipes between the worker and a job: what comes out is counted as it is read, what goes in never blocks.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use crate::job::Captured;
+use crate::sys::fd;
+
+/// Bytes taken in one read: a pipe's own size.
+const CHUNK: usize = 64 << 10;
+
+/// One stream of output, up to a limit. Past that nothing more is read: a flood costs a fixed amount of memory.
+#[derive(Debug)]
+pub(super) struct Output {
+    pipe: AsyncFd<File>,
+    bytes: Vec<u8>,
+    limit: usize,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Open,
+    Ended,
+    Over,
+}
+
+impl Output {
+    pub(super) fn new(pipe: OwnedFd, limit: u64) -> io::Result<Self> {
+        fd::set_nonblocking(&pipe)?;
+        let pipe = AsyncFd::with_interest(File::from(pipe), Interest::READABLE)?;
+        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+        Ok(Self { pipe, bytes: Vec::new(), limit, state: State::Open })
+    }
+
+    /// There may be more to come.
+    pub(super) fn is_open(&self) -> bool {
+        self.state == State::Open
+    }
+
+    /// More was written than the limit allows.
+    pub(super) fn is_over(&self) -> bool {
+        self.state == State::Over
+    }
+
+    /// Waits for output, and takes it.
+    pub(super) async fn fill(&mut self) {
+        match self.pipe.readable().await {
+            Ok(mut ready) => {
+                let read = take(ready.get_inner(), &mut self.bytes, self.limit);
+                match read {
+                    Ok(state) => self.state = state,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
+                    Err(_) => self.state = State::Ended,
+                }
+            }
+            Err(_) => self.state = State::Ended,
+        }
+    }
+
+    /// Takes what is left once every writer is dead.
+    pub(super) fn finish(mut self) -> Captured {
+        while self.state == State::Open {
+            self.state = take(self.pipe.get_ref(), &mut self.bytes, self.limit).unwrap_or(State::Ended);
+        }
+        Captured { bytes: self.bytes, truncated: self.state == State::Over }
+    }
+}
+
+/// One read. The byte after the limit is what tells "exactly" from "more".
+fn take(mut pipe: &File, bytes: &mut Vec<u8>, limit: usize) -> io::Result<State> {
+    let room = (limit - bytes.len()).saturating_add(1).min(CHUNK);
+    let held = bytes.len();
+    bytes.resize(held + room, 0);
+    let read = loop {
+        match pipe.read(&mut bytes[held..]) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => break other,
+        }
+    };
+    bytes.truncate(held + *read.as_ref().unwrap_or(&0));
+    if read? == 0 {
+        return Ok(State::Ended);
+    }
+    if bytes.len() > limit {
+        bytes.truncate(limit);
+        return Ok(State::Over);
+    }
+    Ok(State::Open)
+}
+
+/// Bytes on their way into a job. Whoever does not read them, or has closed the other end, ends it quietly.
+#[derive(Debug)]
+pub(super) struct Input {
+    pipe: Option<AsyncFd<File>>,
+    bytes: Vec<u8>,
+    sent: usize,
+}
+
+impl Input {
+    pub(super) fn new(pipe: OwnedFd, bytes: Vec<u8>) -> io::Result<Self> {
+        fd::set_nonblocking(&pipe)?;
+        let pipe = AsyncFd::with_interest(File::from(pipe), Interest::WRITABLE)?;
+        Ok(Self { pipe: (!bytes.is_empty()).then_some(pipe), bytes, sent: 0 })
+    }
+
+    /// There is more to send.
+    pub(super) fn is_open(&self) -> bool {
+        self.pipe.is_some()
+    }
+
+    /// Waits for room, and sends what fits; the pipe is closed behind the last byte.
+    pub(super) async fn send(&mut self) {
+        let Some(pipe) = &self.pipe else { return };
+        let done = match pipe.writable().await {
+            Ok(mut ready) => {
+                let mut file = ready.get_inner();
+                match file.write(&self.bytes[self.sent..]) {
+                    Ok(sent) => {
+                        self.sent += sent;
+                        self.sent == self.bytes.len()
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        ready.clear_ready();
+                        false
+                    }
+                    Err(error) => error.kind() != io::ErrorKind::Interrupted,
+                }
+            }
+            Err(_) => true,
+        };
+        if done {
+            self.pipe = None;
+            self.bytes = Vec::new();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+    use super::*;
+
+    async fn captured(written: usize, limit: u64) -> Captured {
+        let (read, write) = fd::pipe().unwrap();
+        let mut output = Output::new(read, limit).unwrap();
+        let writer = std::thread::spawn(move || {
+            // The reader stops at the limit, and then the pipe breaks.
+            let _ = File::from(write).write_all(&vec![b'x'; written]);
+        });
+        while output.is_open() {
+            output.fill().await;
+        }
+        let captured = output.finish();
+        writer.join().unwrap();
+        captured
+    }
+
+    #[tokio::test]
+    async fn exactly_the_limit_is_no_overflow() {
+        for limit in [0, 1, 100, 65_536, 200_000] {
+            let size = usize::try_from(limit).unwrap();
+            assert_eq!(captured(size, limit).await, Captured { bytes: vec![b'x'; size], truncated: false });
+            let over = captured(size + 1, limit).await;
+            assert_eq!((over.bytes.len(), over.truncated), (size, true));
+        }
+    }
+
+    #[tokio::test]
+    async fn input_that_nobody_reads_ends() {
+        let (read, write) = fd::pipe().unwrap();
+        let mut input = Input::new(write, vec![0; 1 << 20]).unwrap();
+        drop(read);
+        while input.is_open() {
+            input.send().await;
+        }
+    }
+}

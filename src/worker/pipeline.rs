@@ -1,0 +1,265 @@
+//! The way of one job, from its delivery to its settlement.
+//!
+//! Every delivery is settled exactly once, and only after whatever is to be known of it is safe with the
+//! broker. A user's failure is a result. Our own failure is tried again elsewhere before it is one.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio_util::sync::CancellationToken;
+
+use crate::amqp::{Address, AddressError, Addresses, Delivery, Message, Publisher};
+use crate::config;
+use crate::job::{self, Admission, Context, Job, Outcome, Refusal, RefusalKind, Reply, Status};
+use crate::ops::metrics::{DeadReason, Metrics};
+use crate::retry::Delays;
+use crate::sandbox::Sandbox;
+use crate::script::Payload;
+use crate::worker::running::Running;
+use crate::worker::slots::Slots;
+
+/// Deliveries in which our own failure to start a job is given back instead of answered: another worker may
+/// be better off. Few, because where every worker fails each costs a start.
+const STARTS: u32 = 3;
+
+/// About how long such a job is held back before it goes on, doubled each time, so that a worker that cannot
+/// start anything does not spin.
+const BREATHER: Duration = Duration::from_millis(250);
+
+/// What all jobs of a worker go through.
+#[derive(Debug)]
+pub(super) struct Pipeline {
+    pub(super) worker: String,
+    pub(super) admission: Admission,
+    pub(super) addresses: Addresses,
+    pub(super) amqp: config::Amqp,
+    pub(super) start_timeout: Duration,
+    pub(super) slots: Slots,
+    pub(super) running: Running,
+    pub(super) sandbox: Sandbox,
+    pub(super) publisher: Publisher,
+    pub(super) metrics: Metrics,
+    /// Ends what still runs when the time for draining is over.
+    pub(super) kill: CancellationToken,
+}
+
+/// Where a job leaves the straight way.
+#[derive(Debug)]
+pub(super) enum Detour {
+    /// It has its outcome without having run.
+    Decided(Box<Outcome>),
+    /// It cannot be handled: to the dead queue, and a courtesy result to the requester.
+    Dead(DeadReason, Box<Outcome>),
+    /// It shall come again, here or elsewhere.
+    Again,
+    /// Its channel is gone: the broker delivers it again by itself.
+    Gone,
+}
+
+impl Pipeline {
+    /// All of it.
+    pub(super) async fn process(self: Arc<Self>, delivery: Delivery) {
+        let (to, mut context) = (self.address(&delivery), self.context(&delivery));
+        let ended = self.outcome(&delivery, &to, &mut context).await;
+        let to = to.unwrap_or_else(|_| self.addresses.results());
+        self.conclude(delivery, to, context, ended).await;
+    }
+
+    /// The straight way: check, encode, a slot, the sandbox.
+    async fn outcome(
+        &self,
+        delivery: &Delivery,
+        to: &Result<Address, AddressError>,
+        context: &mut Context,
+    ) -> Result<Outcome, Detour> {
+        let job = self.parse(delivery, context)?;
+        self.not_poison(delivery)?;
+        to.as_ref().map_err(|error| decided(Status::Rejected, error.to_string()))?;
+        still_wanted(delivery, &job)?;
+        let entry = self.running.enter(&job.id, &self.kill)?;
+        let limits = job.limits;
+        let payload = Payload::encode(job);
+        let slot = self.slots.take(delivery, entry.stop()).await?;
+        entry.due_in(self.start_timeout + Duration::from_millis(limits.timeout_ms));
+        let outcome = self.sandbox.run(payload, &limits, entry.stop()).await;
+        drop(slot);
+        self.our_own_failure_elsewhere_first(delivery, &outcome).await?;
+        Ok(outcome)
+    }
+
+    /// The reply, its confirm, and only then the end of the delivery.
+    async fn conclude(
+        &self,
+        delivery: Delivery,
+        to: Address,
+        context: Context,
+        ended: Result<Outcome, Detour>,
+    ) {
+        let received = delivery.received;
+        match ended {
+            // It was not the requester who ended it: the time for draining was over.
+            Ok(outcome) if outcome.status == Status::Cancelled && self.kill.is_cancelled() => {
+                delivery.requeue().await;
+            }
+            Ok(outcome) => self.answer_and_ack(delivery, to, context, outcome).await,
+            Err(Detour::Decided(outcome)) => self.answer_and_ack(delivery, to, context, *outcome).await,
+            Err(Detour::Dead(reason, outcome)) => self.bury(delivery, to, context, reason, *outcome).await,
+            Err(Detour::Again) => delivery.requeue().await,
+            Err(Detour::Gone) => {
+                tracing::debug!(id = context.id, "a job's channel is gone; it will come again")
+            }
+        }
+        self.metrics.total(received.elapsed());
+    }
+
+    async fn answer_and_ack(&self, delivery: Delivery, to: Address, context: Context, outcome: Outcome) {
+        match self.answer(&delivery, to, context, outcome).await {
+            Some(()) => delivery.ack().await,
+            None => delivery.requeue().await,
+        }
+    }
+
+    /// Publishes the result. None where the time for draining was over before it was confirmed.
+    async fn answer(
+        &self,
+        delivery: &Delivery,
+        to: Address,
+        context: Context,
+        outcome: Outcome,
+    ) -> Option<()> {
+        self.metrics.completed(&outcome);
+        tracing::info!(
+            id = context.id,
+            status = outcome.status.as_str(),
+            syscall = outcome.syscall,
+            attempt = context.attempt,
+            queued_ms = context.queued.map(millis),
+            run_ms = outcome.run.map(millis),
+            "job ended"
+        );
+        let message_id = job::message_id(&context.id).to_string();
+        let body = Reply::new(context, outcome).encode(self.amqp.max_result_bytes);
+        let message = Message::result(to, &delivery.properties, &message_id, body);
+        self.kill.run_until_cancelled(self.publisher.publish(&message)).await.map(drop)
+    }
+
+    /// Stores a copy with the reason in the dead queue, tells the requester, and lets go of the original. Not
+    /// a nack, with which the broker would move it there by itself: that carries no reason.
+    async fn bury(
+        &self,
+        delivery: Delivery,
+        to: Address,
+        context: Context,
+        reason: DeadReason,
+        outcome: Outcome,
+    ) {
+        let why = outcome.error.clone().unwrap_or_default();
+        tracing::warn!(id = context.id, reason = reason.as_str(), "a message goes to the dead queue");
+        let copy = Message::dead(&delivery, &self.amqp.dead_queue, &why, &self.worker);
+        let stored = self.kill.run_until_cancelled(self.publisher.publish(&copy)).await;
+        if stored.is_none() || self.answer(&delivery, to, context, outcome).await.is_none() {
+            return delivery.requeue().await;
+        }
+        self.metrics.dead_lettered(reason);
+        delivery.ack_dead_lettered().await;
+    }
+
+    fn address(&self, delivery: &Delivery) -> Result<Address, AddressError> {
+        self.addresses.check(delivery.properties.reply_to.as_deref())
+    }
+
+    /// What is known of the job before its body is.
+    fn context(&self, delivery: &Delivery) -> Context {
+        let queued = delivery.properties.queued(SystemTime::now());
+        if let Some(queued) = queued {
+            self.metrics.queue_wait(queued);
+        }
+        Context {
+            id: String::new(),
+            limits: None,
+            attempt: delivery.attempt,
+            redelivered: delivery.redelivered,
+            worker: self.worker.clone(),
+            queued,
+            metadata: None,
+        }
+    }
+
+    /// The body as a job, or as what it lacks to be one.
+    fn parse(&self, delivery: &Delivery, context: &mut Context) -> Result<Job, Detour> {
+        match job::parse(&delivery.body, delivery.properties.message_id.as_deref(), &self.admission) {
+            Ok(job) => {
+                context.id.clone_from(&job.id);
+                context.limits = Some(job.limits);
+                context.metadata.clone_from(&job.metadata);
+                Ok(job)
+            }
+            Err(Refusal { id, metadata, kind, reason }) => {
+                (context.id, context.metadata) = (id, metadata);
+                let outcome = Box::new(Outcome::not_run(Status::Rejected, reason));
+                Err(match kind {
+                    RefusalKind::Malformed => Detour::Dead(DeadReason::Malformed, outcome),
+                    RefusalKind::Unacceptable => Detour::Decided(outcome),
+                })
+            }
+        }
+    }
+
+    /// After the last delivery that the broker grants it would drop the job without a word. So it is not run
+    /// once more: whatever ended every worker that had it, or sent it back, would do so again.
+    fn not_poison(&self, delivery: &Delivery) -> Result<(), Detour> {
+        if delivery.attempt <= self.amqp.delivery_limit {
+            return Ok(());
+        }
+        let before = delivery.attempt - 1;
+        let why =
+            format!("the job was delivered {before} times and never came to an end; it is not run again");
+        Err(Detour::Dead(DeadReason::Poison, Box::new(Outcome::not_run(Status::WorkerError, why))))
+    }
+
+    /// A job that we could not even start is given back a few times, after a pause, before that is its result.
+    /// One whose code was handed over is not: it may have done something.
+    async fn our_own_failure_elsewhere_first(
+        &self,
+        delivery: &Delivery,
+        outcome: &Outcome,
+    ) -> Result<(), Detour> {
+        let ours = outcome.status == Status::WorkerError && outcome.started_at.is_none();
+        if !ours || delivery.attempt >= STARTS.min(self.amqp.delivery_limit) {
+            return Ok(());
+        }
+        let why = outcome.error.as_deref();
+        tracing::warn!(
+            error = why,
+            attempt = delivery.attempt,
+            "a job could not be started; it is given back"
+        );
+        let longest = BREATHER * 2_u32.pow(delivery.attempt.min(STARTS));
+        let pause = Delays::new(longest / 2, longest).next_delay();
+        self.slots.draining().run_until_cancelled(tokio::time::sleep(pause)).await;
+        Err(Detour::Again)
+    }
+}
+
+/// Past its deadline, or its message's expiration, nobody waits for the result.
+fn still_wanted(delivery: &Delivery, job: &Job) -> Result<(), Detour> {
+    if delivery.properties.expired(SystemTime::now()) {
+        return Err(decided(Status::Expired, "the message's expiration had passed before the job could run"));
+    }
+    match job.deadline {
+        Some(deadline) if deadline <= jiff::Timestamp::now() => Err(decided(
+            Status::Expired,
+            format!("the deadline {deadline} had passed before the job could run"),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// The outcome of a job that does not run.
+pub(super) fn decided(status: Status, error: impl Into<String>) -> Detour {
+    Detour::Decided(Box::new(Outcome::not_run(status, error)))
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

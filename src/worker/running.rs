@@ -1,0 +1,155 @@
+//! Which jobs are here, so that they can be cancelled, and found when they never end.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::job::Status;
+use crate::worker::pipeline::{Detour, decided};
+
+/// A cancellation is kept this long for jobs that are still in the queue.
+const REMEMBERED: Duration = Duration::from_secs(600);
+
+/// And at most so many of them: they come from anyone who may publish.
+const REMEMBERED_MAX: usize = 1_024;
+
+/// Past its time limit a job is killed at once; one that is still here this much later is stuck.
+const STUCK: Duration = Duration::from_secs(120);
+
+/// All jobs that this worker holds. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Running(Arc<Mutex<Jobs>>);
+
+#[derive(Debug, Default)]
+struct Jobs {
+    next: u64,
+    here: HashMap<u64, Job>,
+    cancelled: VecDeque<(Instant, String)>,
+}
+
+#[derive(Debug)]
+struct Job {
+    id: String,
+    stop: CancellationToken,
+    due: Option<Instant>,
+}
+
+/// One job's place in the list, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Entry {
+    running: Running,
+    key: u64,
+    stop: CancellationToken,
+}
+
+impl Running {
+    /// Enters a job that `kill` ends, too. Not one that was cancelled while it waited in the queue.
+    pub(super) fn enter(&self, id: &str, kill: &CancellationToken) -> Result<Entry, Detour> {
+        let stop = kill.child_token();
+        let mut jobs = self.lock();
+        jobs.forget();
+        if jobs.cancelled.iter().any(|(_, cancelled)| cancelled == id) {
+            return Err(decided(Status::Cancelled, "cancelled on request, before it ran"));
+        }
+        let key = jobs.next;
+        jobs.next += 1;
+        jobs.here.insert(key, Job { id: id.to_owned(), stop: stop.clone(), due: None });
+        Ok(Entry { running: self.clone(), key, stop })
+    }
+
+    /// Ends every job of that id, now or when it comes.
+    pub(super) fn cancel(&self, id: &str) {
+        let mut jobs = self.lock();
+        jobs.here.values().filter(|job| job.id == id).for_each(|job| job.stop.cancel());
+        jobs.forget();
+        if jobs.cancelled.len() == REMEMBERED_MAX {
+            jobs.cancelled.pop_front();
+        }
+        jobs.cancelled.push_back((Instant::now(), id.to_owned()));
+    }
+
+    /// The id of a job that should have ended long ago.
+    pub(super) fn stuck(&self) -> Option<String> {
+        let now = Instant::now();
+        let overdue = |job: &&Job| job.due.is_some_and(|due| due + STUCK < now);
+        self.lock().here.values().find(overdue).map(|job| job.id.clone())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Jobs> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Jobs {
+    fn forget(&mut self) {
+        while self.cancelled.front().is_some_and(|(when, _)| when.elapsed() > REMEMBERED) {
+            self.cancelled.pop_front();
+        }
+    }
+}
+
+impl Entry {
+    /// Cancelled when the job shall end.
+    pub(super) fn stop(&self) -> &CancellationToken {
+        &self.stop
+    }
+
+    /// The job starts now and has to be over within `time`.
+    pub(super) fn due_in(&self, time: Duration) {
+        if let Some(job) = self.running.lock().here.get_mut(&self.key) {
+            job.due = Some(Instant::now() + time);
+        }
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.running.lock().here.remove(&self.key);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cancelled_job_stops_here_and_does_not_start_later() {
+        let (running, kill) = (Running::default(), CancellationToken::new());
+        let one = running.enter("one", &kill).unwrap();
+        let two = running.enter("two", &kill).unwrap();
+        running.cancel("one");
+        assert!(one.stop().is_cancelled() && !two.stop().is_cancelled());
+        assert!(matches!(running.enter("one", &kill), Err(Detour::Decided(_))));
+        kill.cancel();
+        assert!(two.stop().is_cancelled());
+    }
+
+    #[test]
+    fn cancellations_are_bounded() {
+        let running = Running::default();
+        for at in 0..3 * REMEMBERED_MAX {
+            running.cancel(&at.to_string());
+        }
+        assert_eq!(running.lock().cancelled.len(), REMEMBERED_MAX);
+        assert!(running.enter("0", &CancellationToken::new()).is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_a_job_far_past_its_time_is_stuck_and_only_while_it_is_here() {
+        let running = Running::default();
+        let entry = running.enter("slow", &CancellationToken::new()).unwrap();
+        tokio::time::advance(Duration::from_secs(9_999)).await;
+        assert_eq!(running.stuck(), None, "it has not started");
+        entry.due_in(Duration::from_secs(5));
+        tokio::time::advance(Duration::from_secs(6)).await;
+        assert_eq!(running.stuck(), None);
+        tokio::time::advance(STUCK).await;
+        assert_eq!(running.stuck().as_deref(), Some("slow"));
+        drop(entry);
+        assert_eq!(running.stuck(), None);
+    }
+}

@@ -47,7 +47,8 @@ pub(crate) struct Assert {
     #[serde(default)]
     pub(crate) any: Vec<Assert>,
     pub(crate) status: Option<OneOrMany>,
-    pub(crate) exit_code: Option<i64>,
+    #[serde(default, deserialize_with = "given")]
+    pub(crate) exit_code: Option<Value>,
     #[serde(default, deserialize_with = "given")]
     pub(crate) signal: Option<Value>,
     #[serde(default, deserialize_with = "given")]

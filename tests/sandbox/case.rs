@@ -126,7 +126,7 @@ pub(crate) struct Fixtures(BTreeMap<&'static str, Vec<Case>>);
 
 impl Fixtures {
     pub(crate) fn load() -> Self {
-        let folder = std::env::var_os("SANDPIPER_TEST_FIXTURES")
+        let folder = std::env::var_os("SP_TEST_FIXTURES")
             .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"), PathBuf::from);
         let file = |name: &'static str| {
             let path = folder.join(format!("{name}.jsonl"));

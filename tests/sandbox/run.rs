@@ -40,8 +40,8 @@ pub(crate) fn exec(case: &Case) -> Ran {
     command.arg(worker()).args(["exec", "--job", "-", "--json"]);
     command.env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin").env("TMPDIR", &tmp);
     command.env("SANDPIPER_AMQP__URL", SECRET);
-    if let Some(run) = std::env::var_os("SANDPIPER_TEST_RUN") {
-        command.env("SANDPIPER_TEST_RUN", run);
+    if let Some(run) = std::env::var_os("SP_TEST_RUN") {
+        command.env("SP_TEST_RUN", run);
     }
     command.current_dir(&cwd).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
 
@@ -69,7 +69,7 @@ pub(crate) fn exec(case: &Case) -> Ran {
 }
 
 fn worker() -> PathBuf {
-    std::env::var_os("SANDPIPER_TEST_BIN")
+    std::env::var_os("SP_TEST_BIN")
         .map_or_else(|| env!("CARGO_BIN_EXE_sandpiper").into(), PathBuf::from)
 }
 

@@ -4,7 +4,7 @@ Jobs go in, results come out; a worker is killed in the middle, the other is ask
 hold: every job ends with a result, a job is answered twice only where its worker died before the acknowledgement,
 duplicates carry the same message id, and nothing is left, in the queues or as a process.
 
-Needs deploy/broker, the worker's binary (SANDPIPER_TEST_BIN) and pika; tests/run provides them.
+Needs deploy/broker, the worker's binary (SP_TEST_BIN) and pika; tests/run provides them.
 """
 
 import collections
@@ -28,7 +28,7 @@ import pika
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BROKER = ROOT / "deploy" / "broker"
-WORKER = os.environ.get("SANDPIPER_TEST_BIN", str(ROOT / "target" / "debug" / "sandpiper"))
+WORKER = os.environ.get("SP_TEST_BIN", str(ROOT / "target" / "debug" / "sandpiper"))
 JOBS, RESULTS, DEAD = "sandpiper.jobs", "sandpiper.results", "sandpiper.dead"
 # The host uids of jobs begin here by default; nothing else on a machine has any of them.
 JOB_UIDS = range(2_000_000, 2_010_000)
@@ -65,7 +65,7 @@ class Worker:
             "SANDPIPER_HTTP__LISTEN": f"127.0.0.1:{self.port}",
             "SANDPIPER_WORKER__NAME": name,
             "SANDPIPER_WORKER__SLOTS": "2",
-            "SANDPIPER_TEST_RUN": os.environ.get("SANDPIPER_TEST_RUN", ""),
+            "SP_TEST_RUN": os.environ.get("SP_TEST_RUN", ""),
         }
         with self.log.open("ab") as log:
             self.process = subprocess.Popen([WORKER, "serve"], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

@@ -124,3 +124,13 @@ fn the_reader_sees_through_comments_literals_and_tests() {
     assert_eq!(file.module(), "amqp");
     assert_eq!(Source::new("src/retry.rs", "").module(), "retry");
 }
+
+#[test]
+fn the_readme_shows_the_fixtures_as_they_are() {
+    let read = |path: &str| std::fs::read_to_string(source::root().join(path)).unwrap();
+    let readme = read("README.md");
+    for name in ["example_job", "example_result"] {
+        let fixture = read(&format!("tests/fixtures/contract/{name}.json"));
+        assert!(readme.contains(fixture.trim()), "README.md differs from tests/fixtures/contract/{name}.json");
+    }
+}

@@ -60,7 +60,7 @@ pub async fn serve(
     let kill = CancellationToken::new();
     let pipeline = Arc::new(Pipeline {
         worker: name,
-        admission: admission(config),
+        admission: config.admission(),
         addresses: Addresses::new(&config.amqp),
         amqp: config.amqp.clone(),
         start_timeout: config.sandbox.start_timeout,
@@ -110,15 +110,4 @@ fn name(config: &Config) -> String {
     }
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     format!("{}:{}", host.trim(), std::process::id())
-}
-
-fn admission(config: &Config) -> crate::job::Admission {
-    crate::job::Admission {
-        bounds: config.limits,
-        max_body_bytes: config.amqp.max_body_bytes,
-        allow_preload: config.sandbox.allow_preload,
-        allow_network: config.sandbox.allow_network,
-        environments: config.environments.keys().cloned().collect(),
-        supports: crate::job::Supports::default(),
-    }
 }

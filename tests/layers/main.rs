@@ -131,6 +131,9 @@ fn the_readme_shows_the_fixtures_as_they_are() {
     let readme = read("README.md");
     for name in ["example_job", "example_result"] {
         let fixture = read(&format!("tests/fixtures/contract/{name}.json"));
-        assert!(readme.contains(fixture.trim()), "README.md differs from tests/fixtures/contract/{name}.json");
+        assert!(
+            readme.contains(fixture.trim()),
+            "README.md differs from tests/fixtures/contract/{name}.json"
+        );
     }
 }

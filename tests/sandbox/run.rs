@@ -69,8 +69,7 @@ pub(crate) fn exec(case: &Case) -> Ran {
 }
 
 fn worker() -> PathBuf {
-    std::env::var_os("SP_TEST_BIN")
-        .map_or_else(|| env!("CARGO_BIN_EXE_sandpiper").into(), PathBuf::from)
+    std::env::var_os("SP_TEST_BIN").map_or_else(|| env!("CARGO_BIN_EXE_sandpiper").into(), PathBuf::from)
 }
 
 fn entries(folder: &Path) -> Vec<PathBuf> {

@@ -36,6 +36,9 @@ pub(crate) struct Case {
     /// Something that the worker does not have yet; the case is listed as ignored.
     #[serde(default)]
     pub(crate) requires: Option<String>,
+    /// A layer, as doctor names it, without which this case cannot be right; it is skipped where that is not there.
+    #[serde(default)]
+    pub(crate) needs: Option<String>,
     pub(crate) assert: Assert,
 }
 

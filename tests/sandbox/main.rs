@@ -4,13 +4,13 @@
 //! Which processes there are: this binary (one test), itself again as a supervisor (see `supervise`), and under
 //! that the worker with whatever it starts. The supervisor sees what the worker left behind.
 #![expect(clippy::unwrap_used, reason = "a test that cannot set itself up has failed")]
+#![expect(clippy::print_stderr, reason = "a skip is said aloud")]
 
 mod case;
 mod check;
 mod run;
 mod supervise;
 
-use std::io::Write as _;
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -44,7 +44,7 @@ fn verify(case: &Case) -> Result<(), Failed> {
         if std::env::var("CI").is_ok_and(|ci| ci == "true") {
             return Err(skipped.into());
         }
-        writeln!(std::io::stderr(), "{skipped}").unwrap();
+        eprintln!("{skipped}");
         return Ok(());
     }
     let mut outputs = Vec::new();

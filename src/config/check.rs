@@ -103,8 +103,7 @@ impl Checker {
         }
         for address in &urls {
             if let Err(fault) = url::check(address.expose()) {
-                let key = if url_file.is_some() { "amqp.url_file" } else { "amqp.url" };
-                return self.fail(key, &format!("holds an address that {fault}"));
+                return self.fail("amqp.url", &format!("holds an address that {fault}"));
             }
         }
         let queues = [
@@ -274,8 +273,13 @@ impl Checker {
     }
 
     fn level(&self, level: String) -> Result<String, ConfigError> {
+        // A bare word that is no level would be taken for the name of a module, and silence all others.
+        let meant = |directive: &str| {
+            let levels = ["off", "error", "warn", "info", "debug", "trace"];
+            directive.contains(['=', '[']) || levels.contains(&directive.trim().to_lowercase().as_str())
+        };
         match tracing_subscriber::EnvFilter::try_new(&level) {
-            Ok(_) if !level.is_empty() => Ok(level),
+            Ok(_) if level.split(',').all(meant) => Ok(level),
             _ => self.fail(
                 "log.level",
                 &format!(

@@ -10,7 +10,7 @@ use toml::{Table, Value};
 
 use super::ConfigError;
 use super::raw::{Raw, RawEnvironment};
-use crate::config::Environment;
+use crate::config::{Config, Environment};
 use crate::job::explain::{explain, nearest, quote, unknown};
 
 /// What every environment variable of ours begins with.
@@ -45,8 +45,8 @@ impl Origins {
 }
 
 impl Layers {
-    pub(super) fn defaults() -> Result<Self, ConfigError> {
-        Ok(Self { tree: table(&Raw::defaults())?, origins: Origins::default() })
+    pub(super) fn defaults() -> Self {
+        Self { tree: Config::defaults_as_written(), origins: Origins::default() }
     }
 
     /// Lays a file over what is set so far.
@@ -266,12 +266,8 @@ fn addresses(text: &str) -> Result<Value, &'static str> {
 }
 
 fn environment() -> Result<Table, ConfigError> {
-    table(&RawEnvironment::from(Environment::default()))
-}
-
-fn table(value: &impl serde::Serialize) -> Result<Table, ConfigError> {
-    Table::try_from(value).map_err(|error| ConfigError::Invalid {
-        origin: "the default configuration".into(),
+    Table::try_from(RawEnvironment::from(Environment::default())).map_err(|error| ConfigError::Invalid {
+        origin: "the default environment".into(),
         sentence: error.to_string(),
     })
 }

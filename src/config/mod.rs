@@ -61,7 +61,7 @@ impl Config {
         let mut variables: Vec<_> = env.filter(|(name, _)| name.starts_with("SANDPIPER_")).collect();
         // In a fixed order, so that the same mistakes give the same error.
         variables.sort();
-        let mut layers = Layers::defaults()?;
+        let mut layers = Layers::defaults();
         if let Some(file) = file.or_else(|| layers::file_variable(&variables)) {
             layers.file(file)?;
         }
@@ -71,6 +71,12 @@ impl Config {
         }
         let (raw, origins) = layers.finish()?;
         check::check(raw, origins)
+    }
+
+    /// Every key with its default, as it would be written in a file.
+    pub fn defaults_as_written() -> toml::Table {
+        // Plain text, numbers and lists always have a form in TOML.
+        toml::Table::try_from(raw::Raw::defaults()).unwrap_or_default()
     }
 
     /// What jobs may ask for.
@@ -90,18 +96,9 @@ impl Amqp {
     /// The broker addresses of this moment: `url_file` read anew where there is one, so that a rotated
     /// password is picked up.
     pub fn current_urls(&self) -> Result<Vec<Secret>, ConfigError> {
-        let Some(file) = &self.url_file else { return Ok(self.urls.clone()) };
-        let invalid = |fault: &str| ConfigError::Invalid {
-            origin: file.display().to_string(),
-            sentence: format!("`amqp.url_file` {fault}"),
-        };
-        let urls = url::read_file(file)?;
-        if urls.is_empty() {
-            return Err(invalid("is empty; give at least one address"));
-        }
-        match urls.iter().find_map(|address| url::check(address.expose()).err()) {
-            Some(fault) => Err(invalid(&format!("holds an address that {fault}"))),
-            None => Ok(urls),
+        match &self.url_file {
+            Some(file) => url::read_file(file),
+            None => Ok(self.urls.clone()),
         }
     }
 }

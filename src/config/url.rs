@@ -8,8 +8,13 @@ use super::{ConfigError, Secret};
 pub(super) fn read_file(path: &Path) -> Result<Vec<Secret>, ConfigError> {
     let text = std::fs::read_to_string(path)
         .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-    Ok(lines.map(|line| Secret::new(line.to_owned())).collect())
+    let urls: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let fault = match urls.iter().find_map(|url| check(url).err()) {
+        Some(fault) => format!("`amqp.url_file` holds an address that {fault}"),
+        None if urls.is_empty() => "`amqp.url_file` is empty; give at least one address".into(),
+        None => return Ok(urls.into_iter().map(|url| Secret::new(url.to_owned())).collect()),
+    };
+    Err(ConfigError::Invalid { origin: path.display().to_string(), sentence: fault })
 }
 
 /// What is wrong with an address, without repeating any of it.

@@ -86,7 +86,7 @@ pub(super) fn metadata_too_large() -> String {
 }
 
 /// Whether `id` may name a job.
-pub(super) fn is_id(id: &str) -> bool {
+pub fn is_id(id: &str) -> bool {
     (1..=ID_MAX).contains(&id.len())
         && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._:-".contains(&byte))
 }

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 /// The limits in force for one job. Every one is enforced from outside the job's process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(deny_unknown_fields)]
 pub struct Limits {
     /// Wall time in milliseconds, from the hand-over of the code.
     pub timeout_ms: u64,

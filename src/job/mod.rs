@@ -13,6 +13,7 @@ mod request;
 pub mod schema;
 mod strict;
 
+pub use check::is_id;
 pub use limits::{Bounds, Limits};
 pub use outcome::{Artifact, BlockedSyscall, Captured, Outcome, Status, Usage};
 pub use reply::{Context, Encoding, Reply, ReplyArtifact, Timing, VERSION, message_id};

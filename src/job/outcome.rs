@@ -91,6 +91,7 @@ pub struct Artifact {
 
 /// A system call that was refused with an errno, and how often.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(deny_unknown_fields)]
 pub struct BlockedSyscall {
     /// The call's name.
     pub syscall: String,
@@ -100,6 +101,7 @@ pub struct BlockedSyscall {
 
 /// What the job used, over all of its processes where the kernel tells.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(deny_unknown_fields)]
 pub struct Usage {
     /// Wall time from the hand-over of the code to its end.
     pub wall_ms: u64,

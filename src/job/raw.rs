@@ -62,7 +62,8 @@ pub(super) struct RawJob {
     #[schemars(with = "Option<Vec<String>>", length(max = 64), extend("default" = []))]
     pub(super) artifacts: Option<Capped<String, PATTERNS_MAX>>,
     /// Wall time in milliseconds, from the hand-over of the code.
-    #[schemars(range(min = 1))]
+    /// At most 300,000 unless the operator has set another maximum.
+    #[schemars(range(min = 1), extend("default" = 5000))]
     pub(super) timeout_ms: Option<u64>,
     /// Further limits; the operator's defaults where absent.
     #[schemars(with = "Option<RawLimits>")]
@@ -84,22 +85,28 @@ pub(super) struct RawJob {
 #[schemars(rename = "JobLimits")]
 pub(super) struct RawLimits {
     /// CPU time in milliseconds, user and system, over all processes.
-    #[schemars(range(min = 1))]
+    /// At most 600,000 unless the operator has set another maximum.
+    #[schemars(range(min = 1), extend("default" = 10000))]
     pub(super) cpu_ms: Option<u64>,
     /// Memory in bytes over all processes; files in the working directory count.
-    #[schemars(range(min = 1))]
+    /// At most 1 GiB unless the operator has set another maximum.
+    #[schemars(range(min = 1), extend("default" = 268435456))]
     pub(super) memory_bytes: Option<u64>,
     /// Bytes of standard output, and as many of standard error.
-    #[schemars(range(min = 1))]
+    /// At most 8 MiB unless the operator has set another maximum.
+    #[schemars(range(min = 1), extend("default" = 1048576))]
     pub(super) output_bytes: Option<u64>,
     /// Processes at one time, threads included.
-    #[schemars(range(min = 1))]
+    /// At most 128 unless the operator has set another maximum.
+    #[schemars(range(min = 1), extend("default" = 32))]
     pub(super) processes: Option<u64>,
     /// Open descriptors of one process.
-    #[schemars(range(min = 1))]
+    /// At most 1,024 unless the operator has set another maximum.
+    #[schemars(range(min = 1), extend("default" = 256))]
     pub(super) open_files: Option<u64>,
     /// Bytes in the working directory and `/tmp` together.
-    #[schemars(range(min = 1))]
+    /// At most 512 MiB unless the operator has set another maximum.
+    #[schemars(range(min = 1), extend("default" = 67108864))]
     pub(super) disk_bytes: Option<u64>,
 }
 

@@ -50,16 +50,12 @@ pub struct Reply {
     /// The verdict.
     pub status: Status,
     /// The main process's exit code, where it exited.
-    #[schemars(required, with = "Option<i32>")]
     pub exit_code: Option<i32>,
     /// The signal it died of, such as `SIGSEGV`.
-    #[schemars(required, with = "Option<String>")]
     pub signal: Option<String>,
     /// The forbidden system call that ended it.
-    #[schemars(required, with = "Option<String>")]
     pub syscall: Option<String>,
     /// One sentence for a person: why it did not succeed, or what of its result had to be left out.
-    #[schemars(required, with = "Option<String>")]
     pub error: Option<String>,
     /// Standard output, up to its limit.
     pub stdout: String,
@@ -78,10 +74,8 @@ pub struct Reply {
     /// System calls that were refused with an errno.
     pub blocked_syscalls: Vec<BlockedSyscall>,
     /// The limits in force; null where the job was rejected.
-    #[schemars(required, with = "Option<Limits>")]
     pub limits: Option<Limits>,
     /// What the job used; null where it did not run.
-    #[schemars(required, with = "Option<Usage>")]
     pub usage: Option<Usage>,
     /// Where the time went.
     pub timing: Timing,
@@ -92,13 +86,12 @@ pub struct Reply {
     /// The worker's name.
     pub worker: String,
     /// RFC 3339 in UTC: when the code was handed over; null where it did not run.
-    #[schemars(required, with = "Option<String>", extend("format" = "date-time"))]
+    #[schemars(extend("format" = "date-time"))]
     pub started_at: Option<String>,
     /// RFC 3339 in UTC: when all of it was dead, or the verdict fell.
     #[schemars(extend("format" = "date-time"))]
     pub finished_at: String,
     /// The job's metadata.
-    #[schemars(required, with = "Option<Map<String, Value>>")]
     pub metadata: Option<Map<String, Value>>,
 }
 
@@ -131,13 +124,10 @@ pub struct ReplyArtifact {
 #[schemars(deny_unknown_fields)]
 pub struct Timing {
     /// From publishing to taking the job on.
-    #[schemars(required, with = "Option<u64>")]
     pub queued_ms: Option<u64>,
     /// From taking the job on to handing over its code.
-    #[schemars(required, with = "Option<u64>")]
     pub start_ms: Option<u64>,
     /// From handing over its code to all of it being dead.
-    #[schemars(required, with = "Option<u64>")]
     pub run_ms: Option<u64>,
 }
 

@@ -19,8 +19,11 @@ const fn null(arg: u8) -> Cond {
     Cond { arg, test: Test::Null }
 }
 
-/// Every `CLONE_NEW*` that clone itself takes (`CLONE_NEWTIME` needs clone3: its bit means a signal here).
-const NAMESPACES: u32 = 0x0002_0000 // CLONE_NEWNS
+/// Flags that lead out of the job: every `CLONE_NEW*` that clone itself takes (`CLONE_NEWTIME` needs clone3:
+/// its bit means a signal here), and the one that makes a child of the job's parent, which waits for the job
+/// alone.
+const OUTWARD: u32 = 0x0000_8000 // CLONE_PARENT
+    | 0x0002_0000 // CLONE_NEWNS
     | 0x0200_0000 // CLONE_NEWCGROUP
     | 0x0400_0000 // CLONE_NEWUTS
     | 0x0800_0000 // CLONE_NEWIPC
@@ -29,10 +32,10 @@ const NAMESPACES: u32 = 0x0002_0000 // CLONE_NEWNS
     | 0x4000_0000; // CLONE_NEWNET
 
 pub(super) static CLONE: Filter = Filter {
-    allow: &[&[masked(0, NAMESPACES, 0)]],
+    allow: &[&[masked(0, OUTWARD, 0)]],
     kill: &[],
     otherwise: Denial::Kill,
-    detail: "without namespace flags",
+    detail: "without namespace flags and CLONE_PARENT",
 };
 
 /// Options of prctl that change or show the calling process only.

@@ -25,7 +25,7 @@ const OFFSET_ARCH: u32 = 4;
 
 /// Numbers of the x32 ABI carry bit 30. From bit 31 on they are negative and name nothing on any ABI.
 pub(super) const X32: u32 = 0x4000_0000;
-const NEGATIVE: u32 = 0x8000_0000;
+pub(super) const NEGATIVE: u32 = 0x8000_0000;
 
 /// Stands for "no rule matched" in what seccompiler writes, until the real action takes its place: it has
 /// no word for a user notification, nor for going on elsewhere.

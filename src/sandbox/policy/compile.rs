@@ -34,7 +34,7 @@ pub(super) fn notifying(arch: Arch, calls: &Calls) -> Result<Program, BackendErr
     Ok(Plan { arch, foreign: NOTIFY, newer: ENOSYS, leaf, sections: vec![section] }.assemble())
 }
 
-/// Refuse is a plain errno, kill ends the process group's every thread.
+/// Refuse is a plain errno, kill ends the whole process.
 pub(super) fn fallback(arch: Arch, calls: &Calls) -> Result<Program, BackendError> {
     // One section for each answer to arguments that are not allowed.
     let mut answers: BTreeMap<Denial, BTreeMap<u32, &[Rule]>> = BTreeMap::new();

@@ -14,6 +14,8 @@ mod describe;
 mod extra;
 mod rules;
 mod table;
+#[cfg(test)]
+mod tests;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;

@@ -38,7 +38,7 @@ pub(super) const GROUPS: &[Group] = &[
     Group {
         class: Class::Allow,
         until: Until::InnerWall,
-        reason: "who am I",
+        reason: "the ids of the job and of its own processes",
         calls: &[
             ("getpid", 39, 172),
             ("getppid", 110, 173),

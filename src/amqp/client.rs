@@ -1,1 +1,189 @@
+//! The other side of the queue, for the command line: publishes jobs and reads their results.
+//!
+//! One connection, no second try: a person waits, and wants to hear of a fault at once.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
+use futures_util::StreamExt;
+use lapin::options::{BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::{BasicProperties, Channel, Confirmation};
+
+use crate::amqp::connection::{Dialer, Link};
+use crate::amqp::message::now;
+use crate::amqp::{Command, Error, chain, short, topology};
+use crate::config;
+
+/// Why a job could not be published, or its result not be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ClientError {
+    /// The broker, or the way to it.
+    #[error(transparent)]
+    Broker(#[from] Error),
+    /// Nobody declared the jobs queue.
+    #[error("publish to {queue}: there is no such queue; start a worker, which declares it")]
+    NoQueue {
+        /// The jobs queue.
+        queue: String,
+    },
+    /// The broker would not take the job.
+    #[error("publish to {queue}: the broker refused the job; is the queue full?")]
+    Refused {
+        /// The jobs queue.
+        queue: String,
+    },
+}
+
+/// A message on our reply queue.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The id under which the job was submitted; empty where the message carries none.
+    pub id: String,
+    /// `result`, or `output` while a job runs.
+    pub kind: String,
+    /// JSON.
+    pub body: Vec<u8>,
+}
+
+/// A publisher of jobs with a reply queue of its own. Cheap to clone; all clones share the queue, so that some
+/// publish while one reads.
+#[derive(Clone, Debug)]
+pub struct Client(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    link: Link,
+    queue: String,
+    reply_to: ShortString,
+    /// Channels in confirm mode that carry nothing: one message at a time on each, see the publisher.
+    idle: Mutex<Vec<Channel>>,
+    answers: tokio::sync::Mutex<lapin::Consumer>,
+}
+
+impl Client {
+    /// Connects and opens the reply queue, which goes with the connection.
+    ///
+    /// # Errors
+    /// No broker at any address, or it does not let us in.
+    pub async fn connect(config: &config::Amqp) -> Result<Self, ClientError> {
+        let link = Dialer::new(config, format!("sandpiper client {}", std::process::id())).dial().await?;
+        let channel = link.channel().await?;
+        let options =
+            QueueDeclareOptions { exclusive: true, auto_delete: true, ..QueueDeclareOptions::default() };
+        let declaring = channel.queue_declare("".into(), options, FieldTable::default());
+        let queue = link.ask("declare a reply queue", declaring).await?;
+        let options = BasicConsumeOptions { no_ack: true, exclusive: true, ..BasicConsumeOptions::default() };
+        let consuming =
+            channel.basic_consume(queue.name().clone(), "".into(), options, FieldTable::default());
+        let answers = link.ask("consume the reply queue", consuming).await?;
+        Ok(Self(Arc::new(Inner {
+            reply_to: queue.name().clone(),
+            queue: config.jobs_queue.clone(),
+            idle: Mutex::default(),
+            answers: tokio::sync::Mutex::new(answers),
+            link,
+        })))
+    }
+
+    /// Publishes one job and waits until the broker keeps it. `id` comes back with its result.
+    ///
+    /// # Errors
+    /// No jobs queue, or the broker would not take the job.
+    pub async fn submit(&self, body: Vec<u8>, id: &str) -> Result<(), ClientError> {
+        let properties = BasicProperties::default()
+            .with_content_type("application/json".into())
+            .with_delivery_mode(2)
+            .with_reply_to(self.0.reply_to.clone())
+            .with_correlation_id(short(id)?)
+            .with_message_id(short(id)?)
+            .with_timestamp(now())
+            .with_headers(millisecond_timestamp());
+        match self.publish("", &self.0.queue, &body, properties).await? {
+            Confirmation::Ack(None) => Ok(()),
+            Confirmation::Ack(Some(_)) => Err(ClientError::NoQueue { queue: self.0.queue.clone() }),
+            Confirmation::Nack(_) | Confirmation::NotRequested => {
+                Err(ClientError::Refused { queue: self.0.queue.clone() })
+            }
+        }
+    }
+
+    /// Asks every worker to end the job of that id. Nobody says whether one had it.
+    ///
+    /// # Errors
+    /// The broker could not be told.
+    pub async fn cancel(&self, id: &str) -> Result<(), ClientError> {
+        let body = Command::Cancel(id.to_owned()).to_body();
+        let properties = BasicProperties::default().with_content_type("application/json".into());
+        self.publish(topology::CONTROL, "", &body, properties).await.map(drop)
+    }
+
+    /// The next message on our reply queue.
+    ///
+    /// # Errors
+    /// The connection is gone, and the queue with it.
+    pub async fn next(&self) -> Result<Answer, ClientError> {
+        let mut answers = self.0.answers.lock().await;
+        let message = tokio::select! {
+            message = answers.next() => message,
+            () = self.0.link.lost() => None,
+        };
+        let message = message.ok_or(Error::Lost)?.map_err(|source| {
+            let error = Error::Operation { what: "read results".into(), source: Box::new(source) };
+            tracing::debug!(error = chain(&error), "the reply queue is gone");
+            error
+        })?;
+        let text =
+            |property: &Option<ShortString>| property.as_ref().map(ToString::to_string).unwrap_or_default();
+        Ok(Answer {
+            id: text(message.properties.correlation_id()),
+            kind: text(message.properties.kind()),
+            body: message.data,
+        })
+    }
+
+    /// Says goodbye.
+    pub async fn close(&self) {
+        self.0.link.close().await;
+    }
+
+    async fn publish(
+        &self,
+        exchange: &str,
+        key: &str,
+        body: &[u8],
+        properties: BasicProperties,
+    ) -> Result<Confirmation, ClientError> {
+        let channel = self.channel().await?;
+        let (exchange, key) = (short(exchange)?, short(key)?);
+        // A cancellation that nobody hears is no fault: only jobs need a queue.
+        let mandatory = exchange.as_str().is_empty();
+        let options = BasicPublishOptions { mandatory, ..BasicPublishOptions::default() };
+        let publishing =
+            async { channel.basic_publish(exchange, key, options, body, properties).await?.await };
+        let answer = self.0.link.ask("have a message confirmed", publishing).await?;
+        self.0.idle.lock().unwrap_or_else(PoisonError::into_inner).push(channel);
+        Ok(answer)
+    }
+
+    async fn channel(&self) -> Result<Channel, Error> {
+        let idle = self.0.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        if let Some(channel) = idle {
+            return Ok(channel);
+        }
+        let channel = self.0.link.channel().await?;
+        self.0.link.ask("turn confirms on", channel.confirm_select(ConfirmSelectOptions::default())).await?;
+        Ok(channel)
+    }
+}
+
+/// The protocol's own timestamp has whole seconds; this header, which RabbitMQ's own plugin writes as well,
+/// has milliseconds.
+fn millisecond_timestamp() -> FieldTable {
+    let mut headers = FieldTable::default();
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    if let Ok(millis) = i64::try_from(since.as_millis()) {
+        headers.insert("timestamp_in_ms".into(), AMQPValue::LongLongInt(millis));
+    }
+    headers
+}

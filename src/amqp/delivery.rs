@@ -43,7 +43,8 @@ pub struct Properties {
     pub message_id: Option<String>,
     /// How long the message is worth anything.
     pub expiration: Option<Duration>,
-    /// When it was published, in whole seconds, as the protocol has it.
+    /// When it was published: in milliseconds by the header `timestamp_in_ms`, else in whole seconds, as the
+    /// protocol has it.
     pub timestamp: Option<SystemTime>,
     /// W3C trace context, passed on.
     pub traceparent: Option<String>,
@@ -61,9 +62,7 @@ impl Properties {
             correlation_id: text(raw.correlation_id()),
             message_id: text(raw.message_id()),
             expiration: text(raw.expiration()).and_then(|ms| ms.parse().ok()).map(Duration::from_millis),
-            timestamp: raw
-                .timestamp()
-                .and_then(|seconds| SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))),
+            timestamp: published(&raw),
             traceparent: header(&raw, "traceparent"),
             tracestate: header(&raw, "tracestate"),
             raw,
@@ -84,6 +83,15 @@ impl Properties {
             _ => false,
         }
     }
+}
+
+fn published(raw: &BasicProperties) -> Option<SystemTime> {
+    let exact = raw.headers().as_ref().and_then(|headers| match headers.inner().get("timestamp_in_ms") {
+        Some(AMQPValue::LongLongInt(millis)) => u64::try_from(*millis).ok().map(Duration::from_millis),
+        _ => None,
+    });
+    let since = exact.or_else(|| raw.timestamp().map(Duration::from_secs))?;
+    SystemTime::UNIX_EPOCH.checked_add(since)
 }
 
 /// A header's text, where it has one.

@@ -26,6 +26,12 @@ pub fn start(log: &Log) -> Result<(), TelemetryError> {
     let filter = EnvFilter::builder()
         .parse(&log.level)
         .map_err(|source| TelemetryError::Level(log.level.clone(), source))?;
+    // lapin logs a returned message with its whole body, which is a job's output. What it has to say of faults
+    // comes back to us as errors, and is logged where they are handled.
+    let filter = match "lapin=off".parse() {
+        Ok(silence) => filter.add_directive(silence),
+        Err(_) => filter,
+    };
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

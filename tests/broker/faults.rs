@@ -1,0 +1,134 @@
+//! What may happen to the broker while jobs are under way. No job is lost; some may come twice.
+
+use lapin::options::QueueDeleteOptions;
+
+use crate::broker::Node;
+use crate::requester::{Requester, collect};
+use crate::worker::Worker;
+use crate::{Queues, eventually};
+
+const JOBS: usize = 40;
+
+/// Publishes jobs that take a moment, so that some are under way when the fault comes.
+async fn publish(requester: &Requester, queues: &Queues) -> Vec<String> {
+    let ids: Vec<String> = (0..JOBS).map(|at| format!("job-{at}")).collect();
+    for id in &ids {
+        requester.run(&queues.jobs, id, &queues.replies, "import time; time.sleep(0.1)").await;
+    }
+    ids
+}
+
+async fn under_way(worker: &Worker) {
+    let completed = "sandpiper_jobs_completed_total{status=\"succeeded\"}";
+    eventually("jobs are under way", async || (worker.metric(completed) > 2.0).then_some(())).await;
+}
+
+/// Every job has its result, nothing waits, and the worker takes jobs again.
+async fn all_is_well(node: &Node, worker: &mut Worker, queues: &Queues, ids: &[String]) {
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    collect(&mut replies, ids).await;
+    worker.until_ready().await;
+    worker.assert_alive();
+    eventually("nothing waits in the queue", async || {
+        let running = worker.metric("sandpiper_jobs_running");
+        (requester.waiting(&queues.jobs).await == 0 && running == 0.0).then_some(())
+    })
+    .await;
+}
+
+pub(crate) async fn connections_closed_by_an_operator(node: &Node) {
+    let queues = Queues::of("closed");
+    let mut worker = Worker::ready(node.url(), &queues.settings(&[])).await;
+    let requester = Requester::connect(node.url()).await;
+    requester.replies(&queues.replies).await;
+    let ids = publish(&requester, &queues).await;
+    under_way(&worker).await;
+    node.ctl(&["close_all_connections", "maintenance"]);
+    all_is_well(node, &mut worker, &queues, &ids).await;
+    assert!(worker.metric("sandpiper_connection_reconnects_total{role=\"consume\"}") >= 1.0);
+}
+
+pub(crate) async fn the_jobs_queue_is_deleted(node: &Node) {
+    let queues = Queues::of("deleted");
+    let mut worker = Worker::ready(node.url(), &queues.settings(&[])).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    requester.channel.queue_delete(queues.jobs.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
+    eventually("the worker notices", async || {
+        (worker.metric("sandpiper_connection_reconnects_total{role=\"consume\"}") >= 1.0).then_some(())
+    })
+    .await;
+    worker.until_ready().await;
+    requester.submit(&queues.jobs, "after", &queues.replies).await;
+    collect(&mut replies, &["after".into()]).await;
+    worker.assert_alive();
+}
+
+pub(crate) async fn a_memory_alarm(node: &Node) {
+    let queues = Queues::of("memory");
+    let mut worker = Worker::ready(node.url(), &queues.settings(&[])).await;
+    let requester = Requester::connect(node.url()).await;
+    requester.replies(&queues.replies).await;
+    let ids = publish(&requester, &queues).await;
+    under_way(&worker).await;
+    node.ctl(&["set_vm_memory_high_watermark", "absolute", "1MiB"]);
+    worker.until_not_ready().await;
+    worker.assert_alive();
+    assert_eq!(worker.metric("sandpiper_connection_up{role=\"publish\"}"), 1.0);
+    assert_eq!(worker.metric("sandpiper_connection_blocked{role=\"publish\"}"), 1.0);
+    eventually("the intake pauses and what ran has ended", async || {
+        (worker.metric("sandpiper_jobs_running") == 0.0).then_some(())
+    })
+    .await;
+    node.ctl(&["set_vm_memory_high_watermark", "absolute", "512MiB"]);
+    all_is_well(node, &mut worker, &queues, &ids).await;
+    assert_eq!(worker.metric("sandpiper_connection_reconnects_total{role=\"publish\"}"), 0.0);
+}
+
+pub(crate) async fn restarted(node: &Node) {
+    let queues = Queues::of("restarted");
+    let mut worker = Worker::ready(node.url(), &queues.settings(&[])).await;
+    let requester = Requester::connect(node.url()).await;
+    requester.replies(&queues.replies).await;
+    let ids = publish(&requester, &queues).await;
+    under_way(&worker).await;
+    node.stop();
+    worker.until_not_ready().await;
+    worker.assert_alive();
+    node.start_again();
+    all_is_well(node, &mut worker, &queues, &ids).await;
+}
+
+pub(crate) async fn killed(node: &Node) {
+    let queues = Queues::of("killed");
+    let mut worker = Worker::ready(node.url(), &queues.settings(&[])).await;
+    let requester = Requester::connect(node.url()).await;
+    requester.replies(&queues.replies).await;
+    let ids = publish(&requester, &queues).await;
+    under_way(&worker).await;
+    node.kill();
+    worker.until_not_ready().await;
+    worker.assert_alive();
+    node.start_again();
+    all_is_well(node, &mut worker, &queues, &ids).await;
+}
+
+pub(crate) async fn not_there_at_the_start(node: &Node) {
+    let queues = Queues::of("absent");
+    node.stop();
+    let mut worker = Worker::start(node.url(), &queues.settings(&[])).await;
+    eventually("it has tried more than once", async || {
+        (worker.metric("sandpiper_connection_reconnects_total{role=\"consume\"}") >= 2.0).then_some(())
+    })
+    .await;
+    worker.until_not_ready().await;
+    worker.assert_alive();
+    assert!(!worker.log().contains("guest:guest"), "a password in the log");
+    node.start_again();
+    worker.until_ready().await;
+    let requester = Requester::connect(node.url()).await;
+    requester.replies(&queues.replies).await;
+    let ids = publish(&requester, &queues).await;
+    all_is_well(node, &mut worker, &queues, &ids).await;
+}

@@ -1,0 +1,106 @@
+//! The worker against a real RabbitMQ node: what it promises about jobs, and the faults it has to survive.
+//!
+//! Needs `rabbitmq-server` and what `sandpiper doctor` calls required. A node takes seconds to start, so each
+//! test starts one and goes through a group of scenarios with it, every scenario on queues of its own.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test that cannot go on has failed, and says why"
+)]
+
+#[path = "../support/broker.rs"]
+mod broker;
+mod faults;
+mod replies;
+mod requester;
+mod shutdown;
+mod traffic;
+mod worker;
+
+use std::time::Duration;
+
+use broker::Node;
+
+/// How long anything may take that has to happen. Generous: a busy machine is no failure.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits until `condition` gives something.
+async fn eventually<T>(what: &str, mut condition: impl AsyncFnMut() -> Option<T>) -> T {
+    let trying = async {
+        loop {
+            if let Some(value) = condition().await {
+                return value;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, trying)
+        .await
+        .unwrap_or_else(|_| panic!("it never came to pass that {what}"))
+}
+
+/// Names and settings of queues for one scenario.
+struct Queues {
+    jobs: String,
+    results: String,
+    dead: String,
+    replies: String,
+}
+
+impl Queues {
+    fn of(scenario: &str) -> Self {
+        println!("--- {scenario}");
+        let name = |kind: &str| format!("{scenario}.{kind}");
+        Self { jobs: name("jobs"), results: name("results"), dead: name("dead"), replies: name("replies") }
+    }
+
+    fn settings(&self, more: &[&str]) -> Vec<String> {
+        let mut settings = vec![
+            format!("amqp.jobs_queue={}", self.jobs),
+            format!("amqp.results_queue={}", self.results),
+            format!("amqp.dead_queue={}", self.dead),
+        ];
+        settings.extend(more.iter().map(|setting| (*setting).to_owned()));
+        settings
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_come_back_once_and_what_is_none_is_kept() {
+    let node = Node::start();
+    traffic::a_thousand_jobs_through_two_workers(&node).await;
+    traffic::what_is_no_job_is_dead_lettered_and_rejected(&node).await;
+    traffic::what_is_not_acceptable_is_rejected_and_acked(&node).await;
+    traffic::poison_ends_in_the_dead_queue(&node).await;
+    traffic::a_job_past_its_time_is_not_run(&node).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn results_find_their_way() {
+    let node = Node::start();
+    replies::properties_are_as_promised(&node).await;
+    replies::a_vanished_reply_queue_is_replaced_by_the_results_queue(&node).await;
+    replies::direct_reply_to_is_served_alive_and_survived_dead(&node).await;
+    replies::a_hostile_reply_to_harms_nobody_else(&node).await;
+    replies::a_full_reply_queue_is_waited_for(&node).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_of_the_broker_are_survived() {
+    let node = Node::start();
+    faults::connections_closed_by_an_operator(&node).await;
+    faults::the_jobs_queue_is_deleted(&node).await;
+    faults::a_memory_alarm(&node).await;
+    faults::restarted(&node).await;
+    faults::killed(&node).await;
+    faults::not_there_at_the_start(&node).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_leaves_in_good_order() {
+    let node = Node::start();
+    shutdown::drained_under_load(&node).await;
+    shutdown::killed_at_the_end_of_the_drain_time(&node).await;
+    shutdown::a_second_signal_ends_at_once(&node).await;
+    shutdown::drained_while_the_broker_is_away(&node).await;
+}

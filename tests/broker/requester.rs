@@ -1,0 +1,121 @@
+//! Somebody who publishes jobs and reads results: lapin without anything of ours.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use lapin::message::Delivery;
+use lapin::options::{
+    BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions,
+};
+use lapin::types::FieldTable;
+use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Consumer};
+use serde_json::{Value, json};
+
+use crate::{PATIENCE, eventually};
+
+pub(crate) struct Requester {
+    _connection: Connection,
+    pub(crate) channel: Channel,
+}
+
+impl Requester {
+    pub(crate) async fn connect(url: &str) -> Self {
+        let connection = eventually("the broker lets us in", async || {
+            Connection::connect(url, ConnectionProperties::default()).await.ok()
+        })
+        .await;
+        let channel = connection.create_channel().await.unwrap();
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        Self { _connection: connection, channel }
+    }
+
+    /// A reply queue of our own that outlives a restart of the broker, and what comes out of it.
+    pub(crate) async fn replies(&self, queue: &str) -> Consumer {
+        let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        self.channel.queue_declare(queue.into(), options, FieldTable::default()).await.unwrap();
+        self.listen(queue).await
+    }
+
+    pub(crate) async fn listen(&self, queue: &str) -> Consumer {
+        let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
+        self.channel.basic_consume(queue.into(), "".into(), options, FieldTable::default()).await.unwrap()
+    }
+
+    pub(crate) async fn publish(&self, queue: &str, body: &[u8], properties: BasicProperties) {
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let properties = properties.with_delivery_mode(2);
+        let confirm = self
+            .channel
+            .basic_publish("".into(), queue.into(), options, body, properties)
+            .await
+            .unwrap()
+            .await
+            .unwrap();
+        assert!(confirm.is_ack() && confirm.take_message().is_none(), "not stored in {queue}");
+    }
+
+    /// A job that prints 1.
+    pub(crate) async fn submit(&self, queue: &str, id: &str, reply_to: &str) {
+        self.run(queue, id, reply_to, "print(1)").await;
+    }
+
+    pub(crate) async fn run(&self, queue: &str, id: &str, reply_to: &str, code: &str) {
+        let properties = BasicProperties::default()
+            .with_reply_to(reply_to.into())
+            .with_correlation_id(format!("c-{id}").into());
+        let job = json!({"id": id, "code": code, "timeout_ms": 60_000});
+        self.publish(queue, job.to_string().as_bytes(), properties).await;
+    }
+
+    /// How many messages wait in a queue.
+    pub(crate) async fn waiting(&self, queue: &str) -> u32 {
+        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        self.channel
+            .queue_declare(queue.into(), options, FieldTable::default())
+            .await
+            .unwrap()
+            .message_count()
+    }
+
+    /// The next message of a queue, taken out of it.
+    pub(crate) async fn take(&self, queue: &str) -> Delivery {
+        eventually(&format!("{queue} holds a message"), async || {
+            let options = BasicGetOptions { no_ack: true };
+            self.channel.basic_get(queue.into(), options).await.unwrap().map(|message| message.delivery)
+        })
+        .await
+    }
+}
+
+/// The next message as its properties and its body.
+pub(crate) async fn next(replies: &mut Consumer) -> (BasicProperties, Value) {
+    let message =
+        tokio::time::timeout(PATIENCE, replies.next()).await.expect("no result came").unwrap().unwrap();
+    let body = serde_json::from_slice(&message.data).unwrap();
+    (message.properties, body)
+}
+
+/// Reads results until each of `ids` has one. Returns how often each came, and sees to it that duplicates carry
+/// the same message id.
+pub(crate) async fn collect(replies: &mut Consumer, ids: &[String]) -> HashMap<String, usize> {
+    let mut seen: HashMap<String, (String, usize)> = HashMap::new();
+    while seen.len() < ids.len() {
+        let (properties, body) = next(replies).await;
+        let id = body["id"].as_str().unwrap().to_owned();
+        assert!(ids.contains(&id), "{id} was never asked for");
+        assert_eq!(body["status"], "succeeded", "{body}");
+        assert_eq!(properties.correlation_id().as_ref().unwrap().as_str(), format!("c-{id}"));
+        let message_id = properties.message_id().as_ref().unwrap().to_string();
+        let entry = seen.entry(id).or_insert_with(|| (message_id.clone(), 0));
+        assert_eq!(entry.0, message_id, "a duplicate carries another message id");
+        entry.1 += 1;
+    }
+    seen.into_iter().map(|(id, (_, count))| (id, count)).collect()
+}
+
+/// Nothing more comes for a moment.
+pub(crate) async fn assert_silent(replies: &mut Consumer) {
+    let more = tokio::time::timeout(Duration::from_millis(500), replies.next()).await;
+    assert!(more.is_err(), "one result too many: {more:?}");
+}

@@ -1,0 +1,88 @@
+//! How a worker ends, and that no job ends with it.
+
+use std::time::{Duration, Instant};
+
+use crate::broker::Node;
+use crate::requester::{Requester, assert_silent, collect, next};
+use crate::worker::Worker;
+use crate::{Queues, eventually};
+
+async fn running(worker: &Worker, jobs: f64) {
+    eventually("jobs run", async || (worker.metric("sandpiper_jobs_running") == jobs).then_some(())).await;
+}
+
+fn ids(count: usize) -> Vec<String> {
+    (0..count).map(|at| format!("job-{at}")).collect()
+}
+
+pub(crate) async fn drained_under_load(node: &Node) {
+    let queues = Queues::of("drained");
+    let settings = queues.settings(&["worker.slots=2", "amqp.prefetch_surplus=4"]);
+    let mut worker = Worker::ready(node.url(), &settings).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    let ids = ids(10);
+    for id in &ids {
+        requester.run(&queues.jobs, id, &queues.replies, "import time; time.sleep(2)").await;
+    }
+    running(&worker, 2.0).await;
+    worker.terminate();
+    eventually("what has not started is given back at once", async || {
+        (requester.waiting(&queues.jobs).await == 8).then_some(())
+    })
+    .await;
+    assert_eq!(worker.ended().await.code(), Some(0), "{}", worker.log());
+    // The two that ran have their results; the rest is for another worker. Nothing comes twice.
+    for _ in 0..2 {
+        assert_eq!(next(&mut replies).await.1["status"], "succeeded");
+    }
+    assert_silent(&mut replies).await;
+    assert_eq!(requester.waiting(&queues.jobs).await, 8);
+}
+
+pub(crate) async fn killed_at_the_end_of_the_drain_time(node: &Node) {
+    let queues = Queues::of("impatient");
+    let settings = queues.settings(&["worker.slots=2", "worker.drain_timeout_ms=1000"]);
+    let mut worker = Worker::ready(node.url(), &settings).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    for id in ids(2) {
+        requester.run(&queues.jobs, &id, &queues.replies, "import time; time.sleep(40)").await;
+    }
+    running(&worker, 2.0).await;
+    let start = Instant::now();
+    worker.terminate();
+    assert_eq!(worker.ended().await.code(), Some(0), "{}", worker.log());
+    assert!(start.elapsed() < Duration::from_secs(30), "it waited for its jobs");
+    assert_eq!(requester.waiting(&queues.jobs).await, 2, "what was killed is given back");
+    assert_silent(&mut replies).await;
+}
+
+pub(crate) async fn a_second_signal_ends_at_once(node: &Node) {
+    let queues = Queues::of("second");
+    let settings = queues.settings(&["worker.slots=1"]);
+    let mut worker = Worker::ready(node.url(), &settings).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    requester.run(&queues.jobs, "job-0", &queues.replies, "import time; time.sleep(5)").await;
+    running(&worker, 1.0).await;
+    worker.terminate();
+    eventually("it drains", async || worker.log().contains("\"draining\"").then_some(())).await;
+    let start = Instant::now();
+    worker.terminate();
+    let status = worker.ended().await;
+    assert!(start.elapsed() < Duration::from_secs(4), "it waited for its job");
+    assert!(status.code().is_some_and(|code| code != 0), "{status:?}: cut off is not in good order");
+    // The broker gives the job to the next one.
+    let _next = Worker::ready(node.url(), &settings).await;
+    collect(&mut replies, &ids(1)).await;
+}
+
+pub(crate) async fn drained_while_the_broker_is_away(node: &Node) {
+    let queues = Queues::of("away");
+    let mut worker = Worker::ready(node.url(), &queues.settings(&[])).await;
+    node.stop();
+    worker.until_not_ready().await;
+    worker.terminate();
+    assert_eq!(worker.ended().await.code(), Some(0), "{}", worker.log());
+}

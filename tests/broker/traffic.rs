@@ -1,0 +1,138 @@
+//! Every job comes back exactly once; what is none is kept, told of, and harms nothing.
+
+use lapin::BasicProperties;
+use lapin::types::AMQPValue;
+use serde_json::{Value, json};
+
+use crate::broker::Node;
+use crate::requester::{Requester, assert_silent, collect, next};
+use crate::worker::Worker;
+use crate::{Queues, eventually};
+
+pub(crate) async fn a_thousand_jobs_through_two_workers(node: &Node) {
+    let queues = Queues::of("thousand");
+    let one = Worker::ready(node.url(), &queues.settings(&[])).await;
+    let two = Worker::ready(node.url(), &queues.settings(&[])).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    let ids: Vec<String> = (0..1_000).map(|at| format!("job-{at}")).collect();
+    for id in &ids {
+        requester.submit(&queues.jobs, id, &queues.replies).await;
+    }
+    let seen = collect(&mut replies, &ids).await;
+    assert!(seen.values().all(|count| *count == 1), "without a fault there are no duplicates");
+    assert_silent(&mut replies).await;
+    assert_eq!(requester.waiting(&queues.jobs).await, 0);
+    let acked = "sandpiper_deliveries_settled_total{action=\"acked\"}";
+    eventually("every delivery is acked", async || {
+        (one.metric(acked) + two.metric(acked) == 1_000.0).then_some(())
+    })
+    .await;
+    assert!(one.metric(acked) > 0.0 && two.metric(acked) > 0.0, "one worker did it all");
+    assert!(!one.log().contains("print(1)"), "code in the log");
+}
+
+pub(crate) async fn what_is_no_job_is_dead_lettered_and_rejected(node: &Node) {
+    let queues = Queues::of("malformed");
+    let mut worker = Worker::ready(node.url(), &queues.settings(&[])).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    let nested = "[".repeat(100_000);
+    let bodies: [(&str, &[u8]); 8] = [
+        ("not JSON", b"print(1)"),
+        ("nothing", b""),
+        ("not an object", b"[1, 2]"),
+        ("a wrong type", br#"{"code": 7}"#),
+        ("an unknown field", br#"{"code": "print(1)", "timeuot_ms": 5}"#),
+        ("bad UTF-8", b"{\"code\": \"\xff\xfe\"}"),
+        ("nested brackets", nested.as_bytes()),
+        ("duplicate keys", br#"{"code": "print(1)", "code": "print(2)"}"#),
+    ];
+    for (what, body) in bodies {
+        let properties = BasicProperties::default()
+            .with_reply_to(queues.replies.as_str().into())
+            .with_correlation_id(what.into());
+        requester.publish(&queues.jobs, body, properties).await;
+        let (properties, result) = next(&mut replies).await;
+        assert_eq!(result["status"], "rejected", "{what}: {result}");
+        assert_eq!(properties.correlation_id().as_ref().unwrap().as_str(), what);
+
+        let dead = requester.take(&queues.dead).await;
+        assert_eq!(dead.data, body, "{what}");
+        let headers = dead.properties.headers().as_ref().unwrap().inner();
+        let AMQPValue::LongString(reason) = &headers["x-sandpiper-reason"] else { panic!("{headers:?}") };
+        assert_eq!(Value::from(reason.to_string()), result["error"], "{what}");
+        assert_eq!(headers["x-sandpiper-attempt"], AMQPValue::LongLongInt(1));
+        assert!(headers.contains_key("x-sandpiper-worker"));
+    }
+    requester.submit(&queues.jobs, "after", &queues.replies).await;
+    collect(&mut replies, &["after".into()]).await;
+    worker.assert_alive();
+    assert_eq!(requester.waiting(&queues.jobs).await, 0);
+    let count = worker.metric("sandpiper_jobs_dead_lettered_total{reason=\"malformed\"}");
+    assert_eq!(count, 8.0);
+    assert_eq!(worker.metric("sandpiper_deliveries_settled_total{action=\"requeued\"}"), 0.0);
+}
+
+pub(crate) async fn what_is_not_acceptable_is_rejected_and_acked(node: &Node) {
+    let queues = Queues::of("unacceptable");
+    let _worker = Worker::ready(node.url(), &queues.settings(&["amqp.max_body_bytes=65536"])).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    let jobs = [
+        json!({"id": "limit", "code": "print(1)", "timeout_ms": 999_999_999}),
+        json!({"id": "preload", "code": "print(1)", "preload": "import os"}),
+        json!({"id": "size", "code": "x".repeat(100_000)}),
+    ];
+    for job in jobs {
+        let properties = BasicProperties::default().with_reply_to(queues.replies.as_str().into());
+        requester.publish(&queues.jobs, job.to_string().as_bytes(), properties).await;
+        let (_, result) = next(&mut replies).await;
+        assert_eq!(result["status"], "rejected", "{result}");
+        assert!(!result["error"].as_str().unwrap().is_empty());
+    }
+    assert_eq!(requester.waiting(&queues.dead).await, 0, "a job that can be read is answered, not kept");
+}
+
+pub(crate) async fn poison_ends_in_the_dead_queue(node: &Node) {
+    let queues = Queues::of("poison");
+    let settings = queues.settings(&["amqp.delivery_limit=2"]);
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    let mut worker = Worker::ready(node.url(), &settings).await;
+    requester.run(&queues.jobs, "poison", &queues.replies, "import time; time.sleep(50)").await;
+    // It "kills" every worker that runs it: twice is what the limit grants.
+    for _ in 0..2 {
+        eventually("the job runs", async || (worker.metric("sandpiper_jobs_running") == 1.0).then_some(()))
+            .await;
+        drop(worker);
+        worker = Worker::ready(node.url(), &settings).await;
+    }
+    let (_, result) = next(&mut replies).await;
+    assert_eq!(result["status"], "worker_error", "{result}");
+    assert_eq!((&result["id"], &result["attempt"]), (&json!("poison"), &json!(3)));
+    let dead = requester.take(&queues.dead).await;
+    assert!(dead.properties.headers().as_ref().unwrap().inner().contains_key("x-sandpiper-reason"));
+    assert_eq!(worker.metric("sandpiper_jobs_dead_lettered_total{reason=\"poison\"}"), 1.0);
+    assert_eq!(requester.waiting(&queues.jobs).await, 0);
+}
+
+pub(crate) async fn a_job_past_its_time_is_not_run(node: &Node) {
+    let queues = Queues::of("expired");
+    let worker = Worker::ready(node.url(), &queues.settings(&[])).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    let to = BasicProperties::default().with_reply_to(queues.replies.as_str().into());
+    let late = json!({"id": "deadline", "code": "print(1)", "deadline": "2020-01-01T00:00:00Z"});
+    requester.publish(&queues.jobs, late.to_string().as_bytes(), to.clone()).await;
+    // Published an hour ago, it says, and good for a minute; the broker counts from when it came.
+    let an_hour_ago = jiff::Timestamp::now().as_second() - 3_600;
+    let old = to.with_timestamp(u64::try_from(an_hour_ago).unwrap()).with_expiration("60000".into());
+    requester.publish(&queues.jobs, br#"{"id": "expiration", "code": "print(1)"}"#, old).await;
+    for id in ["deadline", "expiration"] {
+        let (_, result) = next(&mut replies).await;
+        assert_eq!((&result["id"], &result["status"]), (&json!(id), &json!("expired")), "{result}");
+        assert_eq!(result["started_at"], Value::Null);
+    }
+    assert_eq!(worker.metric("sandpiper_jobs_completed_total{status=\"expired\"}"), 2.0);
+}

@@ -1,0 +1,107 @@
+//! The real `sandpiper serve` as a process of its own.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use crate::eventually;
+
+/// A running worker, killed when this is dropped.
+pub(crate) struct Worker {
+    child: Child,
+    address: String,
+    log: tempfile::NamedTempFile,
+}
+
+impl Worker {
+    /// Starts one with further settings (`worker.slots=4`) and waits for its port, not for the broker.
+    pub(crate) async fn start(url: &str, settings: &[String]) -> Self {
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sandpiper"));
+        command.args(["serve", "--listen", "127.0.0.1:0", "--set", "log.format=json"]);
+        // Reconnects in tests shall not wait for half a minute.
+        command.args(["--set", "amqp.reconnect_max_ms=2000"]);
+        for setting in settings {
+            command.args(["--set", setting]);
+        }
+        let child = command
+            .env("SANDPIPER_AMQP__URL", url)
+            .stdin(Stdio::null())
+            .stderr(log.reopen().unwrap())
+            .spawn()
+            .unwrap();
+        let mut worker = Self { child, address: String::new(), log };
+        worker.address = eventually("the worker opens its port", async || {
+            let log = worker.log();
+            let mut events =
+                log.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+            events.find_map(|event| event["address"].as_str().map(ToOwned::to_owned))
+        })
+        .await;
+        worker
+    }
+
+    /// Starts one and waits until it takes jobs.
+    pub(crate) async fn ready(url: &str, settings: &[String]) -> Self {
+        let worker = Self::start(url, settings).await;
+        worker.until_ready().await;
+        worker
+    }
+
+    pub(crate) async fn until_ready(&self) {
+        eventually("the worker is ready", async || self.get("/readyz").0.then_some(())).await;
+    }
+
+    pub(crate) async fn until_not_ready(&self) {
+        eventually("the worker is not ready", async || (!self.get("/readyz").0).then_some(())).await;
+    }
+
+    /// Whether a page answers 200, and its text.
+    pub(crate) fn get(&self, path: &str) -> (bool, String) {
+        let mut stream = TcpStream::connect(&self.address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: worker\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.starts_with("HTTP/1.1 200"), body.to_owned())
+    }
+
+    pub(crate) fn assert_alive(&mut self) {
+        assert!(self.child.try_wait().unwrap().is_none(), "the worker ended: {}", self.log());
+        assert!(self.get("/healthz").0, "not alive");
+    }
+
+    /// The value of one line of the metrics, named with its labels.
+    pub(crate) fn metric(&self, name: &str) -> f64 {
+        let text = self.get("/metrics").1;
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.unwrap_or_else(|| panic!("{name} is missing")).parse().unwrap()
+    }
+
+    pub(crate) fn terminate(&self) {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    }
+
+    /// Waits for its end.
+    pub(crate) async fn ended(&mut self) -> ExitStatus {
+        eventually("the worker ends", async || self.child.try_wait().unwrap()).await
+    }
+
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.log.path()).unwrap()
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("--- the worker's log\n{}", self.log());
+        }
+        // It is gone already where the test came to its end.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}

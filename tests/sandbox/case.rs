@@ -1,0 +1,154 @@
+//! A fixture line: a program, how it is run, and what must be true of its result. tests/README.md has the format.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Case {
+    pub(crate) name: String,
+    /// The next three are for readers: what kind of case, why it is here, and what is right, in words.
+    #[serde(default, rename = "category")]
+    _category: String,
+    #[serde(default, rename = "why")]
+    _why: String,
+    #[serde(default, rename = "expect")]
+    _expect: String,
+    code: String,
+    /// Further fields of the job.
+    #[serde(default)]
+    job: Map<String, Value>,
+    /// Standard input of so many bytes.
+    #[serde(default)]
+    stdin_bytes: usize,
+    /// Runs, each of which must be right.
+    #[serde(default = "once")]
+    pub(crate) repeat: usize,
+    /// Another case of the same file that is run right before.
+    #[serde(default)]
+    after: Option<String>,
+    /// A program that runs at the same time, and must succeed.
+    #[serde(default, deserialize_with = "companion")]
+    pub(crate) beside: Option<Box<Case>>,
+    /// Something that the worker does not have yet; the case is listed as ignored.
+    #[serde(default)]
+    pub(crate) requires: Option<String>,
+    pub(crate) assert: Assert,
+}
+
+/// What must be true; every field that is given must hold.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Assert {
+    /// Alternatives: one of them must hold, besides the fields around it.
+    #[serde(default)]
+    pub(crate) any: Vec<Assert>,
+    pub(crate) status: Option<OneOrMany>,
+    pub(crate) exit_code: Option<i64>,
+    #[serde(default, deserialize_with = "given")]
+    pub(crate) signal: Option<Value>,
+    #[serde(default, deserialize_with = "given")]
+    pub(crate) syscall: Option<Value>,
+    pub(crate) error_contains: Option<String>,
+    pub(crate) stdout: Option<String>,
+    /// For output that is not UTF-8: its base64, as in the result.
+    pub(crate) stdout_base64: Option<String>,
+    pub(crate) stdout_contains: Option<OneOrMany>,
+    pub(crate) stdout_not_contains: Option<OneOrMany>,
+    pub(crate) stdout_len: Option<usize>,
+    pub(crate) stdout_truncated: Option<bool>,
+    pub(crate) stderr: Option<String>,
+    pub(crate) stderr_contains: Option<OneOrMany>,
+    pub(crate) stderr_len_max: Option<usize>,
+    pub(crate) stderr_truncated: Option<bool>,
+    pub(crate) artifacts_not_contain: Option<String>,
+    pub(crate) wall_ms_min: Option<u64>,
+    pub(crate) wall_ms_max: Option<u64>,
+    /// So many first words of the output differ from run to run, each of them.
+    pub(crate) words_differ: Option<usize>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+impl OneOrMany {
+    pub(crate) fn as_slice(&self) -> &[String] {
+        match self {
+            Self::One(one) => std::slice::from_ref(one),
+            Self::Many(many) => many,
+        }
+    }
+}
+
+fn once() -> usize {
+    1
+}
+
+/// `null` is something to assert, so it must not read as "not given".
+fn given<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<Value>, D::Error> {
+    Value::deserialize(from).map(Some)
+}
+
+fn companion<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<Box<Case>>, D::Error> {
+    let code = String::deserialize(from)?;
+    let case = json!({"name": "companion", "code": code, "assert": {"status": "succeeded"}});
+    serde_json::from_value(case).map(Some).map_err(serde::de::Error::custom)
+}
+
+impl Case {
+    /// The job as it is handed to the worker.
+    pub(crate) fn job(&self) -> Value {
+        let mut job = self.job.clone();
+        job.insert("id".into(), json!(self.name));
+        job.insert("code".into(), json!(self.code));
+        if self.stdin_bytes > 0 {
+            job.insert("stdin".into(), json!("x".repeat(self.stdin_bytes)));
+        }
+        Value::Object(job)
+    }
+
+    /// The wall time the job is given.
+    pub(crate) fn timeout_ms(&self) -> u64 {
+        self.job.get("timeout_ms").and_then(Value::as_u64).unwrap_or(5_000)
+    }
+}
+
+/// All fixtures, by file.
+pub(crate) struct Fixtures(BTreeMap<&'static str, Vec<Case>>);
+
+impl Fixtures {
+    pub(crate) fn load() -> Self {
+        let folder = std::env::var_os("SANDPIPER_TEST_FIXTURES")
+            .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"), PathBuf::from);
+        let file = |name: &'static str| {
+            let path = folder.join(format!("{name}.jsonl"));
+            let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+            let parse = |(n, line): (usize, &str)| {
+                serde_json::from_str(line).unwrap_or_else(|e| panic!("{}:{}: {e}", path.display(), n + 1))
+            };
+            let cases: Vec<Case> = text.lines().enumerate().map(parse).collect();
+            assert!(!cases.is_empty(), "{} is empty", path.display());
+            (name, cases)
+        };
+        Self(["behaviour", "hostile"].into_iter().map(file).collect())
+    }
+
+    /// Every case with its full name.
+    pub(crate) fn cases(&self) -> impl Iterator<Item = (String, &Case)> {
+        self.0.iter().flat_map(|(file, cases)| cases.iter().map(move |c| (format!("{file}::{}", c.name), c)))
+    }
+
+    /// The case that is run right before `case`.
+    pub(crate) fn before(&self, case: &Case) -> Option<&Case> {
+        let name = case.after.as_ref()?;
+        let found = self.0.values().flatten().find(|c| c.name == *name);
+        Some(found.unwrap_or_else(|| panic!("{}: no case {name} to run after", case.name)))
+    }
+}

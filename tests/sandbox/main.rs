@@ -1,0 +1,65 @@
+//! Runs every fixture of tests/fixtures/{behaviour,hostile}.jsonl through `sandpiper exec --json`: the real
+//! binary, a cold start, no broker. Each line is a test of its own, named after the file and the case.
+//!
+//! Which processes there are: this binary (one test), itself again as a supervisor (see `supervise`), and under
+//! that the worker with whatever it starts. The supervisor sees what the worker left behind.
+#![expect(clippy::unwrap_used, reason = "a test that cannot set itself up has failed")]
+
+mod case;
+mod check;
+mod run;
+mod supervise;
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+
+use crate::case::{Case, Fixtures};
+
+fn main() -> ExitCode {
+    let mut args = std::env::args_os().skip(1);
+    if args.next().is_some_and(|first| first == supervise::FLAG) {
+        return supervise::supervise(args);
+    }
+    let fixtures = Fixtures::load();
+    let trials = fixtures.cases().map(|(name, case)| trial(name, case, fixtures.before(case))).collect();
+    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+}
+
+fn trial(name: String, case: &Case, before: Option<&Case>) -> Trial {
+    let ignored = case.requires.is_some();
+    let title = match &case.requires {
+        Some(what) => format!("{name} (requires {what})"),
+        None => name,
+    };
+    let cases: Vec<Case> = before.into_iter().chain([case]).cloned().collect();
+    Trial::test(title, move || cases.iter().try_for_each(verify)).with_ignored_flag(ignored)
+}
+
+/// Runs one case as often as it says, and reports every expectation that was not met.
+fn verify(case: &Case) -> Result<(), Failed> {
+    let mut outputs = Vec::new();
+    for turn in 1..=case.repeat {
+        let beside = case.beside.clone().map(|job| std::thread::spawn(move || run::exec(&job)));
+        let ran = run::exec(case);
+        let mut unmet = check::unmet(case, &ran);
+        if let Some(handle) = beside {
+            let other = handle.join().unwrap();
+            unmet.extend(
+                check::unmet(case.beside.as_ref().unwrap(), &other).iter().map(|u| format!("beside: {u}")),
+            );
+        }
+        if !unmet.is_empty() {
+            return Err(format!(
+                "{}, run {turn} of {}\n  unmet:\n    {}\n  job: {}\n  {ran}",
+                case.name,
+                case.repeat,
+                unmet.join("\n    "),
+                case.job()
+            )
+            .into());
+        }
+        outputs.push(ran.stdout_of_job());
+    }
+    check::differing(case, &outputs).map_err(Failed::from)
+}

@@ -12,7 +12,6 @@ use serde_json::json;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::amqp::client::Client;
 use crate::cli::args::ConfigArgs;
 use crate::cli::job_args::Asked;
 use crate::cli::local;
@@ -109,8 +108,12 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
 }
 
 async fn measure(body: Vec<u8>, config: Config, args: &Args) -> anyhow::Result<(Vec<Sample>, Duration)> {
-    let runner =
-        Arc::new(Runner { sandbox: Sandbox::start(&config)?, config, body, stop: CancellationToken::new() });
+    let runner = Arc::new(Runner {
+        sandbox: Sandbox::start(&config).context("failed to start the sandbox")?,
+        config,
+        body,
+        stop: CancellationToken::new(),
+    });
     Signals::listen()?.cancel(runner.stop.clone());
     runner.one().await;
     let mut samples = Vec::with_capacity(args.jobs.get());
@@ -141,7 +144,7 @@ async fn measure_remote(
     config: &Config,
     args: &Args,
 ) -> anyhow::Result<(Vec<Sample>, Duration)> {
-    let client = Client::connect(&config.amqp).await?;
+    let client = remote::connect(config).await?;
     let mut samples = Vec::with_capacity(args.jobs.get());
     let first = remote::collect(&client, remote::repeated(&body, 1), 1, PATIENCE, |_| Ok(())).await?;
     complete(first, 0, args)?;

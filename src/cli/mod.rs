@@ -105,9 +105,22 @@ impl Failure {
         match self {
             // Nobody is left to tell where standard error is closed.
             Self::Usage { error, .. } => drop(error.print()),
-            Self::Verb { error, .. } => output::complain(&format!("{error:#}")),
+            Self::Verb { error, .. } => output::complain(&chain(error)),
         }
     }
+}
+
+/// The error and its causes. Some repeat their cause in their own words already.
+fn chain(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| {
+        if text.is_empty() {
+            cause
+        } else if text.ends_with(&cause) {
+            text
+        } else {
+            format!("{text}: {cause}")
+        }
+    })
 }
 
 /// Reads the command line and does what it says.

@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 
 use crate::amqp::client::Client;
 use crate::cli::signals::Signals;
+use crate::config::Config;
 use crate::job::Reply;
 
 /// Jobs that wait for their confirm at one time.
@@ -34,6 +35,11 @@ pub(super) enum Over {
     Silent(usize),
     /// We were told to end; so many results are missing.
     Interrupted(usize),
+}
+
+/// A connection to the configured broker, with a reply queue of our own.
+pub(super) async fn connect(config: &Config) -> anyhow::Result<Client> {
+    Client::connect(&config.amqp).await.context("failed to reach the broker (amqp.url)")
 }
 
 /// Publishes `jobs` as they come, at most `window` ahead of their results, and hands each result on.
@@ -62,10 +68,10 @@ pub(super) async fn collect(
                 publishing.spawn(async move { client.submit(job, &id).await });
             }
             Some(published) = publishing.join_next() => {
-                published.context("a task ended early")??;
+                published.context("a task ended early")?.context("failed to hand a job over")?;
             }
             answer = client.next() => {
-                let answer = answer?;
+                let answer = answer.context("failed to wait for results")?;
                 // Output of a job that streams is in its result as well; and a second result is a duplicate.
                 let Some(published) = (answer.kind == "result").then(|| pending.remove(&answer.id)).flatten() else {
                     continue;

@@ -85,7 +85,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
 }
 
 async fn single(body: Vec<u8>, args: &Args, config: &Config) -> anyhow::Result<End> {
-    let client = Client::connect(&config.amqp).await?;
+    let client = remote::connect(config).await?;
     if args.no_wait {
         leave(&client, body).await?;
         client.close().await;
@@ -116,7 +116,7 @@ async fn batch(
     args: &Args,
     config: &Config,
 ) -> anyhow::Result<End> {
-    let client = Client::connect(&config.amqp).await?;
+    let client = remote::connect(config).await?;
     if args.no_wait {
         while let Some(job) = jobs.recv().await {
             leave(&client, job?).await?;
@@ -149,7 +149,7 @@ async fn batch(
 
 async fn leave(client: &Client, body: Vec<u8>) -> anyhow::Result<()> {
     let id = uuid::Uuid::now_v7().to_string();
-    Ok(client.submit_and_leave(body, &id).await?)
+    client.submit_and_leave(body, &id).await.context("failed to hand a job over")
 }
 
 fn patience(args: &Args) -> Duration {

@@ -45,7 +45,7 @@ pub(super) async fn connect(config: &Config) -> anyhow::Result<Client> {
 /// Publishes `jobs` as they come, at most `window` ahead of their results, and hands each result on.
 pub(super) async fn collect(
     client: &Client,
-    mut jobs: mpsc::Receiver<anyhow::Result<Vec<u8>>>,
+    mut jobs: mpsc::Receiver<Vec<u8>>,
     window: usize,
     patience: Duration,
     mut arrived: impl FnMut(Arrived) -> anyhow::Result<()>,
@@ -57,7 +57,7 @@ pub(super) async fn collect(
     while more || !pending.is_empty() || !publishing.is_empty() {
         tokio::select! {
             job = jobs.recv(), if more && pending.len() < window && publishing.len() < PUBLISHING => {
-                let Some(job) = job.transpose()? else {
+                let Some(job) = job else {
                     more = false;
                     continue;
                 };
@@ -87,13 +87,13 @@ pub(super) async fn collect(
 }
 
 /// The same job, so many times.
-pub(super) fn repeated(body: &[u8], times: usize) -> mpsc::Receiver<anyhow::Result<Vec<u8>>> {
+pub(super) fn repeated(body: &[u8], times: usize) -> mpsc::Receiver<Vec<u8>> {
     let (send, jobs) = mpsc::channel(PUBLISHING);
     let body = body.to_vec();
     tokio::spawn(async move {
         for _ in 0..times {
             // The other end is gone when the collecting is over.
-            if send.send(Ok(body.clone())).await.is_err() {
+            if send.send(body.clone()).await.is_err() {
                 break;
             }
         }

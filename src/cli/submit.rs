@@ -3,6 +3,8 @@
 use std::io::{BufRead, BufReader};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -111,18 +113,14 @@ async fn single(body: Vec<u8>, args: &Args, config: &Config) -> anyhow::Result<E
     output::show(&reply)
 }
 
-async fn batch(
-    mut jobs: mpsc::Receiver<anyhow::Result<Vec<u8>>>,
-    args: &Args,
-    config: &Config,
-) -> anyhow::Result<End> {
+async fn batch(Batch { mut jobs, refused }: Batch, args: &Args, config: &Config) -> anyhow::Result<End> {
     let client = remote::connect(config).await?;
     if args.no_wait {
         while let Some(job) = jobs.recv().await {
-            leave(&client, job?).await?;
+            leave(&client, job).await?;
         }
         client.close().await;
-        return Ok(End::Done);
+        return Ok(ended(&refused));
     }
     // Draws on standard error, and only where that is a terminal.
     let bar = ProgressBar::no_length().with_style(
@@ -139,7 +137,7 @@ async fn batch(
     bar.finish_and_clear();
     client.close().await;
     match over.with_context(|| format!("stopped after {results} results"))? {
-        Over::Complete => Ok(End::Done),
+        Over::Complete => Ok(ended(&refused)),
         over => {
             output::complain(&format!("{results} results came; {}", missing(over, args)));
             Ok(End::Unsatisfied)
@@ -178,8 +176,19 @@ fn line(body: &[u8], reply: &Reply) -> anyhow::Result<()> {
     output::print(&[body, b"\n"].concat())
 }
 
-/// The lines of a file, as they are read; empty ones are passed over.
-fn lines(file: &Path, largest: usize) -> anyhow::Result<mpsc::Receiver<anyhow::Result<Vec<u8>>>> {
+/// Jobs as they are read, one a line.
+struct Batch {
+    jobs: mpsc::Receiver<Vec<u8>>,
+    /// Lines that are no job, or could not be read. They were told of and have no result.
+    refused: Arc<AtomicUsize>,
+}
+
+fn ended(refused: &AtomicUsize) -> End {
+    if refused.load(Ordering::Relaxed) == 0 { End::Done } else { End::Unsatisfied }
+}
+
+/// The lines of a file; empty ones are passed over.
+fn lines(file: &Path, largest: usize) -> anyhow::Result<Batch> {
     let input: Box<dyn BufRead + Send> = if file == Path::new("-") {
         Box::new(BufReader::new(std::io::stdin()))
     } else {
@@ -187,30 +196,38 @@ fn lines(file: &Path, largest: usize) -> anyhow::Result<mpsc::Receiver<anyhow::R
         Box::new(BufReader::new(opened.with_context(|| format!("failed to read {}", file.display()))?))
     };
     let (send, jobs) = mpsc::channel(64);
+    let refused = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&refused);
     std::thread::spawn(move || {
-        for (number, line) in input.split(b'\n').enumerate() {
-            let job =
-                line.context("failed to read the batch").and_then(|line| check(number + 1, line, largest));
-            let Some(job) = job.transpose() else { continue };
-            // The other end is gone when the batch is over.
-            if send.blocking_send(job).is_err() {
-                break;
+        for (number, line) in (1_usize..).zip(input.split(b'\n')) {
+            let job = line.context("it cannot be read").and_then(|line| check(line, largest));
+            match job {
+                Ok(None) => {}
+                Ok(Some(job)) => {
+                    // The other end is gone when the batch is over.
+                    if send.blocking_send(job).is_err() {
+                        break;
+                    }
+                }
+                Err(error) => {
+                    count.fetch_add(1, Ordering::Relaxed);
+                    output::complain(&format!("line {number} of the batch is left out: {error:#}"));
+                }
             }
         }
     });
-    Ok(jobs)
+    Ok(Batch { jobs, refused })
 }
 
 /// A line that is no job at all would end in the dead queue: better said here, with its number.
-fn check(number: usize, line: Vec<u8>, largest: usize) -> anyhow::Result<Option<Vec<u8>>> {
+fn check(line: Vec<u8>, largest: usize) -> anyhow::Result<Option<Vec<u8>>> {
     if line.trim_ascii().is_empty() {
         return Ok(None);
     }
     if line.len() > largest {
-        bail!("line {number} of the batch has {} bytes, above amqp.max_body_bytes = {largest}", line.len());
+        bail!("it has {} bytes, above amqp.max_body_bytes = {largest}", line.len());
     }
-    match serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&line) {
-        Ok(_) => Ok(Some(line)),
-        Err(error) => bail!("line {number} of the batch is not a JSON object: {error}"),
-    }
+    serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&line)
+        .context("it is not a JSON object")?;
+    Ok(Some(line))
 }

@@ -109,7 +109,8 @@ fn is_direct(rest: &str) -> bool {
         && STANDARD.decode(key).is_ok_and(|key| !key.is_empty())
 }
 
-/// A process identifier in Erlang's external term format: version, tag, node name, id, serial, creation.
+/// A process identifier in Erlang's external term format: version, tag, node name, id, serial, creation. The
+/// node is named `reply@` and a hash in digits; any other name makes the broker fail over it.
 fn is_process(term: &[u8]) -> bool {
     const VERSION: u8 = 131;
     const PID: u8 = 103;
@@ -126,7 +127,10 @@ fn is_process(term: &[u8]) -> bool {
         [119, length, rest @ ..] => (usize::from(*length), rest),
         _ => return false,
     };
-    length > 0 && rest.len() == length + 4 + 4 + creation
+    let Some((node, rest)) = rest.split_at_checked(length) else { return false };
+    let hash = node.strip_prefix(b"reply@");
+    hash.is_some_and(|hash| matches!(hash.len(), 1..=10) && hash.iter().all(u8::is_ascii_digit))
+        && rest.len() == 4 + 4 + creation
 }
 
 #[cfg(test)]
@@ -175,6 +179,8 @@ mod tests {
             // Base64, but of no process.
             ("amq.rabbitmq.reply-to.Ym9ndXM=.Ym9ndXM=", AddressError::MalformedDirect),
             ("amq.rabbitmq.reply-to.g2gAAAA=.Ym9ndXM=", AddressError::MalformedDirect),
+            // A process, but of a node whose name no broker hands out: x@y.
+            ("amq.rabbitmq.reply-to.g2d3A3hAeQAAAAEAAAAAAQ==.Ym9ndXM=", AddressError::MalformedDirect),
         ] {
             assert_eq!(addresses.check(Some(name)), Err(error), "{name:?}");
         }

@@ -33,6 +33,10 @@ const LONGEST_DELAY: Duration = Duration::from_secs(5);
 /// to hold up the results of all others. The results queue does.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Attempts at a direct reply-to address. It may be what breaks the connection, for everybody: the broker fails
+/// over addresses that it did not hand out. And no requester would outlive so many faults of the broker's.
+const DIRECT_FAILURES: u32 = 3;
+
 /// What became of a message that was published.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sent {
@@ -108,7 +112,7 @@ impl Publisher {
         let results = Address::Queue(self.0.config.results_queue.clone());
         let mut to = message.to.clone();
         let mut delays = Delays::new(FIRST_DELAY, LONGEST_DELAY);
-        let mut refused_since = None;
+        let (mut refused_since, mut failures) = (None, 0);
         loop {
             let answer = self.attempt(message, &to).await;
             self.count(&answer, &to);
@@ -129,7 +133,13 @@ impl Publisher {
                         continue;
                     }
                 }
-                Err(error) => tracing::warn!(error = chain(&error), "a result is published again"),
+                Err(error) => {
+                    tracing::warn!(error = chain(&error), "a result is published again");
+                    failures += 1;
+                    if failures == DIRECT_FAILURES && matches!(to, Address::Direct(_)) {
+                        self.redirect("cannot be reached", &mut to, &results);
+                    }
+                }
             }
             tokio::time::sleep(delays.next_delay()).await;
         }

@@ -3,6 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::amqp::LinkState;
@@ -65,7 +66,7 @@ impl Health {
     /// # Errors
     /// What is stuck, in words for a person.
     pub fn alive(&self) -> Result<(), String> {
-        match self.0.get().and_then(|watched| watched.running.stuck()) {
+        match self.0.get().and_then(|watched| watched.running.stuck(Instant::now())) {
             Some(id) => Err(format!("stuck: job {id} should have ended minutes ago")),
             None => Ok(()),
         }

@@ -91,8 +91,7 @@ async fn faults_of_the_broker_are_survived() {
     faults::connections_closed_by_an_operator(&node).await;
     faults::the_jobs_queue_is_deleted(&node).await;
     faults::a_memory_alarm(&node).await;
-    faults::restarted(&node).await;
-    faults::killed(&node).await;
+    faults::restarted_and_killed(&node).await;
     faults::not_there_at_the_start(&node).await;
 }
 

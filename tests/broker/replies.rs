@@ -106,6 +106,8 @@ pub(crate) async fn a_hostile_reply_to_harms_nobody_else(node: &Node) {
     let refused = [
         format!("{DIRECT}.bogus.bogus"),
         format!("{DIRECT}.Ym9ndXM=.Ym9ndXM="),
+        // Well formed, but of a node that no broker names so.
+        format!("{DIRECT}.g2d3A3hAeQAAAAEAAAAAAQ==.a2V5a2V5a2V5a2V5a2V5aw=="),
         "tab\tand\nnewline".to_owned(),
         queues.jobs.clone(),
         queues.dead.clone(),
@@ -120,8 +122,8 @@ pub(crate) async fn a_hostile_reply_to_harms_nobody_else(node: &Node) {
     requester.submit(&queues.jobs, "long", &"q".repeat(255)).await;
     requester.submit(&queues.jobs, "empty", "").await;
     collect(&mut results, &["long".into(), "empty".into()]).await;
-    // Well formed, but of no node that ever was.
-    let stranger = format!("{DIRECT}.g2d3A3hAeQAAAAEAAAAAAQ==.a2V5a2V5a2V5a2V5a2V5aw==");
+    // As the broker writes them, but of a node that never was.
+    let stranger = format!("{DIRECT}.g1h3CXJlcGx5QDEyMwAABAAAAAAAYwECAw==.a2V5a2V5a2V5a2V5a2V5aw==");
     requester.submit(&queues.jobs, "stranger", &stranger).await;
     requester.submit(&queues.jobs, "after", &queues.replies).await;
     collect(&mut replies, &["after".into()]).await;

@@ -1,6 +1,6 @@
 //! Python under the policy: what ordinary programs do must work, and what is refused must raise what they
 //! catch. The filter is the one without a listener, which python puts on itself. Needs python3 and no
-//! privilege; `SANDPIPER_TEST_PYTHON` names another interpreter.
+//! privilege; `SP_TEST_PYTHON` names another interpreter.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::io::Write as _;
@@ -28,14 +28,14 @@ fn python(options: &Options<'_>, code: &str) -> String {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(&program.bytes()).unwrap();
     let home = tempfile::tempdir().unwrap();
-    let interpreter = std::env::var_os("SANDPIPER_TEST_PYTHON").unwrap_or_else(|| "python3".into());
+    let interpreter = std::env::var_os("SP_TEST_PYTHON").unwrap_or_else(|| "python3".into());
     let output = Command::new(interpreter)
         .args(["-c", &format!("{PRELUDE}\n{code}")])
         .arg(file.path())
         .current_dir(home.path())
         .env("HOME", home.path())
         .output()
-        .expect("python3 is needed: set SANDPIPER_TEST_PYTHON if it has another name");
+        .expect("python3 is needed: set SP_TEST_PYTHON if it has another name");
     let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}: {text}\n{errors}", output.status);
@@ -150,7 +150,7 @@ fn scientific_libraries_work() {
     let there = "import importlib.util as u\nprint(all(u.find_spec(name) for name in ('numpy', 'pandas')))";
     if python(&STRICT, there) != "True" {
         assert!(std::env::var_os("CI").is_none(), "numpy and pandas are needed in CI");
-        let skipped = "SKIPPED: no numpy and pandas; set SANDPIPER_TEST_PYTHON to a python that has them";
+        let skipped = "SKIPPED: no numpy and pandas; set SP_TEST_PYTHON to a python that has them";
         writeln!(std::io::stderr(), "{skipped}").unwrap();
         return;
     }

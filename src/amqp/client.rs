@@ -91,14 +91,19 @@ impl Client {
     /// # Errors
     /// No jobs queue, or the broker would not take the job.
     pub async fn submit(&self, body: Vec<u8>, id: &str) -> Result<(), ClientError> {
-        let properties = BasicProperties::default()
-            .with_content_type("application/json".into())
-            .with_delivery_mode(2)
-            .with_reply_to(self.0.reply_to.clone())
-            .with_correlation_id(short(id)?)
-            .with_message_id(short(id)?)
-            .with_timestamp(now())
-            .with_headers(millisecond_timestamp());
+        let properties = asking(id)?.with_reply_to(self.0.reply_to.clone());
+        self.hand_over(body, properties).await
+    }
+
+    /// Publishes one job whose result is left to the results queue, and waits until the broker keeps it.
+    ///
+    /// # Errors
+    /// No jobs queue, or the broker would not take the job.
+    pub async fn submit_and_leave(&self, body: Vec<u8>, id: &str) -> Result<(), ClientError> {
+        self.hand_over(body, asking(id)?).await
+    }
+
+    async fn hand_over(&self, body: Vec<u8>, properties: BasicProperties) -> Result<(), ClientError> {
         match self.publish("", &self.0.queue, &body, properties).await? {
             Confirmation::Ack(None) => Ok(()),
             Confirmation::Ack(Some(_)) => Err(ClientError::NoQueue { queue: self.0.queue.clone() }),
@@ -175,6 +180,16 @@ impl Client {
         self.0.link.ask("turn confirms on", channel.confirm_select(ConfirmSelectOptions::default())).await?;
         Ok(channel)
     }
+}
+
+fn asking(id: &str) -> Result<BasicProperties, Error> {
+    Ok(BasicProperties::default()
+        .with_content_type("application/json".into())
+        .with_delivery_mode(2)
+        .with_correlation_id(short(id)?)
+        .with_message_id(short(id)?)
+        .with_timestamp(now())
+        .with_headers(millisecond_timestamp()))
 }
 
 /// The protocol's own timestamp has whole seconds; this header, which RabbitMQ's own plugin writes as well,

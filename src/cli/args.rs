@@ -61,6 +61,6 @@ impl ConfigArgs {
         // One that is not UTF-8 is read all the same, so that it is refused and not passed over.
         let text = |text: OsString| text.to_string_lossy().into_owned();
         let env = std::env::vars_os().map(|(name, value)| (text(name), text(value)));
-        Ok(Config::load(self.config.as_deref(), env, &overrides)?)
+        Config::load(self.config.as_deref(), env, &overrides).context("failed to read the configuration")
     }
 }

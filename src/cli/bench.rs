@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::cli::args::ConfigArgs;
 use crate::cli::job_args::Asked;
 use crate::cli::local;
+use crate::cli::remote::{self, Arrived, Over};
 use crate::cli::signals::Signals;
 use crate::cli::{End, output, runtime};
 use crate::config::Config;
@@ -25,10 +26,11 @@ const EXAMPLES: &str = "\
 Examples:
   sandpiper bench --local -n 200
   sandpiper bench --local --concurrency 4 --json
-  sandpiper bench --local job.py -n 20
+  sandpiper bench job.py -n 1000 --concurrency 16     through the broker, to a running worker
 
-Times run from a job being accepted to everything of it being dead. One job goes before the
-measurement and is not counted. Exit code 1 when any job did not succeed.";
+Times run from a job being accepted to everything of it being dead; through the broker, from
+publishing it to reading its result. One job goes before the measurement and is not counted.
+Exit code 1 when any job did not succeed.";
 
 /// Measure jobs: p50, p90, p99, the longest, and jobs a second
 #[derive(Debug, clap::Args)]
@@ -38,8 +40,8 @@ pub(super) struct Args {
     #[arg(value_name = "FILE")]
     file: Option<PathBuf>,
 
-    /// Run the jobs in this process, without a broker
-    #[arg(long, required = true)]
+    /// Run the jobs in this process, without a broker; else they go through it, and a worker must run
+    #[arg(long)]
     local: bool,
 
     /// How many jobs are measured
@@ -89,7 +91,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
         None => "print(1)".into(),
     };
     let body = serde_json::to_vec(&json!({ "code": code })).context("failed to write the job as JSON")?;
-    let (samples, wall) = runtime()?.block_on(measure(body, config, args))?;
+    let (samples, wall) = runtime()?.block_on(async {
+        if args.local { measure(body, config, args).await } else { measure_remote(body, &config, args).await }
+    })?;
     let figures = figures(&samples, wall);
     if args.json {
         output::print_json(&figures)?;
@@ -104,8 +108,12 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
 }
 
 async fn measure(body: Vec<u8>, config: Config, args: &Args) -> anyhow::Result<(Vec<Sample>, Duration)> {
-    let runner =
-        Arc::new(Runner { sandbox: Sandbox::start(&config)?, config, body, stop: CancellationToken::new() });
+    let runner = Arc::new(Runner {
+        sandbox: Sandbox::start(&config).context("failed to start the sandbox")?,
+        config,
+        body,
+        stop: CancellationToken::new(),
+    });
     Signals::listen()?.cancel(runner.stop.clone());
     runner.one().await;
     let mut samples = Vec::with_capacity(args.jobs.get());
@@ -126,6 +134,44 @@ async fn measure(body: Vec<u8>, config: Config, args: &Args) -> anyhow::Result<(
         }
     }
     Ok((samples, begin.elapsed()))
+}
+
+/// A worker that does not answer for so long does not answer at all.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+async fn measure_remote(
+    body: Vec<u8>,
+    config: &Config,
+    args: &Args,
+) -> anyhow::Result<(Vec<Sample>, Duration)> {
+    let client = remote::connect(config).await?;
+    let mut samples = Vec::with_capacity(args.jobs.get());
+    let first = remote::collect(&client, remote::repeated(&body, 1), 1, PATIENCE, |_| Ok(())).await?;
+    complete(first, 0, args)?;
+    let begin = Instant::now();
+    let jobs = remote::repeated(&body, args.jobs.get());
+    let over = remote::collect(&client, jobs, args.concurrency.get(), PATIENCE, |arrived| {
+        let Arrived { reply, took, .. } = arrived;
+        samples.push(Sample { took, status: reply.status, verdict: output::verdict(&reply) });
+        Ok(())
+    });
+    let over = over.await?;
+    let wall = begin.elapsed();
+    complete(over, samples.len(), args)?;
+    client.close().await;
+    Ok((samples, wall))
+}
+
+fn complete(over: Over, results: usize, args: &Args) -> anyhow::Result<()> {
+    match over {
+        Over::Complete => Ok(()),
+        Over::Silent(_) => bail!(
+            "no result for {} s, after {results} of {} jobs: is a worker running?",
+            PATIENCE.as_secs(),
+            args.jobs
+        ),
+        Over::Interrupted(_) => bail!("interrupted after {results} of {} jobs", args.jobs),
+    }
 }
 
 /// All that one measured job needs.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::args::ConfigArgs;
@@ -82,6 +82,6 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
 async fn run_to_end(job: Job, config: &Config) -> anyhow::Result<Reply> {
     let stop = CancellationToken::new();
     Signals::listen()?.cancel(stop.clone());
-    let sandbox = Sandbox::start(config)?;
+    let sandbox = Sandbox::start(config).context("failed to start the sandbox")?;
     Ok(local::run(&sandbox, job, &stop).await)
 }

@@ -31,7 +31,7 @@ pub(super) enum Asked {
 #[derive(Debug, Args)]
 pub(super) struct JobArgs {
     /// Python source file; - reads the source from standard input
-    #[arg(value_name = "FILE", required_unless_present_any = ["job"])]
+    #[arg(value_name = "FILE")]
     file: Option<PathBuf>,
 
     /// The program's arguments, sys.argv[1:]; put -- before those that begin with a dash
@@ -122,7 +122,7 @@ impl JobArgs {
             }
             (Some(job), _) => read(Path::new(job), largest).map(Asked::Body),
             (None, Some(file)) => self.flags.read(file, &self.args, largest),
-            (None, None) => bail!("neither a file nor --job is given"),
+            (None, None) => bail!("nothing to run: give a FILE, - for code on standard input, or --job"),
         }
     }
 }

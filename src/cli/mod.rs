@@ -11,9 +11,11 @@ mod job_args;
 mod local;
 mod output;
 mod policy;
+mod remote;
 mod schema;
 mod serve;
 mod signals;
+mod submit;
 
 use std::ffi::OsString;
 
@@ -42,6 +44,7 @@ struct Cli {
 enum Verb {
     Serve(serve::Args),
     Exec(Box<exec::Args>),
+    Submit(Box<submit::Args>),
     Policy(policy::Args),
     Schema(schema::Args),
     Bench(bench::Args),
@@ -51,7 +54,7 @@ enum Verb {
 impl Verb {
     /// Whether the exit code belongs to a job, so that our own failures need one of their own.
     fn runs_a_job(&self) -> bool {
-        matches!(self, Self::Exec(_))
+        matches!(self, Self::Exec(_) | Self::Submit(_))
     }
 }
 
@@ -102,9 +105,22 @@ impl Failure {
         match self {
             // Nobody is left to tell where standard error is closed.
             Self::Usage { error, .. } => drop(error.print()),
-            Self::Verb { error, .. } => output::complain(&format!("{error:#}")),
+            Self::Verb { error, .. } => output::complain(&chain(error)),
         }
     }
+}
+
+/// The error and its causes. Some repeat their cause in their own words already.
+fn chain(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| {
+        if text.is_empty() {
+            cause
+        } else if text.ends_with(&cause) {
+            text
+        } else {
+            format!("{text}: {cause}")
+        }
+    })
 }
 
 /// Reads the command line and does what it says.
@@ -118,7 +134,7 @@ pub fn run(command_line: impl IntoIterator<Item = OsString>) -> Result<End, Fail
             return Ok(End::Done);
         }
         Err(error) => {
-            let runs_a_job = command_line.get(1).is_some_and(|verb| verb == "exec");
+            let runs_a_job = command_line.get(1).is_some_and(|verb| verb == "exec" || verb == "submit");
             return Err(Failure::Usage { error, runs_a_job });
         }
     };
@@ -126,6 +142,7 @@ pub fn run(command_line: impl IntoIterator<Item = OsString>) -> Result<End, Fail
     match cli.verb {
         Verb::Serve(args) => serve::run(&args),
         Verb::Exec(args) => exec::run(&args),
+        Verb::Submit(args) => submit::run(&args),
         Verb::Policy(args) => policy::run(&args),
         Verb::Schema(args) => schema::run(&args),
         Verb::Bench(args) => bench::run(&args),

@@ -63,7 +63,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
 
 /// The worker, with the operators' port open from before its start until after its drain.
 async fn serve(config: &Config) -> anyhow::Result<End> {
-    let metrics = Metrics::new()?;
+    let metrics = Metrics::new().context("failed to set up metrics")?;
     let health = Health::new();
     let shutdown = Shutdown::default();
     let closed = CancellationToken::new();
@@ -77,7 +77,8 @@ async fn serve(config: &Config) -> anyhow::Result<End> {
         }
         None => None,
     };
-    let ended = worker::serve(config, &metrics, &health, &shutdown).await?;
+    let ended =
+        worker::serve(config, &metrics, &health, &shutdown).await.context("failed to start the worker")?;
     closed.cancel();
     if let (Some(port), Ended::Drained) = (port, ended) {
         port.await.context("the port for metrics and health failed")?;

@@ -1,7 +1,9 @@
 //! One job from the command line: what it prints, and how its end becomes an exit code.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
+use std::path::Path;
 use std::process::Stdio;
+use std::time::Duration;
 
 use crate::support::{Ran, command, run_with_stdin};
 
@@ -122,42 +124,38 @@ fn an_open_but_silent_pipe_does_not_hang_a_job() {
 
 #[test]
 fn sigterm_ends_the_job_and_leaves_nothing() {
-    let program = file("import time; print('up', flush=True); time.sleep(60)");
-    // The name makes the job's processes recognisable, should any be left.
-    let mark = format!("mark-{}", std::process::id());
-    let args = ["exec", path(&program), "--timeout-ms", "60000", "-v", "--set", "log.level=debug", &mark];
-    let mut child = command(args).spawn().unwrap();
-    wait_for_python_of(child.id());
+    let program = file("import time; time.sleep(60)");
+    let mut child = command(["exec", path(&program), "--timeout-ms", "60000"]).spawn().unwrap();
+    // Both signal handlers and the job are there once python is.
+    while !below(child.id()).iter().any(|process| is_python(*process)) {
+        assert!(child.try_wait().unwrap().is_none(), "it ended early: {:?}", child.wait_with_output());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let processes = below(child.id());
     let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
-    let below = descendants(child.id());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
-    let status = child.wait().unwrap();
-    assert_eq!(status.code(), Some(124));
-    for process in below {
-        assert!(!std::path::Path::new(&format!("/proc/{process}")).exists(), "{process} is left");
-    }
-    let log = BufReader::new(child.stderr.take().unwrap());
-    let last = log.lines().map_while(Result::ok).last().unwrap();
-    assert!(last.starts_with("sandpiper: cancelled: "), "{last}");
-}
-
-/// Waits until a process below `pid` was given its code: it then shows python's name.
-fn wait_for_python_of(pid: u32) {
-    while !descendants(pid).iter().any(|process| {
-        std::fs::read_to_string(format!("/proc/{process}/comm")).is_ok_and(|name| name.starts_with("python"))
-    }) {
-        std::thread::yield_now();
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(out.status.code(), Some(124), "{out:?}");
+    let stderr = String::from_utf8(out.stderr).unwrap();
+    assert!(stderr.lines().last().is_some_and(|line| line.starts_with("sandpiper: cancelled: ")), "{stderr}");
+    for process in processes {
+        assert!(!Path::new(&format!("/proc/{process}")).exists(), "process {process} is left");
     }
 }
 
-fn descendants(pid: u32) -> Vec<u32> {
+fn is_python(process: u32) -> bool {
+    std::fs::read_to_string(format!("/proc/{process}/comm")).is_ok_and(|name| name.starts_with("python"))
+}
+
+/// All processes that `process` started, and theirs.
+fn below(process: u32) -> Vec<u32> {
     let mut found = Vec::new();
-    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return found };
+    let Ok(tasks) = std::fs::read_dir(format!("/proc/{process}/task")) else { return found };
     for task in tasks.flatten() {
         let children = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
         for child in children.split_whitespace().filter_map(|child| child.parse().ok()) {
             found.push(child);
-            found.extend(descendants(child));
+            found.extend(below(child));
         }
     }
     found

@@ -2,7 +2,7 @@
 
 use crate::support::run;
 
-const VERBS: [&str; 6] = ["bench", "doctor", "exec", "policy", "schema", "serve"];
+const VERBS: [&str; 7] = ["bench", "doctor", "exec", "policy", "schema", "serve", "submit"];
 
 #[test]
 fn the_top_level_names_every_verb_and_gives_a_tour() {

@@ -1,13 +1,20 @@
 //! The command line as a person or a script meets it: the real binary, its output, its exit codes.
 //!
-//! Nothing here needs a broker. `exec` and `bench` run real jobs and need what `sandpiper doctor` calls required.
+//! `exec` and `bench` run real jobs and need what `sandpiper doctor` calls required; `submit` starts a broker of
+//! its own.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod bench;
+#[allow(dead_code, reason = "the broker's own tests use the rest")]
+#[path = "../support/broker.rs"]
+mod broker;
 mod config;
 mod doctor;
 mod exec;
 mod help;
 mod job_document;
+mod policy;
+mod schema;
 mod serve;
+mod submit;
 mod support;

@@ -50,7 +50,8 @@ pub(crate) fn run_with_stdin<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>,
     finish(command, stdin)
 }
 
-fn finish(mut command: Command, stdin: &[u8]) -> Ran {
+/// Runs a prepared command to its end.
+pub(crate) fn finish(mut command: Command, stdin: &[u8]) -> Ran {
     let mut child = command.spawn().unwrap();
     if let Some(mut pipe) = child.stdin.take() {
         // A binary that does not want its input may be gone already.

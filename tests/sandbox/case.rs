@@ -36,6 +36,9 @@ pub(crate) struct Case {
     /// Something that the worker does not have yet; the case is listed as ignored.
     #[serde(default)]
     pub(crate) requires: Option<String>,
+    /// A layer, as doctor names it, without which this case cannot be right; it is skipped where that is not there.
+    #[serde(default)]
+    pub(crate) needs: Option<String>,
     pub(crate) assert: Assert,
 }
 
@@ -47,7 +50,8 @@ pub(crate) struct Assert {
     #[serde(default)]
     pub(crate) any: Vec<Assert>,
     pub(crate) status: Option<OneOrMany>,
-    pub(crate) exit_code: Option<i64>,
+    #[serde(default, deserialize_with = "given")]
+    pub(crate) exit_code: Option<Value>,
     #[serde(default, deserialize_with = "given")]
     pub(crate) signal: Option<Value>,
     #[serde(default, deserialize_with = "given")]
@@ -125,7 +129,7 @@ pub(crate) struct Fixtures(BTreeMap<&'static str, Vec<Case>>);
 
 impl Fixtures {
     pub(crate) fn load() -> Self {
-        let folder = std::env::var_os("SANDPIPER_TEST_FIXTURES")
+        let folder = std::env::var_os("SP_TEST_FIXTURES")
             .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"), PathBuf::from);
         let file = |name: &'static str| {
             let path = folder.join(format!("{name}.jsonl"));

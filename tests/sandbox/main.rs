@@ -4,6 +4,7 @@
 //! Which processes there are: this binary (one test), itself again as a supervisor (see `supervise`), and under
 //! that the worker with whatever it starts. The supervisor sees what the worker left behind.
 #![expect(clippy::unwrap_used, reason = "a test that cannot set itself up has failed")]
+#![expect(clippy::print_stderr, reason = "a skip is said aloud")]
 
 mod case;
 mod check;
@@ -38,6 +39,14 @@ fn trial(name: String, case: &Case, before: Option<&Case>) -> Trial {
 
 /// Runs one case as often as it says, and reports every expectation that was not met.
 fn verify(case: &Case) -> Result<(), Failed> {
+    if let Some(layer) = case.needs.as_ref().filter(|layer| !run::has(layer)) {
+        let skipped = format!("SKIPPED: {}: there is no {layer} here", case.name);
+        if std::env::var("CI").is_ok_and(|ci| ci == "true") {
+            return Err(skipped.into());
+        }
+        eprintln!("{skipped}");
+        return Ok(());
+    }
     let mut outputs = Vec::new();
     for turn in 1..=case.repeat {
         let beside = case.beside.clone().map(|job| std::thread::spawn(move || run::exec(&job)));

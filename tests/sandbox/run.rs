@@ -40,8 +40,8 @@ pub(crate) fn exec(case: &Case) -> Ran {
     command.arg(worker()).args(["exec", "--job", "-", "--json"]);
     command.env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin").env("TMPDIR", &tmp);
     command.env("SANDPIPER_AMQP__URL", SECRET);
-    if let Some(run) = std::env::var_os("SANDPIPER_TEST_RUN") {
-        command.env("SANDPIPER_TEST_RUN", run);
+    if let Some(run) = std::env::var_os("SP_TEST_RUN") {
+        command.env("SP_TEST_RUN", run);
     }
     command.current_dir(&cwd).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
 
@@ -68,9 +68,16 @@ pub(crate) fn exec(case: &Case) -> Ran {
     }
 }
 
+/// Whether this machine has a layer of the sandbox, as the worker sees it.
+pub(crate) fn has(layer: &str) -> bool {
+    let output = Command::new(worker()).args(["doctor", "--json"]).env_clear().output().unwrap();
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let check = found["checks"].as_array().unwrap().iter().find(|c| c["name"] == layer);
+    check.unwrap_or_else(|| panic!("doctor knows no layer {layer}"))["ok"] == true
+}
+
 fn worker() -> PathBuf {
-    std::env::var_os("SANDPIPER_TEST_BIN")
-        .map_or_else(|| env!("CARGO_BIN_EXE_sandpiper").into(), PathBuf::from)
+    std::env::var_os("SP_TEST_BIN").map_or_else(|| env!("CARGO_BIN_EXE_sandpiper").into(), PathBuf::from)
 }
 
 fn entries(folder: &Path) -> Vec<PathBuf> {

@@ -187,7 +187,10 @@ mod tests {
         for cut in 1..LIVE.len() - DIRECT.len() {
             if let Ok(address) = addresses.check(Some(&LIVE[..LIVE.len() - cut])) {
                 // A key may be shorter and still be base64.
-                assert!(LIVE[..LIVE.len() - cut].rsplit('.').next().unwrap().len() % 4 == 0, "{address:?}");
+                assert!(
+                    LIVE[..LIVE.len() - cut].rsplit('.').next().unwrap().len().is_multiple_of(4),
+                    "{address:?}"
+                );
             }
         }
     }

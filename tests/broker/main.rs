@@ -73,6 +73,7 @@ async fn jobs_come_back_once_and_what_is_none_is_kept() {
     traffic::what_is_not_acceptable_is_rejected_and_acked(&node).await;
     traffic::poison_ends_in_the_dead_queue(&node).await;
     traffic::a_job_past_its_time_is_not_run(&node).await;
+    traffic::a_job_is_cancelled_where_it_runs_and_where_it_waits(&node).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

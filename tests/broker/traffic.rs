@@ -136,3 +136,26 @@ pub(crate) async fn a_job_past_its_time_is_not_run(node: &Node) {
     }
     assert_eq!(worker.metric("sandpiper_jobs_completed_total{status=\"expired\"}"), 2.0);
 }
+
+pub(crate) async fn a_job_is_cancelled_where_it_runs_and_where_it_waits(node: &Node) {
+    let queues = Queues::of("cancelled");
+    let worker = Worker::ready(node.url(), &queues.settings(&["worker.slots=1"])).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    for id in ["runs", "waits"] {
+        requester.run(&queues.jobs, id, &queues.replies, "import time; time.sleep(50)").await;
+    }
+    eventually("one runs", async || (worker.metric("sandpiper_jobs_running") == 1.0).then_some(())).await;
+    let amqp = sandpiper::config::Amqp {
+        urls: vec![sandpiper::config::Secret::new(node.url().into())],
+        ..sandpiper::config::Config::default().amqp
+    };
+    let client = sandpiper::amqp::client::Client::connect(&amqp).await.unwrap();
+    for (id, ran) in [("waits", false), ("runs", true)] {
+        client.cancel(id).await.unwrap();
+        let (_, result) = next(&mut replies).await;
+        assert_eq!((&result["id"], &result["status"]), (&json!(id), &json!("cancelled")), "{result}");
+        assert_eq!(result["started_at"].is_string(), ran, "{result}");
+    }
+    client.close().await;
+}

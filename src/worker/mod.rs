@@ -47,6 +47,7 @@ pub async fn serve(
 ) -> Result<Ended, ServeError> {
     let name = name(config);
     let sandbox = Sandbox::start(config)?;
+    sandbox.warm_up();
     metrics.slots(config.worker.slots);
     config.environments.keys().for_each(|environment| metrics.environment(environment));
 

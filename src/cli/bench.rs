@@ -146,6 +146,7 @@ async fn measure(body: Vec<u8>, config: Config, args: &Args) -> anyhow::Result<(
             bail!("interrupted after {} of {} jobs", samples.len(), args.jobs);
         }
     }
+    runner.sandbox.close().await;
     Ok((samples, begin.elapsed()))
 }
 

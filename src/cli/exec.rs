@@ -88,5 +88,7 @@ async fn run_to_end(job: Job, config: &Config, warm: bool) -> anyhow::Result<Rep
     if warm && let Err(why) = sandbox.warmed_up(&job.environment).await {
         bail!("--warm: environment {} does not start warm: {why}", job.environment);
     }
-    Ok(local::run(&sandbox, job, &stop).await)
+    let reply = local::run(&sandbox, job, &stop).await;
+    sandbox.close().await;
+    Ok(reply)
 }

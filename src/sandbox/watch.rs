@@ -107,12 +107,6 @@ pub(super) struct Watch {
     waiting: Option<(Question, i32, Instant)>,
 }
 
-impl Drop for Watch {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
 impl Watch {
     pub(super) fn new(launched: Launched, ends: Ends) -> io::Result<Self> {
         Ok(Self {

@@ -8,7 +8,7 @@ use core::ffi::c_int;
 
 use crate::abi::{
     CONTROL_FD, MAX_INSTRUCTIONS, POLICY_FD, POLICY_HEADER_LEN, POLICY_MAGIC, PolicyHeader, REPORT_LEN,
-    Report, Stage,
+    Report, Stage, WORK_FD,
 };
 use crate::sys::{self, Errno};
 
@@ -26,7 +26,7 @@ pub enum Step {
     Policy = 4,
     /// Installing the filter.
     Filter = 5,
-    /// Sending the listener to the worker.
+    /// Sending the report with its descriptors to the worker.
     Report = 6,
 }
 
@@ -40,7 +40,7 @@ impl Step {
             3 => "set no_new_privs",
             4 => "read policy",
             5 => "install filter",
-            6 => "send listener",
+            6 => "send report",
             _ => "unknown step",
         }
     }
@@ -73,11 +73,16 @@ fn lock(uid: u32, gid: u32, enable_network: bool) -> Result<(), (Step, Errno)> {
     let listener = policy.install().map_err(at(Step::Filter))?;
 
     let report = if listener.is_some() { Report::Locked } else { Report::LockedWithoutListener };
-    let sent = send(report, listener).map_err(at(Step::Report));
+    let sent = match listener {
+        Some(listener) => send(report, [listener, WORK_FD]),
+        None => send(report, [WORK_FD]),
+    };
+    let sent = sent.map_err(at(Step::Report));
     if let Some(listener) = listener {
         sys::close(listener);
     }
     sys::close(POLICY_FD);
+    sys::close(WORK_FD);
     sent
 }
 
@@ -195,31 +200,32 @@ fn size_of_file(fd: c_int) -> Result<usize, Errno> {
     usize::try_from(stat.st_size).map_err(|_| libc::EFBIG)
 }
 
-/// Sends the report with the listener beside it. The filter is on: this is the first call that it lets through.
-fn send(report: Report, listener: Option<c_int>) -> Result<(), Errno> {
+/// Sends the report with these descriptors beside it. The filter is on: this is the first call that it lets
+/// through.
+fn send<const COUNT: usize>(report: Report, descriptors: [c_int; COUNT]) -> Result<(), Errno> {
+    const { assert!(COUNT <= 2, "the control buffer below has room for two descriptors") };
     let mut bytes: [u8; REPORT_LEN] = report.encode();
-    let Some(listener) = listener else {
-        return sys::write_once(CONTROL_FD, &bytes);
-    };
     let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
-    // Room for one descriptor, in the alignment that a control message needs.
+    // Room for both descriptors, in the alignment that a control message needs.
     let mut control = [0_u64; 4];
     // SAFETY: `msghdr` is plain numbers and pointers: all zero is a value of it.
     let mut message: libc::msghdr = unsafe { core::mem::zeroed() };
     message.msg_iov = &raw mut part;
     message.msg_iovlen = 1;
     message.msg_control = control.as_mut_ptr().cast();
-    const DESCRIPTOR: u32 = 4; // bytes of a `c_int`
+    #[allow(clippy::cast_possible_truncation, reason = "at most two numbers of four bytes each")]
+    let size = size_of_val(&descriptors) as u32;
     // SAFETY: pure arithmetic.
-    let (space, length) = unsafe { (libc::CMSG_SPACE(DESCRIPTOR), libc::CMSG_LEN(DESCRIPTOR)) };
+    let (space, length) = unsafe { (libc::CMSG_SPACE(size), libc::CMSG_LEN(size)) };
     message.msg_controllen = space as _;
-    // SAFETY: the control buffer is live and holds at least one header: 32 bytes for the 24 that it needs.
+    // SAFETY: the control buffer is live and holds at least one header: 32 bytes for the 24 that two descriptors
+    // need.
     unsafe {
         let head = libc::CMSG_FIRSTHDR(&raw const message);
         (*head).cmsg_level = libc::SOL_SOCKET;
         (*head).cmsg_type = libc::SCM_RIGHTS;
         (*head).cmsg_len = length as _;
-        libc::CMSG_DATA(head).cast::<c_int>().write_unaligned(listener);
+        libc::CMSG_DATA(head).cast::<[c_int; COUNT]>().write_unaligned(descriptors);
     }
     // SAFETY: every pointer in the message is live until the call returns.
     let sent = unsafe { libc::sendmsg(CONTROL_FD, &raw const message, libc::MSG_NOSIGNAL) };

@@ -126,6 +126,9 @@ steps! {
     30 "close_range" CloseFrom { numbers: first; }
     /// `chdir(path)`.
     31 "chdir" Chdir { strings: path; }
+    /// Opens a directory as a place (`O_PATH`), under this number. Comes after every `dup2`: on its way it
+    /// takes a free number, which must not be one that another step still reads.
+    32 "open directory" OpenDirectory { numbers: to; strings: path; }
 }
 
 impl<'a> Step<'a> {
@@ -140,6 +143,7 @@ impl<'a> Step<'a> {
             | Self::WriteFile { path, .. }
             | Self::Chown { path, .. }
             | Self::Chdir { path }
+            | Self::OpenDirectory { path, .. }
             | Self::LandlockAllow { path, .. } => Some(path),
             Self::PivotRoot { new, .. } | Self::EnterRoot { new } => Some(new),
             _ => None,

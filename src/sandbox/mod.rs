@@ -5,8 +5,10 @@
 //! python by the shim, which sends the filter's listener here. Only then does [`watch`] hand over the key to the
 //! code. When `run` returns, nothing of the job is alive.
 
+mod artifacts;
 pub mod doctor;
 mod environment;
+mod files;
 mod identity;
 mod init;
 mod landlock;
@@ -31,7 +33,9 @@ use tokio_util::sync::CancellationToken;
 use crate::config::Config;
 use crate::job::{Limits, Outcome, Status};
 use crate::script::Payload;
+use crate::sys::place::Place;
 use crate::sys::{fd, probe};
+use artifacts::Patterns;
 use environment::{Environment, Variant};
 use identity::{Privilege, Seats};
 use launcher::{Launcher, Order};
@@ -54,6 +58,8 @@ struct Shared {
     launcher: Launcher,
     start_timeout: Duration,
     proxies: Vec<(&'static str, String)>,
+    /// Bytes of artifacts that a result can hold, whatever else is in it.
+    artifacts_max: u64,
 }
 
 /// Why the sandbox could not be set up.
@@ -122,6 +128,8 @@ impl Sandbox {
                 landlock: landlock::Support(probe::landlock_abi()),
                 launcher: Launcher::start(init_program)?,
                 start_timeout: settings.start_timeout,
+                // Base64 makes four bytes of three.
+                artifacts_max: (config.amqp.max_result_bytes as u64) / 4 * 3,
                 proxies: proxies
                     .into_iter()
                     .filter_map(|(name, value)| Some((name, value.clone()?)))
@@ -162,6 +170,13 @@ impl Shared {
         let Some(seat) = self.seats.take().await else {
             return Ok(Outcome::not_run(Status::WorkerError, "the sandbox has been shut down"));
         };
+        let patterns = match Patterns::compile(&payload.artifacts) {
+            Ok(patterns) => patterns,
+            Err(error) => {
+                let error = format!("`artifacts` cannot be matched: {error}; give fewer or plainer patterns");
+                return Ok(Outcome::not_run(Status::Rejected, error));
+            }
+        };
         let (order, ends) = self.prepare(&payload, limits, environment, variant, &seat)?;
         let plans = (order.origin.clone(), order.init.clone(), order.wall.clone());
         let explain = |report| verdict::failed_step(report, &plans.0, &plans.1, &plans.2);
@@ -186,8 +201,11 @@ impl Shared {
             start_by: taken + self.start_timeout,
             assignment: payload.assignment(&proxies),
             stdin: payload.stdin,
+            files: payload.files,
+            owner: seat.outside,
         };
-        let seen = watch::watch(launched, ends, terms, stop).await?;
+        let mut seen = watch::watch(launched, ends, terms, stop).await?;
+        let place = seen.place.take();
         let failed = match seen.cause {
             Cause::StartFailed(report) => Some(explain(report)),
             _ => None,
@@ -199,7 +217,38 @@ impl Shared {
             let said = String::from_utf8_lossy(&outcome.stderr.bytes);
             tracing::error!(error, said = %said.trim_end(), "a job could not be started");
         }
+        if let Some(place) = place {
+            self.take_artifacts(place, patterns, &mut outcome).await?;
+        }
         Ok(outcome)
+    }
+
+    /// Returns what the job asked for, and lets go of its files: they are gone before its seat is free again.
+    async fn take_artifacts(
+        &self,
+        place: Place,
+        patterns: Option<Patterns>,
+        outcome: &mut Outcome,
+    ) -> io::Result<()> {
+        let wanted = outcome.started_at.is_some()
+            && !matches!(outcome.status, Status::WorkerError | Status::Cancelled);
+        let Some(patterns) = patterns.filter(|_| wanted) else {
+            if !place.is_small() {
+                tokio::task::spawn_blocking(move || drop(place)).await?;
+            }
+            return Ok(());
+        };
+        let room = self.artifacts_max;
+        let collected =
+            tokio::task::spawn_blocking(move || artifacts::collect(&place, &patterns, room)).await?;
+        outcome.artifacts = collected.artifacts;
+        if let Some(note) = collected.left_out {
+            outcome.error = Some(match outcome.error.take() {
+                Some(error) => format!("{error}; {note}"),
+                None => note,
+            });
+        }
+        Ok(())
     }
 
     /// Everything that a launch needs, and the worker's ends of it.

@@ -66,12 +66,14 @@ const NOTHING: &CStr = c"";
 const NEW: &str = "/new";
 const OLD: &str = "/old";
 
+/// The working directory.
+const WORK: &CStr = c"/work";
 /// Where a job may write; all three lie in one small file system.
-const WRITABLE: [&CStr; 3] = [c"/work", c"/tmp", c"/dev/shm"];
+const WRITABLE: [&CStr; 3] = [WORK, c"/tmp", c"/dev/shm"];
 /// The devices that there are.
 const DEVICES: [&CStr; 5] = [c"/dev/null", c"/dev/zero", c"/dev/full", c"/dev/random", c"/dev/urandom"];
 /// Files of any kind in the writable file system: an inode costs the kernel about a KiB.
-const INODES: u64 = 16_384;
+pub(super) const INODES: u64 = 16_384;
 
 /// What the origin does: an identity to make namespaces with, and the pid namespace.
 pub(super) fn origin(privilege: Privilege) -> Plan {
@@ -145,6 +147,7 @@ pub(super) fn wall(job: &Job<'_>) -> Plan {
     ] {
         plan.push(&Step::Duplicate { from: number(from), to: flag(to) });
     }
+    plan.push(&Step::OpenDirectory { to: flag(abi::WORK_FD), path: WORK });
     plan.push(&Step::CloseFrom { first: flag(abi::FIRST_CLOSED_FD) });
     plan
 }

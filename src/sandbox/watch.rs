@@ -13,11 +13,13 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use super::files::{self, Unlaid};
 use super::policy::{Judgement, Policy};
 use super::streams::{Input, Output};
-use crate::job::{Captured, Limits};
+use crate::job::{Captured, InputFile, Limits};
 use crate::sys::launch::Launched;
 use crate::sys::notify::{Listener, Question};
+use crate::sys::place::Place;
 use crate::sys::process::{Child, Exit, Resources};
 use crate::sys::{fd, ready};
 
@@ -29,7 +31,7 @@ const REFUSAL_DELAY: Duration = Duration::from_millis(10);
 const CPU_CHECK_MIN: Duration = Duration::from_millis(10);
 
 /// What ended a job.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum Cause {
     /// Its main process ended by itself.
     Ended,
@@ -49,6 +51,8 @@ pub(super) enum Cause {
     StartTimeout,
     /// It sent something that is no report.
     Garbled,
+    /// Its files could not be laid into its working directory.
+    Unlaid(Unlaid),
 }
 
 /// Everything that was seen of a job.
@@ -62,6 +66,8 @@ pub(super) struct Observation {
     pub(super) stdout: Captured,
     pub(super) stderr: Captured,
     pub(super) refused: BTreeMap<String, u64>,
+    /// Its working directory; none where it did not come as far as that.
+    pub(super) place: Option<Place>,
     /// When the code was handed over; none where it never was.
     pub(super) handed_over: Option<(Instant, SystemTime)>,
     pub(super) finished: Instant,
@@ -85,6 +91,9 @@ pub(super) struct Terms<'a> {
     pub(super) start_by: Instant,
     pub(super) assignment: Vec<u8>,
     pub(super) stdin: Vec<u8>,
+    pub(super) files: Vec<InputFile>,
+    /// The job's uid on the host.
+    pub(super) owner: u32,
 }
 
 /// Watches until everything of the job is dead.
@@ -108,6 +117,7 @@ pub(super) async fn watch(
         stderr: Output::new(ends.stderr, terms.limits.output_bytes)?,
         stdin: Input::new(ends.stdin, terms.stdin)?,
         assignment: None,
+        place: None,
         deadline: terms.start_by,
         cpu_check: None,
         handed_over: None,
@@ -116,7 +126,8 @@ pub(super) async fn watch(
         refusals: 0,
         waiting: None,
     };
-    let cause = watch.until_over(terms.limits, terms.policy, terms.assignment, stop).await;
+    let handover = Handover { assignment: terms.assignment, files: terms.files, owner: terms.owner };
+    let cause = watch.until_over(terms.limits, terms.policy, handover, stop).await;
     // The namespace's first process takes every other with it, and is gone when the last of them is.
     init.get_ref().kill();
     watch.job.get_ref().kill();
@@ -139,10 +150,19 @@ pub(super) async fn watch(
         stdout,
         stderr,
         refused: watch.refused,
+        place: watch.place,
         handed_over: watch.handed_over,
         finished: Instant::now(),
         finished_at: SystemTime::now(),
     })
+}
+
+/// What a job is given once its walls stand.
+#[derive(Debug)]
+struct Handover {
+    assignment: Vec<u8>,
+    files: Vec<InputFile>,
+    owner: u32,
 }
 
 #[derive(Debug)]
@@ -157,6 +177,7 @@ struct Watch {
     stdin: Input,
     /// The hand-over, once the report has come.
     assignment: Option<Input>,
+    place: Option<Place>,
     /// Of the start, then of the run.
     deadline: Instant,
     cpu_check: Option<Instant>,
@@ -173,17 +194,17 @@ impl Watch {
         &mut self,
         limits: &Limits,
         policy: &Policy,
-        assignment: Vec<u8>,
+        handover: Handover,
         stop: &CancellationToken,
     ) -> io::Result<Cause> {
-        let mut assignment = Some(assignment);
+        let mut handover = Some(handover);
         loop {
             // In this order: what happened first is likelier to be seen first, and a flood of output or of calls
             // delays nothing that ends the job.
             tokio::select! {
                 biased;
                 report = receive(&self.control) => {
-                    if let Some(cause) = self.reported(report?, &mut assignment, limits)? {
+                    if let Some(cause) = self.reported(report?, &mut handover, limits).await? {
                         return Ok(cause);
                     }
                 }
@@ -219,29 +240,41 @@ impl Watch {
     }
 
     /// The process has said how its start went. With the walls up, it gets what it is to run.
-    fn reported(
+    async fn reported(
         &mut self,
-        (report, listener): (Option<Report>, Option<OwnedFd>),
-        assignment: &mut Option<Vec<u8>>,
+        (report, descriptors): (Option<Report>, Vec<OwnedFd>),
+        handover: &mut Option<Handover>,
         limits: &Limits,
     ) -> io::Result<Option<Cause>> {
-        match (report, listener) {
-            (Some(Report::Locked), Some(listener)) => {
+        let mut descriptors = descriptors.into_iter();
+        let place = match (report, descriptors.next(), descriptors.next(), descriptors.next()) {
+            (Some(Report::Locked), Some(listener), Some(place), None) => {
                 let listener = Listener::new(listener);
                 self.listener = Some(ready::readable(listener)?);
+                place
             }
-            (Some(Report::LockedWithoutListener), None) => self.unnamed_kills = true,
-            (Some(report @ Report::Failed { .. }), _) => return Ok(Some(Cause::StartFailed(report))),
+            (Some(Report::LockedWithoutListener), Some(place), None, None) => {
+                self.unnamed_kills = true;
+                place
+            }
+            (Some(report @ Report::Failed { .. }), ..) => return Ok(Some(Cause::StartFailed(report))),
             // The end of the socket is the end of the process, or will be.
-            (None, None) => {
+            (None, None, ..) => {
                 self.control = None;
                 return Ok(None);
             }
             _ => return Ok(Some(Cause::Garbled)),
+        };
+        let (Some(control), Some(handover)) = (self.control.take(), handover.take()) else {
+            return Ok(Some(Cause::Garbled));
+        };
+        // A preload could have sent another directory than the job's own.
+        let Ok(place) = Place::new(place, handover.owner) else { return Ok(Some(Cause::Garbled)) };
+        match lay(place, handover.files, limits).await? {
+            (place, Ok(())) => self.place = Some(place),
+            (_, Err(unlaid)) => return Ok(Some(Cause::Unlaid(unlaid))),
         }
-        if let (Some(control), Some(assignment)) = (self.control.take(), assignment.take()) {
-            self.assignment = Some(Input::new(control.into_inner(), assignment)?);
-        }
+        self.assignment = Some(Input::new(control.into_inner(), handover.assignment)?);
         let now = Instant::now();
         self.handed_over = Some((now, SystemTime::now()));
         self.deadline = now + Duration::from_millis(limits.timeout_ms);
@@ -280,6 +313,23 @@ impl Watch {
             listener.get_ref().refuse(question, errno);
         }
     }
+}
+
+/// Writing waits for nothing but memory, and there may be megabytes of it.
+async fn lay(
+    place: Place,
+    files: Vec<InputFile>,
+    limits: &Limits,
+) -> io::Result<(Place, Result<(), Unlaid>)> {
+    if files.is_empty() {
+        return Ok((place, Ok(())));
+    }
+    let limits = *limits;
+    let laid = tokio::task::spawn_blocking(move || {
+        let laid = files::lay(&place, &files, &limits);
+        (place, laid)
+    });
+    laid.await.map_err(io::Error::other)
 }
 
 /// The earliest that so much CPU time can have been used: with every processor busy for the job.
@@ -329,8 +379,8 @@ async fn asked(listener: &Option<AsyncFd<Listener>>) -> Question {
     }
 }
 
-/// The report, and the listener beside it; nothing where the socket ended.
-async fn receive(control: &Option<AsyncFd<OwnedFd>>) -> io::Result<(Option<Report>, Option<OwnedFd>)> {
+/// The report, and the descriptors beside it; nothing where the socket ended.
+async fn receive(control: &Option<AsyncFd<OwnedFd>>) -> io::Result<(Option<Report>, Vec<OwnedFd>)> {
     let Some(control) = control else { return std::future::pending().await };
     loop {
         let mut ready = control.readable().await?;
@@ -343,13 +393,13 @@ async fn receive(control: &Option<AsyncFd<OwnedFd>>) -> io::Result<(Option<Repor
 
 /// A report is written at once and so read at once; anything shorter is none, and what is none but brings a
 /// descriptor is garbled.
-pub(super) fn read_report(control: &OwnedFd) -> io::Result<(Option<Report>, Option<OwnedFd>)> {
+pub(super) fn read_report(control: &OwnedFd) -> io::Result<(Option<Report>, Vec<OwnedFd>)> {
     use std::os::fd::AsFd;
     let mut bytes = [0; REPORT_LEN];
     let received = fd::receive(control.as_fd(), &mut bytes)?;
     if received.length == 0 {
-        return Ok((None, None));
+        return Ok((None, Vec::new()));
     }
     let report = (received.length == REPORT_LEN).then(|| Report::decode(&bytes)).flatten();
-    report.map(|report| (Some(report), received.fd)).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    report.map(|report| (Some(report), received.fds)).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }

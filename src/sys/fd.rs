@@ -1,4 +1,4 @@
-//! Descriptors: pipes, sockets, sealed memory files, and one that arrives over a socket.
+//! Descriptors: pipes, sockets, sealed memory files, and those that arrive over a socket.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut, Write};
@@ -62,13 +62,13 @@ pub fn reopen(file: impl AsFd) -> io::Result<OwnedFd> {
 pub struct Received {
     /// Bytes read; 0 at the end.
     pub length: usize,
-    /// The descriptor that came along.
-    pub fd: Option<OwnedFd>,
+    /// The descriptors that came along, in the order in which they were sent.
+    pub fds: Vec<OwnedFd>,
 }
 
-/// Reads bytes, and at most one descriptor that travels with them. Further ones are closed.
+/// Reads bytes, and the descriptors that travel with them.
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received> {
-    // Room for more than one, so that a peer that sends several does not leave some of them open in here.
+    // Room for more than any honest peer sends. The kernel itself closes what does not find room.
     let mut space = nix::cmsg_space!([RawFd; 8]);
     let mut parts = [IoSliceMut::new(buffer)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
@@ -83,5 +83,5 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received
             }
         }
     }
-    Ok(Received { length, fd: fds.into_iter().next() })
+    Ok(Received { length, fds })
 }

@@ -1,0 +1,211 @@
+//! Collects the files that a job asked to have returned, once everything of it is dead.
+//!
+//! Regular files only, found beneath the working directory without following a link. The names, the number, the
+//! depth and the sizes are the job's choice, so each has a bound here, and what is left out is said.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
+
+use crate::job::Artifact;
+use crate::sys::place::{Folder, Kind, Place, part};
+
+/// Files in one result.
+const MOST: usize = 256;
+/// Bytes of a path, as of an input file's.
+const PATH_MAX: usize = 1_024;
+/// Directories within directories that are searched; each holds a descriptor open meanwhile.
+const DEPTH_MAX: usize = 64;
+/// For search and reading together. All of it lies in memory, so this is far more than an honest job takes.
+const TIME: Duration = Duration::from_secs(5);
+/// Read between two looks at the clock.
+const CHUNK: usize = 1 << 20;
+
+/// What to return, compiled.
+#[derive(Clone, Debug)]
+pub(super) struct Patterns {
+    set: GlobSet,
+    /// Separators that a matching path can have.
+    reach: usize,
+}
+
+impl Patterns {
+    /// None where nothing is asked for.
+    pub(super) fn compile(patterns: &[String]) -> Result<Option<Self>, globset::Error> {
+        if patterns.is_empty() {
+            return Ok(None);
+        }
+        let mut set = GlobSetBuilder::new();
+        let mut reach = 0;
+        for pattern in patterns {
+            // As in a path, a leading `./` means nothing.
+            let plain = pattern.trim_start_matches("./");
+            set.add(GlobBuilder::new(plain).literal_separator(true).build()?);
+            let separators = plain.bytes().filter(|byte| *byte == b'/').count();
+            reach = reach.max(if plain.contains("**") { DEPTH_MAX } else { separators });
+        }
+        Ok(Some(Self { set: set.build()?, reach: reach.min(DEPTH_MAX) }))
+    }
+}
+
+/// The files, and in one sentence what is missing of them.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Collected {
+    /// In the order of their paths.
+    pub(super) artifacts: Vec<Artifact>,
+    pub(super) left_out: Option<String>,
+}
+
+/// Reads every matching file, `room` bytes in all. Blocks, so it is for a thread that may.
+pub(super) fn collect(place: &Place, patterns: &Patterns, room: u64) -> Collected {
+    let mut search = Search {
+        patterns,
+        until: Instant::now() + TIME,
+        found: BTreeMap::new(),
+        matching: 0,
+        nameless: 0,
+        too_deep: false,
+        unread: None,
+        over_time: false,
+    };
+    match place.read() {
+        Ok(folder) => search.folder(folder, &mut Vec::new(), 0),
+        Err(error) => search.unread = Some(error),
+    }
+    let artifacts = search.read(place, room);
+    Collected { left_out: search.left_out(artifacts.len(), room), artifacts }
+}
+
+#[derive(Debug)]
+struct Search<'a> {
+    patterns: &'a Patterns,
+    until: Instant,
+    /// Matching files with their sizes: the first [`MOST`] paths, so that their number costs no memory.
+    found: BTreeMap<String, u64>,
+    /// All that match, under names that can be returned.
+    matching: usize,
+    /// Matching files with names that cannot be returned.
+    nameless: usize,
+    too_deep: bool,
+    /// Why something could not be looked at.
+    unread: Option<io::Error>,
+    over_time: bool,
+}
+
+impl Search<'_> {
+    /// Searches a directory whose path, `/` at its end, is in `path`, and which is that deep.
+    fn folder(&mut self, mut folder: Folder, path: &mut Vec<u8>, depth: usize) {
+        let names = match folder.names() {
+            Ok(names) => names,
+            Err(error) => return self.unread = Some(error),
+        };
+        let length = path.len();
+        for name in names {
+            if self.is_over_time() {
+                return;
+            }
+            path.truncate(length);
+            path.extend_from_slice(part(&name).as_bytes());
+            match folder.look(&name) {
+                Ok(Kind::File(size)) => self.file(path, size),
+                Ok(Kind::Directory) if depth < self.patterns.reach => match folder.enter(&name) {
+                    Ok(inner) => {
+                        path.push(b'/');
+                        self.folder(inner, path, depth + 1);
+                    }
+                    Err(error) => self.unread = Some(error),
+                },
+                Ok(Kind::Directory) => self.too_deep |= depth == DEPTH_MAX,
+                Ok(Kind::Other) => {}
+                Err(error) => self.unread = Some(error),
+            }
+        }
+        path.truncate(length);
+    }
+
+    fn file(&mut self, path: &[u8], size: u64) {
+        if !self.patterns.set.is_match(Path::new(std::ffi::OsStr::from_bytes(path))) {
+            return;
+        }
+        match str::from_utf8(path) {
+            Ok(path) if path.len() <= PATH_MAX => {
+                self.matching += 1;
+                self.found.insert(path.to_owned(), size);
+                if self.found.len() > MOST {
+                    self.found.pop_last();
+                }
+            }
+            _ => self.nameless += 1,
+        }
+    }
+
+    /// The files that fit into `room` together; the largest give way.
+    fn read(&mut self, place: &Place, room: u64) -> Vec<Artifact> {
+        let mut by_size: Vec<(u64, String)> =
+            std::mem::take(&mut self.found).into_iter().map(|(path, size)| (size, path)).collect();
+        by_size.sort_unstable();
+        let mut left = room;
+        let mut artifacts = Vec::new();
+        for (size, path) in by_size {
+            let Some(rest) = left.checked_sub(size) else { break };
+            match self.content(place, &path, size) {
+                Ok(Some(content)) => artifacts.push(Artifact { path, content }),
+                Ok(None) => break,
+                Err(error) => self.unread = Some(error),
+            }
+            left = rest;
+        }
+        artifacts.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+        artifacts
+    }
+
+    /// A file's content, at most as much as was seen of it; none where the time is over.
+    fn content(&mut self, place: &Place, path: &str, size: u64) -> io::Result<Option<Vec<u8>>> {
+        let mut file = place.open(path)?.take(size);
+        let mut content = Vec::with_capacity(usize::try_from(size).unwrap_or(0));
+        loop {
+            if self.is_over_time() {
+                return Ok(None);
+            }
+            if file.by_ref().take(CHUNK as u64).read_to_end(&mut content)? == 0 {
+                return Ok(Some(content));
+            }
+        }
+    }
+
+    fn is_over_time(&mut self) -> bool {
+        self.over_time = self.over_time || Instant::now() > self.until;
+        self.over_time
+    }
+
+    fn left_out(&self, returned: usize, room: u64) -> Option<String> {
+        let mut notes = Vec::new();
+        let matching = self.matching;
+        if returned < matching {
+            notes.push(format!(
+                "{} of {matching} artifacts were left out, as a result has room for {MOST} files and {room} bytes",
+                matching - returned
+            ));
+        }
+        if self.nameless > 0 {
+            notes.push(format!(
+                "{} artifacts have names that are not UTF-8 or longer than {PATH_MAX} bytes and were left out",
+                self.nameless
+            ));
+        }
+        if self.too_deep {
+            notes.push(format!("directories more than {DEPTH_MAX} deep were not searched for artifacts"));
+        }
+        if let Some(error) = &self.unread {
+            notes.push(format!("some files could not be read: {error}"));
+        }
+        if self.over_time {
+            notes.push(format!("the search for artifacts was ended after {} ms", TIME.as_millis()));
+        }
+        (!notes.is_empty()).then(|| notes.join("; "))
+    }
+}

@@ -1,0 +1,175 @@
+//! A job's working directory, held by descriptor: files go in before the job runs and come out when it is dead.
+//!
+//! The job chooses every name and every kind of file in it, and may have bent it into anything. So nothing here
+//! leaves the directory, follows a link or waits: each path is resolved by the kernel beneath the descriptor.
+
+use std::ffi::{CStr, CString, OsStr};
+use std::fs::{File, Permissions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
+
+use nix::NixPath;
+use nix::dir::Dir;
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2};
+use nix::sys::stat::{FchmodatFlags, Mode, fchmod, fchmodat, fstat, fstatat, mkdirat};
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use nix::unistd::{Gid, Uid, fchown, geteuid};
+
+const FILE_MODE: Mode = Mode::from_bits_truncate(0o644);
+const DIRECTORY_MODE: Mode = Mode::from_bits_truncate(0o755);
+/// What the owner needs to read a file, and to search a directory.
+const READ: u32 = 0o400;
+const READ_AND_SEARCH: u32 = 0o500;
+/// Up to so many blocks, of 4 KiB mostly, a file system is gone in no time.
+const FEW_BLOCKS: u64 = 256;
+
+/// The directory.
+#[derive(Debug)]
+pub struct Place {
+    directory: OwnedFd,
+    owner: Uid,
+}
+
+/// What lies under a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A regular file of so many bytes.
+    File(u64),
+    /// A directory.
+    Directory,
+    /// A link, a pipe, a socket, a device: nothing that is ever opened here.
+    Other,
+}
+
+/// An open directory, in the place or below it.
+#[derive(Debug)]
+pub struct Folder(Dir);
+
+impl Place {
+    /// Takes over a descriptor that a job's process sent, if it is what it should be: a directory in a file
+    /// system in memory, of the job's own user.
+    pub fn new(directory: OwnedFd, owner: u32) -> io::Result<Self> {
+        let owner = Uid::from_raw(owner);
+        let stat = fstat(&directory)?;
+        let is_directory = stat.st_mode & libc::S_IFMT == libc::S_IFDIR;
+        if !is_directory
+            || stat.st_uid != owner.as_raw()
+            || fstatfs(&directory)?.filesystem_type() != TMPFS_MAGIC
+        {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        Ok(Self { directory, owner })
+    }
+
+    /// Creates a file that is not there yet, and the directories on the way to it, all owned by the job.
+    pub fn create(&self, path: &str) -> io::Result<File> {
+        let mut folder: Option<OwnedFd> = None;
+        let (above, name) = path.rsplit_once('/').map_or(("", path), |(above, name)| (above, name));
+        for part in above.split('/').filter(|part| !part.is_empty()) {
+            let here = folder.as_ref().unwrap_or(&self.directory);
+            let made = match mkdirat(here, part, DIRECTORY_MODE) {
+                Ok(()) => true,
+                Err(Errno::EEXIST) => false,
+                Err(errno) => return Err(errno.into()),
+            };
+            let next = open(here, part, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
+            if made {
+                self.hand_over(&next, DIRECTORY_MODE)?;
+            }
+            folder = Some(next);
+        }
+        let here = folder.as_ref().unwrap_or(&self.directory);
+        let how = how(OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL).mode(FILE_MODE);
+        let file = openat2(here, name, how)?;
+        self.hand_over(&file, FILE_MODE)?;
+        Ok(file.into())
+    }
+
+    /// To the job's user, with this mode whatever our own umask made of it.
+    fn hand_over(&self, file: &OwnedFd, mode: Mode) -> io::Result<()> {
+        fchmod(file, mode)?;
+        if self.owner != geteuid() {
+            fchown(file, Some(self.owner), Some(Gid::from_raw(self.owner.as_raw())))?;
+        }
+        Ok(())
+    }
+
+    /// The directory itself, to be read. Only when nothing of the job is alive: modes may be changed for it.
+    pub fn read(&self) -> io::Result<Folder> {
+        if fstat(&self.directory)?.st_mode & READ_AND_SEARCH != READ_AND_SEARCH {
+            // There is no name to change it by, other than this.
+            let own = format!("/proc/self/fd/{}", self.directory.as_raw_fd());
+            std::fs::set_permissions(own, Permissions::from_mode(0o700))?;
+        }
+        Folder::open(&self.directory, c".")
+    }
+
+    /// A regular file for reading, by a path that was found below [`Place::read`].
+    pub fn open(&self, path: &str) -> io::Result<File> {
+        let file = File::from(open(&self.directory, path, OFlag::O_RDONLY)?);
+        if file.metadata()?.is_file() { Ok(file) } else { Err(io::ErrorKind::InvalidInput.into()) }
+    }
+
+    /// Little was written: letting go of the place, and so of its file system, takes no time to speak of.
+    pub fn is_small(&self) -> bool {
+        fstatfs(&self.directory)
+            .is_ok_and(|stat| stat.blocks().saturating_sub(stat.blocks_free()) <= FEW_BLOCKS)
+    }
+}
+
+impl Folder {
+    fn open(parent: impl AsFd, name: &CStr) -> io::Result<Self> {
+        Ok(Self(Dir::from_fd(open(parent, name, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?)?))
+    }
+
+    /// Every name in it but `.` and `..`, as many bytes as they are.
+    pub fn names(&mut self) -> io::Result<Vec<CString>> {
+        let mut names = Vec::new();
+        for entry in self.0.iter() {
+            let entry = entry?;
+            if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+                names.push(entry.file_name().to_owned());
+            }
+        }
+        Ok(names)
+    }
+
+    /// What lies under a name of its own. A file or directory that its owner made unreadable becomes readable.
+    pub fn look(&self, name: &CStr) -> io::Result<Kind> {
+        let stat = fstatat(&self.0, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        let (kind, needed) = match stat.st_mode & libc::S_IFMT {
+            libc::S_IFREG => (Kind::File(u64::try_from(stat.st_size).unwrap_or(0)), READ),
+            libc::S_IFDIR => (Kind::Directory, READ_AND_SEARCH),
+            _ => return Ok(Kind::Other),
+        };
+        if stat.st_mode & needed != needed {
+            fchmodat(&self.0, name, Mode::S_IRWXU, FchmodatFlags::NoFollowSymlink)?;
+        }
+        Ok(kind)
+    }
+
+    /// A directory in it.
+    pub fn enter(&self, name: &CStr) -> io::Result<Self> {
+        Self::open(&self.0, name)
+    }
+}
+
+/// The bytes of a name as a path's part.
+pub fn part(name: &CStr) -> &OsStr {
+    OsStr::from_bytes(name.to_bytes())
+}
+
+fn open<P: ?Sized + NixPath>(parent: impl AsFd, path: &P, flags: OFlag) -> io::Result<OwnedFd> {
+    Ok(openat2(parent, path, how(flags))?)
+}
+
+/// Never outside, never through a link, never waiting for the other end of a pipe.
+fn how(flags: OFlag) -> OpenHow {
+    let always = OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    let resolve =
+        ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS;
+    OpenHow::new().flags(flags | always).resolve(resolve)
+}

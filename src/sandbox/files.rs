@@ -15,8 +15,24 @@ pub(super) enum Unlaid {
     Failed(String),
 }
 
-/// Writes every file. Blocks, so it is for a thread that may.
-pub(super) fn lay(place: &Place, files: &[InputFile], limits: &Limits) -> Result<(), Unlaid> {
+/// Writes every file, owned by the job. On a thread that may block: writing waits for nothing but memory, and
+/// there may be megabytes of it.
+pub(super) async fn lay(
+    place: Place,
+    files: Vec<InputFile>,
+    limits: Limits,
+) -> io::Result<(Place, Result<(), Unlaid>)> {
+    if files.is_empty() {
+        return Ok((place, Ok(())));
+    }
+    let laid = tokio::task::spawn_blocking(move || {
+        let laid = write(&place, &files, &limits);
+        (place, laid)
+    });
+    laid.await.map_err(io::Error::other)
+}
+
+fn write(place: &Place, files: &[InputFile], limits: &Limits) -> Result<(), Unlaid> {
     for (index, file) in files.iter().enumerate() {
         let written = place.create(&file.path).and_then(|mut new| new.write_all(&file.content));
         written.map_err(|error| explain(index, &file.path, &error, limits))?;

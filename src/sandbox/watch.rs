@@ -270,7 +270,7 @@ impl Watch {
         };
         // A preload could have sent another directory than the job's own.
         let Ok(place) = Place::new(place, handover.owner) else { return Ok(Some(Cause::Garbled)) };
-        match lay(place, handover.files, limits).await? {
+        match files::lay(place, handover.files, *limits).await? {
             (place, Ok(())) => self.place = Some(place),
             (_, Err(unlaid)) => return Ok(Some(Cause::Unlaid(unlaid))),
         }
@@ -313,23 +313,6 @@ impl Watch {
             listener.get_ref().refuse(question, errno);
         }
     }
-}
-
-/// Writing waits for nothing but memory, and there may be megabytes of it.
-async fn lay(
-    place: Place,
-    files: Vec<InputFile>,
-    limits: &Limits,
-) -> io::Result<(Place, Result<(), Unlaid>)> {
-    if files.is_empty() {
-        return Ok((place, Ok(())));
-    }
-    let limits = *limits;
-    let laid = tokio::task::spawn_blocking(move || {
-        let laid = files::lay(&place, &files, &limits);
-        (place, laid)
-    });
-    laid.await.map_err(io::Error::other)
 }
 
 /// The earliest that so much CPU time can have been used: with every processor busy for the job.

@@ -5,7 +5,7 @@
 
 use std::ffi::{CStr, CString, OsStr};
 use std::fs::{File, Permissions};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
@@ -66,26 +66,7 @@ impl Place {
 
     /// Creates a file that is not there yet, and the directories on the way to it, all owned by the job.
     pub fn create(&self, path: &str) -> io::Result<File> {
-        let mut folder: Option<OwnedFd> = None;
-        let (above, name) = path.rsplit_once('/').map_or(("", path), |(above, name)| (above, name));
-        for part in above.split('/').filter(|part| !part.is_empty()) {
-            let here = folder.as_ref().unwrap_or(&self.directory);
-            let made = match mkdirat(here, part, DIRECTORY_MODE) {
-                Ok(()) => true,
-                Err(Errno::EEXIST) => false,
-                Err(errno) => return Err(errno.into()),
-            };
-            let next = open(here, part, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
-            if made {
-                self.hand_over(&next, DIRECTORY_MODE)?;
-            }
-            folder = Some(next);
-        }
-        let here = folder.as_ref().unwrap_or(&self.directory);
-        let how = how(OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL).mode(FILE_MODE);
-        let file = openat2(here, name, how)?;
-        self.hand_over(&file, FILE_MODE)?;
-        Ok(file.into())
+        create(&self.directory, path, OFlag::O_EXCL, |made, mode| self.hand_over(made, mode))
     }
 
     /// To the job's user, with this mode whatever our own umask made of it.
@@ -155,6 +136,40 @@ impl Folder {
     pub fn enter(&self, name: &CStr) -> io::Result<Self> {
         Self::open(&self.0, name)
     }
+}
+
+/// Writes a file below a directory of ours, under a path that somebody else chose. What was there before under
+/// that path is replaced, unless it is reached through a link.
+pub fn write_below(directory: &File, path: &str, content: &[u8]) -> io::Result<()> {
+    create(directory, path, OFlag::O_TRUNC, |_, _| Ok(()))?.write_all(content)
+}
+
+/// Opens a file for writing, with the directories on the way to it; `made` sees each thing that is new.
+fn create(
+    directory: impl AsFd,
+    path: &str,
+    flags: OFlag,
+    made: impl Fn(&OwnedFd, Mode) -> io::Result<()>,
+) -> io::Result<File> {
+    let mut folder: Option<OwnedFd> = None;
+    let (above, name) = path.rsplit_once('/').unwrap_or(("", path));
+    for part in above.split('/').filter(|part| !part.is_empty()) {
+        let here = folder.as_ref().map_or(directory.as_fd(), AsFd::as_fd);
+        let is_new = match mkdirat(here, part, DIRECTORY_MODE) {
+            Ok(()) => true,
+            Err(Errno::EEXIST) => false,
+            Err(errno) => return Err(errno.into()),
+        };
+        let next = open(here, part, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
+        if is_new {
+            made(&next, DIRECTORY_MODE)?;
+        }
+        folder = Some(next);
+    }
+    let here = folder.as_ref().map_or(directory.as_fd(), AsFd::as_fd);
+    let file = openat2(here, name, how(OFlag::O_WRONLY | OFlag::O_CREAT | flags).mode(FILE_MODE))?;
+    made(&file, FILE_MODE)?;
+    Ok(file.into())
 }
 
 /// The bytes of a name as a path's part.

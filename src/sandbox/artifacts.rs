@@ -34,11 +34,16 @@ pub(super) struct Patterns {
 }
 
 impl Patterns {
-    /// None where nothing is asked for.
-    pub(super) fn compile(patterns: &[String]) -> Result<Option<Self>, globset::Error> {
+    /// None where nothing is asked for. On a thread that may block: a few KiB of stars take their time.
+    pub(super) async fn compile(patterns: Vec<String>) -> io::Result<Result<Option<Self>, globset::Error>> {
         if patterns.is_empty() {
-            return Ok(None);
+            return Ok(Ok(None));
         }
+        let compiled = tokio::task::spawn_blocking(move || Self::compile_now(&patterns).map(Some));
+        compiled.await.map_err(io::Error::other)
+    }
+
+    fn compile_now(patterns: &[String]) -> Result<Self, globset::Error> {
         let mut set = GlobSetBuilder::new();
         let mut reach = 0;
         for pattern in patterns {
@@ -48,7 +53,7 @@ impl Patterns {
             let separators = plain.bytes().filter(|byte| *byte == b'/').count();
             reach = reach.max(if plain.contains("**") { DEPTH_MAX } else { separators });
         }
-        Ok(Some(Self { set: set.build()?, reach: reach.min(DEPTH_MAX) }))
+        Ok(Self { set: set.build()?, reach: reach.min(DEPTH_MAX) })
     }
 }
 

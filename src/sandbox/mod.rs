@@ -160,7 +160,12 @@ impl Sandbox {
 }
 
 impl Shared {
-    async fn run(&self, payload: Payload, limits: &Limits, stop: &CancellationToken) -> io::Result<Outcome> {
+    async fn run(
+        &self,
+        mut payload: Payload,
+        limits: &Limits,
+        stop: &CancellationToken,
+    ) -> io::Result<Outcome> {
         let taken = Instant::now();
         let Some(environment) = self.environments.get(&payload.environment) else {
             let error = format!("there is no environment {}", payload.environment);
@@ -170,7 +175,8 @@ impl Shared {
         let Some(seat) = self.seats.take().await else {
             return Ok(Outcome::not_run(Status::WorkerError, "the sandbox has been shut down"));
         };
-        let patterns = match Patterns::compile(&payload.artifacts) {
+        let wanted = std::mem::take(&mut payload.artifacts);
+        let patterns = match Patterns::compile(wanted).await? {
             Ok(patterns) => patterns,
             Err(error) => {
                 let error = format!("`artifacts` cannot be matched: {error}; give fewer or plainer patterns");

@@ -67,9 +67,13 @@ pub(super) struct Collected {
 
 /// Reads every matching file, `room` bytes in all. Blocks, so it is for a thread that may.
 pub(super) fn collect(place: &Place, patterns: &Patterns, room: u64) -> Collected {
+    collect_until(Instant::now() + TIME, place, patterns, room)
+}
+
+fn collect_until(until: Instant, place: &Place, patterns: &Patterns, room: u64) -> Collected {
     let mut search = Search {
         patterns,
-        until: Instant::now() + TIME,
+        until,
         found: BTreeMap::new(),
         matching: 0,
         nameless: 0,
@@ -212,5 +216,73 @@ impl Search<'_> {
             notes.push(format!("the search for artifacts was ended after {} ms", TIME.as_millis()));
         }
         (!notes.is_empty()).then(|| notes.join("; "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+    use std::fs::File;
+
+    use super::*;
+
+    fn place(files: &[(&str, usize)]) -> (tempfile::TempDir, Place) {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let place =
+            Place::new(File::open(dir.path()).unwrap().into(), nix::unistd::geteuid().as_raw()).unwrap();
+        for (path, size) in files {
+            io::Write::write_all(&mut place.create(path).unwrap(), &vec![b'x'; *size]).unwrap();
+        }
+        (dir, place)
+    }
+
+    fn patterns(patterns: &[&str]) -> Patterns {
+        Patterns::compile_now(&patterns.iter().map(|&pattern| pattern.to_owned()).collect::<Vec<_>>())
+            .unwrap()
+    }
+
+    fn paths(collected: &Collected) -> Vec<&str> {
+        collected.artifacts.iter().map(|artifact| artifact.path.as_str()).collect()
+    }
+
+    #[test]
+    fn the_largest_give_way_until_the_rest_fits() {
+        let (_dir, place) = place(&[("a", 50), ("b/c", 100), ("d", 49), ("e", 0)]);
+        let all = patterns(&["**"]);
+        let collected = collect(&place, &all, 99);
+        assert_eq!(paths(&collected), ["a", "d", "e"]);
+        assert!(collected.left_out.unwrap().starts_with("1 of 4 artifacts were left out"));
+        assert_eq!(collect(&place, &all, 199).left_out, None);
+        assert_eq!(paths(&collect(&place, &all, 0)), ["e"]);
+    }
+
+    #[test]
+    fn a_search_past_its_time_ends_and_says_so() {
+        let (_dir, place) = place(&[("a", 1), ("b/c", 1)]);
+        let past = Instant::now().checked_sub(Duration::from_millis(1)).unwrap();
+        let collected = collect_until(past, &place, &patterns(&["**"]), 100);
+        assert_eq!(paths(&collected), [""; 0]);
+        assert!(collected.left_out.unwrap().contains("was ended after 5000 ms"));
+    }
+
+    #[test]
+    fn a_pattern_reaches_as_deep_as_it_has_separators() {
+        for (pattern, reach) in
+            [("*", 0), ("./a", 0), ("a/*/b", 2), ("{a/b,c}", 1), ("a**", 64), ("**/a", 64)]
+        {
+            assert_eq!(patterns(&[pattern]).reach, reach, "{pattern}");
+        }
+        assert_eq!(patterns(&["a", "b/c"]).reach, 1);
+        assert_eq!(patterns(&[&"a/".repeat(100)]).reach, 64);
+    }
+
+    #[test]
+    fn only_a_directory_in_memory_of_the_jobs_own_is_taken() {
+        let (dir, _place) = place(&[("file", 1)]);
+        let own = nix::unistd::geteuid().as_raw();
+        let open = |path: &Path| File::open(path).unwrap().into();
+        assert!(Place::new(open(dir.path()), own + 1).is_err());
+        assert!(Place::new(open(&dir.path().join("file")), own).is_err());
+        assert!(Place::new(open(Path::new(env!("CARGO_MANIFEST_DIR"))), own).is_err());
     }
 }

@@ -11,6 +11,7 @@ mod broker;
 mod config;
 mod doctor;
 mod exec;
+mod files;
 mod help;
 mod job_document;
 mod policy;

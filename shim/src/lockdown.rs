@@ -73,10 +73,10 @@ fn lock(uid: u32, gid: u32, enable_network: bool) -> Result<(), (Step, Errno)> {
     let listener = policy.install().map_err(at(Step::Filter))?;
 
     let report = if listener.is_some() { Report::Locked } else { Report::LockedWithoutListener };
-    let sent = match listener {
+    let sent = with_room_to_send(|| match listener {
         Some(listener) => send(report, [listener, WORK_FD]),
         None => send(report, [WORK_FD]),
-    };
+    });
     let sent = sent.map_err(at(Step::Report));
     if let Some(listener) = listener {
         sys::close(listener);
@@ -198,6 +198,18 @@ fn size_of_file(fd: c_int) -> Result<usize, Errno> {
         return Err(sys::errno());
     }
     usize::try_from(stat.st_size).map_err(|_| libc::EFBIG)
+}
+
+/// Nothing can be sent while descriptors of this user are under way in larger number than this process may have
+/// open. Another job may be of the same user and flood its own sockets. So the wall leaves more room than any
+/// job gets, and here it is taken away.
+fn with_room_to_send(send: impl FnOnce() -> Result<(), Errno>) -> Result<(), Errno> {
+    let resource = libc::RLIMIT_NOFILE.into();
+    let libc::rlimit64 { rlim_cur: own, rlim_max: room } = sys::limit(resource, None)?;
+    sys::limit(resource, Some(&libc::rlimit64 { rlim_cur: room, rlim_max: room }))?;
+    let sent = send();
+    sys::limit(resource, Some(&libc::rlimit64 { rlim_cur: own, rlim_max: own }))?;
+    sent
 }
 
 /// Sends the report with these descriptors beside it. The filter is on: this is the first call that it lets

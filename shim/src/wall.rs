@@ -200,9 +200,7 @@ fn drop_bounding() -> Result<(), Errno> {
 }
 
 fn rlimit(resource: u64, soft: u64, hard: u64) -> Result<(), Errno> {
-    let limit = libc::rlimit64 { rlim_cur: soft, rlim_max: hard };
-    // SAFETY: the structure outlives the call, which only reads it; the old limit is not asked for.
-    unsafe { syscall(libc::SYS_prlimit64, [0, number(resource), &raw const limit as usize, 0, 0]) }.map(drop)
+    sys::limit(resource, Some(&libc::rlimit64 { rlim_cur: soft, rlim_max: hard })).map(drop)
 }
 
 fn signal(number: c_int, action: libc::sighandler_t) -> Result<(), Errno> {

@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use nix::sys::resource::{Resource, getrlimit};
 use sandpiper_shim::abi;
 use sandpiper_shim::plan::Step;
 
@@ -74,6 +75,9 @@ const WRITABLE: [&CStr; 3] = [WORK, c"/tmp", c"/dev/shm"];
 const DEVICES: [&CStr; 5] = [c"/dev/null", c"/dev/zero", c"/dev/full", c"/dev/random", c"/dev/urandom"];
 /// Files of any kind in the writable file system: an inode costs the kernel about a KiB.
 pub(super) const INODES: u64 = 16_384;
+
+/// Descriptors that may be under way in a user's sockets while one of its jobs starts: far more than jobs have.
+const ROOM_TO_SEND: u64 = 1 << 16;
 
 /// What the origin does: an identity to make namespaces with, and the pid namespace.
 pub(super) fn origin(privilege: Privilege) -> Plan {
@@ -247,7 +251,6 @@ fn resources(plan: &mut Plan, job: &Job<'_>) {
         (libc::RLIMIT_MEMLOCK, 64 << 10),
         (libc::RLIMIT_MSGQUEUE, 0),
         (libc::RLIMIT_NICE, 0),
-        (libc::RLIMIT_NOFILE, limits.open_files),
         (libc::RLIMIT_NPROC, processes),
         (libc::RLIMIT_RTPRIO, 0),
         (libc::RLIMIT_SIGPENDING, 1024),
@@ -259,6 +262,13 @@ fn resources(plan: &mut Plan, job: &Job<'_>) {
     for (resource, value) in values {
         plan.push(&Step::Rlimit { resource: resource.into(), soft: value, hard: value });
     }
+    // The lockdown takes the difference away once its descriptors are sent; see there.
+    let room = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(_, hard)| hard.min(ROOM_TO_SEND));
+    plan.push(&Step::Rlimit {
+        resource: libc::RLIMIT_NOFILE.into(),
+        soft: limits.open_files,
+        hard: limits.open_files.max(room),
+    });
 }
 
 fn number(fd: BorrowedFd<'_>) -> u64 {

@@ -100,3 +100,33 @@ fn a_preload_cannot_pass_another_directory_off_as_its_own() {
         assert_eq!((&result["status"], &result["stdout"]), (&"worker_error".into(), &"".into()), "{result}");
     }
 }
+
+/// A start sends descriptors, and the kernel counts those under way for each user: here both jobs are one.
+#[test]
+fn a_job_that_floods_its_sockets_with_descriptors_keeps_no_other_from_starting() {
+    let flood = "
+import socket, time
+held = []
+while len(held) < 100:
+    a, b = socket.socketpair()
+    a.setblocking(False)
+    held += [a, b]
+    try:
+        for n in range(5):
+            socket.send_fds(a, [b'x'], [a.fileno()] * 250)
+    except OSError: pass
+time.sleep(1.5)
+";
+    let flags = ["exec", "-", "--open-files", "1024"];
+    let mut command = command(flags);
+    command.stdin(std::process::Stdio::piped());
+    let flooding = std::thread::spawn(move || finish(command, flood.as_bytes()));
+    let mut starts = 0;
+    while !flooding.is_finished() {
+        let ran = exec("print('started')", &[]);
+        assert_eq!((ran.code, ran.stdout.as_str()), (0, "started\n"), "{ran:?}");
+        starts += 1;
+    }
+    let flooded = flooding.join().unwrap();
+    assert!(flooded.code == 0 && starts > 1, "{starts} starts beside {flooded:?}");
+}

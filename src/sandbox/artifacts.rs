@@ -65,9 +65,13 @@ pub(super) struct Collected {
     pub(super) left_out: Option<String>,
 }
 
-/// Reads every matching file, `room` bytes in all. Blocks, so it is for a thread that may.
+/// Reads every matching file, `room` bytes in all, as the job's user. Blocks, so it is for a thread that may.
 pub(super) fn collect(place: &Place, patterns: &Patterns, room: u64) -> Collected {
-    collect_until(Instant::now() + TIME, place, patterns, room)
+    let until = Instant::now() + TIME;
+    place.as_owner(|| collect_until(until, place, patterns, room)).unwrap_or_else(|error| Collected {
+        artifacts: Vec::new(),
+        left_out: Some(format!("the artifacts could not be read: become the job's user: {error}")),
+    })
 }
 
 fn collect_until(until: Instant, place: &Place, patterns: &Patterns, room: u64) -> Collected {

@@ -15,7 +15,7 @@ pub(super) enum Unlaid {
     Failed(String),
 }
 
-/// Writes every file, owned by the job. On a thread that may block: writing waits for nothing but memory, and
+/// Writes every file, as the job's user. On a thread that may block: writing waits for nothing but memory, and
 /// there may be megabytes of it.
 pub(super) async fn lay(
     place: Place,
@@ -26,7 +26,9 @@ pub(super) async fn lay(
         return Ok((place, Ok(())));
     }
     let laid = tokio::task::spawn_blocking(move || {
-        let laid = write(&place, &files, &limits);
+        let laid = place.as_owner(|| write(&place, &files, &limits));
+        let laid =
+            laid.unwrap_or_else(|error| Err(Unlaid::Failed(format!("become the job's user: {error}"))));
         (place, laid)
     });
     laid.await.map_err(io::Error::other)

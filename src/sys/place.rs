@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::{FchmodatFlags, Mode, fchmod, fchmodat, fstat, fstatat, mkdirat};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
-use nix::unistd::{Gid, Uid, fchown, geteuid};
+use nix::unistd::{Gid, Uid, geteuid, setfsgid, setfsuid};
 
 const FILE_MODE: Mode = Mode::from_bits_truncate(0o644);
 const DIRECTORY_MODE: Mode = Mode::from_bits_truncate(0o755);
@@ -64,18 +64,16 @@ impl Place {
         Ok(Self { directory, owner })
     }
 
-    /// Creates a file that is not there yet, and the directories on the way to it, all owned by the job.
-    pub fn create(&self, path: &str) -> io::Result<File> {
-        create(&self.directory, path, OFlag::O_EXCL, |made, mode| self.hand_over(made, mode))
+    /// Runs `action` with the job's rights to files instead of ours, on this thread alone: whatever the job has
+    /// made of its files, they are touched by nobody who may do more than itself.
+    pub fn as_owner<R>(&self, action: impl FnOnce() -> R) -> io::Result<R> {
+        let _borrowed = Rights::borrow(self.owner)?;
+        Ok(action())
     }
 
-    /// To the job's user, with this mode whatever our own umask made of it.
-    fn hand_over(&self, file: &OwnedFd, mode: Mode) -> io::Result<()> {
-        fchmod(file, mode)?;
-        if self.owner != geteuid() {
-            fchown(file, Some(self.owner), Some(Gid::from_raw(self.owner.as_raw())))?;
-        }
-        Ok(())
+    /// Creates a file that is not there yet, and the directories on the way to it.
+    pub fn create(&self, path: &str) -> io::Result<File> {
+        create(&self.directory, path, OFlag::O_EXCL, |made, mode| Ok(fchmod(made, mode)?))
     }
 
     /// The directory itself, to be read. Only when nothing of the job is alive: modes may be changed for it.
@@ -98,6 +96,34 @@ impl Place {
     pub fn is_small(&self) -> bool {
         fstatfs(&self.directory)
             .is_ok_and(|stat| stat.blocks().saturating_sub(stat.blocks_free()) <= FEW_BLOCKS)
+    }
+}
+
+/// Another user's rights to files, for this thread, until they are given back.
+#[derive(Debug)]
+struct Rights {
+    own: Option<(Uid, Gid)>,
+}
+
+impl Rights {
+    fn borrow(user: Uid) -> io::Result<Self> {
+        if user == geteuid() {
+            return Ok(Self { own: None });
+        }
+        // In a job's place, user and group have the same number. These calls cannot fail, only do nothing.
+        let own_group = setfsgid(Gid::from_raw(user.as_raw()));
+        let rights = Self { own: Some((setfsuid(user), own_group)) };
+        let nobody = Uid::from_raw(u32::MAX);
+        if setfsuid(nobody) == user { Ok(rights) } else { Err(io::ErrorKind::PermissionDenied.into()) }
+    }
+}
+
+impl Drop for Rights {
+    fn drop(&mut self) {
+        if let Some((user, group)) = self.own {
+            setfsuid(user);
+            setfsgid(group);
+        }
     }
 }
 
@@ -144,7 +170,8 @@ pub fn write_below(directory: &File, path: &str, content: &[u8]) -> io::Result<(
     create(directory, path, OFlag::O_TRUNC, |_, _| Ok(()))?.write_all(content)
 }
 
-/// Opens a file for writing, with the directories on the way to it; `made` sees each thing that is new.
+/// Opens a file for writing, with the directories on the way to it; `made` sees each thing that is new, to
+/// give it the mode that our own umask may have taken away.
 fn create(
     directory: impl AsFd,
     path: &str,
@@ -187,4 +214,57 @@ fn how(flags: OFlag) -> OpenHow {
     let resolve =
         ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS;
     OpenHow::new().flags(flags | always).resolve(resolve)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+    #![allow(clippy::print_stderr, reason = "a skip is said aloud")]
+    use std::os::unix::fs::{MetadataExt, chown, symlink};
+
+    use super::*;
+
+    #[test]
+    fn rights_are_the_owners_and_are_given_back() {
+        const SOMEBODY: u32 = 54_321;
+        if !geteuid().is_root() {
+            assert!(std::env::var_os("CI").is_none(), "SKIPPED: needs root");
+            return eprintln!("SKIPPED: only root can become somebody else");
+        }
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        chown(dir.path(), Some(SOMEBODY), Some(SOMEBODY)).unwrap();
+        let place = Place::new(File::open(dir.path()).unwrap().into(), SOMEBODY).unwrap();
+        let secret = tempfile::NamedTempFile::new().unwrap();
+        let denied = place.as_owner(|| {
+            drop(place.create("a/b").unwrap());
+            File::open(secret.path()).map(drop).map_err(|error| error.kind())
+        });
+        assert_eq!(denied.unwrap(), Err(io::ErrorKind::PermissionDenied));
+        for path in ["a", "a/b"] {
+            let made = dir.path().join(path).metadata().unwrap();
+            assert_eq!((made.uid(), made.gid()), (SOMEBODY, SOMEBODY), "{path}");
+        }
+        File::open(secret.path()).unwrap();
+        let ours = tempfile::NamedTempFile::new().unwrap().as_file().metadata().unwrap();
+        assert_eq!((ours.uid(), ours.gid()), (0, nix::unistd::getegid().as_raw()));
+    }
+
+    #[test]
+    fn no_path_leads_out() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let place = Place::new(File::open(dir.path()).unwrap().into(), geteuid().as_raw()).unwrap();
+        drop(place.create("in/file").unwrap());
+        symlink("in", dir.path().join("link")).unwrap();
+        symlink("in/file", dir.path().join("file")).unwrap();
+        for path in
+            ["link/file", "file", "..", "../x", "in/../in/file/..", "/etc/passwd", "in", "link/../in/file"]
+        {
+            assert!(place.open(path).is_err(), "{path}");
+        }
+        for path in ["link/new", "file", "../new", "in/../../new", "in/file", "in"] {
+            assert!(place.create(path).is_err(), "{path}");
+        }
+        assert!(place.open("in/file").is_ok());
+        assert_eq!(std::fs::read_dir(dir.path().join("in")).unwrap().count(), 1);
+    }
 }

@@ -7,7 +7,7 @@ use crate::job::{InputFile, Limits};
 use crate::sys::place::Place;
 
 /// Why the files are not there.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Unlaid {
     /// The job asks for what cannot be; the sentence says what.
     Refused(String),

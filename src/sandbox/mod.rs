@@ -3,7 +3,8 @@
 //! Around every job stand two walls. The outer one, namespaces and an own root and identity, is written down as
 //! a [`plan`] and raised by the shim before python starts; the inner one, the [`policy`], is set from inside
 //! python by the shim, which sends the filter's listener here. Only then does [`watch`] hand over the key to the
-//! code. When `run` returns, nothing of the job is alive.
+//! code, and before that lays the job's [`files`] into its working directory, of which the shim has sent a
+//! descriptor along; through the same one [`artifacts`] come back at the end. When `run` returns, nothing of the job is alive.
 
 mod artifacts;
 pub mod doctor;

@@ -31,7 +31,7 @@ const REFUSAL_DELAY: Duration = Duration::from_millis(10);
 const CPU_CHECK_MIN: Duration = Duration::from_millis(10);
 
 /// What ended a job.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Cause {
     /// Its main process ended by itself.
     Ended,

@@ -4,7 +4,8 @@
 //! a [`plan`] and raised by the shim before python starts; the inner one, the [`policy`], is set from inside
 //! python by the shim, which sends the filter's listener here. Only then does [`watch`] hand over the key to the
 //! code, and before that lays the job's [`files`] into its working directory, of which the shim has sent a
-//! descriptor along; through the same one [`artifacts`] come back at the end. When `run` returns, nothing of the job is alive.
+//! descriptor along; through the same one [`artifacts`] come back at the end. When `run` returns, nothing of the
+//! job is alive.
 
 mod artifacts;
 pub mod doctor;

@@ -10,7 +10,6 @@ use crate::cli::job_args::JobArgs;
 use crate::cli::local;
 use crate::cli::signals::Signals;
 use crate::cli::{End, output, runtime};
-use crate::config::Config;
 use crate::job::{Job, Reply};
 use crate::sandbox::Sandbox;
 
@@ -65,7 +64,10 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
     let config = args.config.load()?;
     let asked = args.job.read(config.amqp.max_body_bytes)?;
     let reply = match local::admit(asked, &config) {
-        Ok(job) => runtime()?.block_on(run_to_end(job, &config))?,
+        Ok(job) => {
+            let sandbox = Sandbox::start(&config).context("failed to start the sandbox")?;
+            runtime()?.block_on(run_to_end(job, &sandbox))?
+        }
         Err(refused) => *refused,
     };
     if let Some(directory) = &args.artifacts_to {
@@ -79,9 +81,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
 }
 
 /// Runs the job, until its end or until we are told to stop: then everything of it is killed first.
-async fn run_to_end(job: Job, config: &Config) -> anyhow::Result<Reply> {
+async fn run_to_end(job: Job, sandbox: &Sandbox) -> anyhow::Result<Reply> {
     let stop = CancellationToken::new();
     Signals::listen()?.cancel(stop.clone());
-    let sandbox = Sandbox::start(config).context("failed to start the sandbox")?;
-    Ok(local::run(&sandbox, job, &stop).await)
+    Ok(local::run(sandbox, job, &stop).await)
 }

@@ -5,6 +5,7 @@
 //! python by the shim, which sends the filter's listener here. Only then does [`watch`] hand over the key to the
 //! code. When `run` returns, nothing of the job is alive.
 
+mod cgroup;
 pub mod doctor;
 mod environment;
 mod identity;
@@ -20,7 +21,7 @@ mod watch;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -87,15 +88,32 @@ pub enum StartError {
         /// What was found.
         detail: String,
     },
+    /// `sandbox.require` names something that there is not.
+    #[error("sandbox.require: there is no layer {name}; the layers are {known}")]
+    UnknownLayer {
+        /// As it was written.
+        name: String,
+        /// Every name that there is.
+        known: String,
+    },
     /// A descriptor or a thread could not be had.
     #[error("set up the sandbox: {0}")]
     Io(#[from] io::Error),
 }
 
 impl Sandbox {
-    /// Prepares all that jobs share: policy, shim, environments, one identity a slot.
+    /// Prepares all that jobs share: policy, shim, environments, one identity and one control group a slot.
+    ///
+    /// To be called before the process has more than one thread: what this system gives is tried in children.
     pub fn start(config: &Config) -> Result<Self, StartError> {
         let settings = &config.sandbox;
+        if !settings.require.is_empty() {
+            doctor::demand(config, |check| settings.require.contains(&check.name))?;
+        }
+        let groups = cgroup::start(config.worker.slots, &config.limits.default).unwrap_or_else(|error| {
+            tracing::info!(%error, "there are no cgroups: limits hold for each process of a job alone");
+            Vec::new()
+        });
         let privilege = Privilege::of_this_process();
         let user = privilege == Privilege::None;
         let proc = probe::proc(user).is_ok();
@@ -117,7 +135,7 @@ impl Sandbox {
         Ok(Self {
             shared: Arc::new(Shared {
                 environments,
-                seats: Seats::prepare(config.worker.slots, privilege, settings.uid_base),
+                seats: Seats::prepare(config.worker.slots, privilege, settings.uid_base, groups),
                 privilege,
                 landlock: landlock::Support(probe::landlock_abi()),
                 launcher: Launcher::start(init_program)?,
@@ -159,9 +177,12 @@ impl Shared {
             return Ok(Outcome::not_run(Status::WorkerError, error));
         };
         let variant = environment.variant(payload.network);
-        let Some(seat) = self.seats.take().await else {
+        let Some(mut seat) = self.seats.take().await else {
             return Ok(Outcome::not_run(Status::WorkerError, "the sandbox has been shut down"));
         };
+        if let Some(group) = &mut seat.group {
+            group.begin(limits).map_err(io::Error::other)?;
+        }
         let (order, ends) = self.prepare(&payload, limits, environment, variant, &seat)?;
         let plans = (order.origin.clone(), order.init.clone(), order.wall.clone());
         let explain = |report| verdict::failed_step(report, &plans.0, &plans.1, &plans.2);
@@ -183,6 +204,7 @@ impl Shared {
         let terms = Terms {
             limits,
             policy: &variant.policy,
+            group: seat.group.as_ref(),
             start_by: taken + self.start_timeout,
             assignment: payload.assignment(&proxies),
             stdin: payload.stdin,
@@ -222,14 +244,15 @@ impl Shared {
         let [script, stdin, stdout, stderr, control, policy] = &kept[..] else {
             return Err(io::Error::other("a descriptor is missing"));
         };
+        let doors: Vec<BorrowedFd<'_>> = seat.group.iter().flat_map(|group| group.doors()).collect();
         let wall = plan::wall(&plan::Job {
             privilege: self.privilege,
             seat,
             root: &variant.root,
             network: payload.network,
             limits,
-            memory_by_cgroup: false,
-            cgroups: &[],
+            memory_by_cgroup: seat.group.is_some(),
+            cgroups: &doors,
             coarse: &variant.coarse,
             landlock: self.landlock,
             descriptors: plan::Descriptors {

@@ -29,6 +29,13 @@ pub(super) fn judge(seen: Observation, limits: &Limits, has_preload: bool, taken
             (Status::WorkerError, "python was not ready in the time that a start may take".into())
         }
         Cause::CpuLimit => cpu_limit(limits),
+        Cause::MemoryLimit if seen.handed_over.is_none() && !has_preload => (
+            Status::MemoryLimit,
+            format!("{} bytes of memory are too few for python to start", limits.memory_bytes),
+        ),
+        Cause::MemoryLimit => {
+            (Status::MemoryLimit, format!("the job used more than {} bytes of memory", limits.memory_bytes))
+        }
         Cause::OutputLimit => (
             Status::OutputLimit,
             format!("the job wrote more than {} bytes to one stream", limits.output_bytes),

@@ -13,6 +13,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use super::cgroup::Group;
 use super::policy::{Judgement, Policy};
 use super::streams::{Input, Output};
 use crate::job::{Captured, Limits};
@@ -27,6 +28,8 @@ const PROMPT_REFUSALS: u64 = 1_000;
 const REFUSAL_DELAY: Duration = Duration::from_millis(10);
 /// Never look at the CPU clock more often than this.
 const CPU_CHECK_MIN: Duration = Duration::from_millis(10);
+/// A job that lost a process to its memory limit is noticed within this.
+const MEMORY_CHECK: Duration = Duration::from_millis(50);
 
 /// What ended a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +40,8 @@ pub(super) enum Cause {
     Timeout,
     /// CPU time over.
     CpuLimit,
+    /// The kernel killed one of its processes because memory was over.
+    MemoryLimit,
     /// It wrote too much.
     OutputLimit,
     /// It made this forbidden call.
@@ -82,6 +87,8 @@ pub(super) struct Ends {
 pub(super) struct Terms<'a> {
     pub(super) limits: &'a Limits,
     pub(super) policy: &'a Policy,
+    /// Where all of its processes are; else each is looked at alone.
+    pub(super) group: Option<&'a Group>,
     pub(super) start_by: Instant,
     pub(super) assignment: Vec<u8>,
     pub(super) stdin: Vec<u8>,
@@ -109,24 +116,36 @@ pub(super) async fn watch(
         stdin: Input::new(ends.stdin, terms.stdin)?,
         assignment: None,
         deadline: terms.start_by,
-        cpu_check: None,
+        look: terms.group.map(|_| Instant::now() + MEMORY_CHECK),
         handed_over: None,
         exit: None,
         refused: BTreeMap::new(),
         refusals: 0,
         waiting: None,
     };
-    let cause = watch.until_over(terms.limits, terms.policy, terms.assignment, stop).await;
+    let cause = watch.until_over(terms.limits, terms.policy, terms.group, terms.assignment, stop).await;
     // The namespace's first process takes every other with it, and is gone when the last of them is.
     init.get_ref().kill();
     watch.job.get_ref().kill();
-    let (exit, resources) = match watch.exit {
+    let (exit, mut resources) = match watch.exit {
         Some(exit) => exit,
         None => ended(&watch.job).await?,
     };
     ended(&init).await?;
     let (stdout, stderr) = (watch.stdout.finish(), watch.stderr.finish());
+    let mut killed_for_memory = false;
+    if let Some(group) = terms.group {
+        killed_for_memory = group.killed_for_memory();
+        let used = group.used();
+        // Each has seen something that the other has not: the group all processes, though with coarser times; the
+        // main process what it did before it entered, and shared memory that is on nobody's account.
+        resources.user = resources.user.max(used.user);
+        resources.system = resources.system.max(used.system);
+        resources.peak_resident =
+            resources.peak_resident.max(used.memory_peak).min(terms.limits.memory_bytes);
+    }
     let cause = match cause? {
+        Cause::Ended | Cause::StartFailed(_) if killed_for_memory => Cause::MemoryLimit,
         // The last of it was still in the pipe.
         Cause::Ended if stdout.truncated || stderr.truncated => Cause::OutputLimit,
         cause => cause,
@@ -159,7 +178,8 @@ struct Watch {
     assignment: Option<Input>,
     /// Of the start, then of the run.
     deadline: Instant,
-    cpu_check: Option<Instant>,
+    /// When the limits are looked at that nothing tells of.
+    look: Option<Instant>,
     handed_over: Option<(Instant, SystemTime)>,
     exit: Option<(Exit, Resources)>,
     refused: BTreeMap<String, u64>,
@@ -173,6 +193,7 @@ impl Watch {
         &mut self,
         limits: &Limits,
         policy: &Policy,
+        group: Option<&Group>,
         assignment: Vec<u8>,
         stop: &CancellationToken,
     ) -> io::Result<Cause> {
@@ -183,7 +204,7 @@ impl Watch {
             tokio::select! {
                 biased;
                 report = receive(&self.control) => {
-                    if let Some(cause) = self.reported(report?, &mut assignment, limits)? {
+                    if let Some(cause) = self.reported(report?, &mut assignment, limits, group)? {
                         return Ok(cause);
                     }
                 }
@@ -195,9 +216,9 @@ impl Watch {
                 () = sleep_until(self.deadline) => {
                     return Ok(if self.handed_over.is_some() { Cause::Timeout } else { Cause::StartTimeout });
                 }
-                () = at(self.cpu_check) => {
-                    if self.cpu_is_over(limits) {
-                        return Ok(Cause::CpuLimit);
+                () = at(self.look) => {
+                    if let Some(cause) = self.look(limits, group) {
+                        return Ok(cause);
                     }
                 }
                 () = at(self.waiting.map(|(_, _, when)| when)) => self.answer(),
@@ -224,6 +245,7 @@ impl Watch {
         (report, listener): (Option<Report>, Option<OwnedFd>),
         assignment: &mut Option<Vec<u8>>,
         limits: &Limits,
+        group: Option<&Group>,
     ) -> io::Result<Option<Cause>> {
         match (report, listener) {
             (Some(Report::Locked), Some(listener)) => {
@@ -245,7 +267,7 @@ impl Watch {
         let now = Instant::now();
         self.handed_over = Some((now, SystemTime::now()));
         self.deadline = now + Duration::from_millis(limits.timeout_ms);
-        self.cpu_check = Some(now + soonest(Duration::from_millis(limits.cpu_ms)));
+        self.look = Some(now + pause(Duration::from_millis(limits.cpu_ms), group));
         Ok(None)
     }
 
@@ -258,11 +280,16 @@ impl Watch {
         }
     }
 
-    fn cpu_is_over(&mut self, limits: &Limits) -> bool {
+    /// Memory from the first moment on, CPU time once the code runs.
+    fn look(&mut self, limits: &Limits, group: Option<&Group>) -> Option<Cause> {
+        if group.is_some_and(Group::killed_for_memory) {
+            return Some(Cause::MemoryLimit);
+        }
         let limit = Duration::from_millis(limits.cpu_ms);
-        let used = self.job.get_ref().cpu_time().unwrap_or_default();
-        self.cpu_check = Some(Instant::now() + soonest(limit.saturating_sub(used)));
-        used >= limit
+        let used = group.and_then(Group::cpu_time).or_else(|| self.job.get_ref().cpu_time());
+        let used = used.unwrap_or_default();
+        self.look = Some(Instant::now() + pause(limit.saturating_sub(used), group));
+        (self.handed_over.is_some() && used >= limit).then_some(Cause::CpuLimit)
     }
 
     fn refuse(&mut self, question: Question, name: &str, errno: i32) {
@@ -280,6 +307,11 @@ impl Watch {
             listener.get_ref().refuse(question, errno);
         }
     }
+}
+
+/// How long nothing need be looked at, with so much CPU time left.
+fn pause(left: Duration, group: Option<&Group>) -> Duration {
+    if group.is_some() { soonest(left).min(MEMORY_CHECK) } else { soonest(left) }
 }
 
 /// The earliest that so much CPU time can have been used: with every processor busy for the job.

@@ -110,6 +110,7 @@ impl Sandbox {
         if !settings.require.is_empty() {
             doctor::demand(config, |check| settings.require.contains(&check.name))?;
         }
+        fd::allow_more()?;
         let groups = cgroup::start(config.worker.slots, &config.limits.default).unwrap_or_else(|error| {
             tracing::info!(%error, "there are no cgroups: limits hold for each process of a job alone");
             Vec::new()

@@ -131,6 +131,7 @@ pub(super) fn wall(job: &Job<'_>) -> Plan {
     plan.push(&Step::Umask { mask: 0o022 });
     plan.push(&Step::NoNewPrivileges {});
     landlock::steps(job.landlock, job.network, &WRITABLE, &DEVICES).iter().for_each(|step| plan.push(step));
+    open_files(&mut plan, job.limits.open_files);
     plan.push(&Step::Filter { instructions: job.coarse });
     plan.push(&Step::DefaultSignals {});
     plan.push(&Step::DieWithParent {});
@@ -244,7 +245,6 @@ fn resources(plan: &mut Plan, job: &Job<'_>) {
         (libc::RLIMIT_MEMLOCK, 64 << 10),
         (libc::RLIMIT_MSGQUEUE, 0),
         (libc::RLIMIT_NICE, 0),
-        (libc::RLIMIT_NOFILE, limits.open_files),
         (libc::RLIMIT_NPROC, processes),
         (libc::RLIMIT_RTPRIO, 0),
         (libc::RLIMIT_SIGPENDING, 1024),
@@ -256,6 +256,11 @@ fn resources(plan: &mut Plan, job: &Job<'_>) {
     for (resource, value) in values {
         plan.push(&Step::Rlimit { resource: resource.into(), soft: value, hard: value });
     }
+}
+
+/// After everything that opens files: until its last step the process has the worker's own open as well.
+fn open_files(plan: &mut Plan, limit: u64) {
+    plan.push(&Step::Rlimit { resource: libc::RLIMIT_NOFILE.into(), soft: limit, hard: limit });
 }
 
 fn number(fd: BorrowedFd<'_>) -> u64 {

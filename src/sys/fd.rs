@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{
     AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair,
 };
@@ -49,6 +50,12 @@ pub fn sealed_file(name: &std::ffi::CStr, content: &[u8]) -> io::Result<OwnedFd>
     fcntl(file.as_fd(), FcntlArg::F_ADD_SEALS(seals))?;
     io::Seek::rewind(&mut file)?;
     Ok(file.into())
+}
+
+/// Lets this process have as many files open as it may have at all: every job takes a few of them.
+pub fn allow_more() -> io::Result<()> {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    Ok(setrlimit(Resource::RLIMIT_NOFILE, most, most)?)
 }
 
 /// An own view of a file in memory: read-only, and with a position of its own.

@@ -126,6 +126,8 @@ steps! {
     30 "close_range" CloseFrom { numbers: first; }
     /// `chdir(path)`.
     31 "chdir" Chdir { strings: path; }
+    /// No signal blocked; their actions stay.
+    32 "unblock signals" UnblockSignals {}
 }
 
 impl<'a> Step<'a> {

@@ -58,15 +58,17 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<End> {
-    if args.warm {
-        bail!("--warm: this build starts every job in a new interpreter; run it without --warm");
+    let mut config = args.config.load()?;
+    config.worker.slots = 1;
+    for environment in config.environments.values_mut() {
+        environment.warm &= args.warm;
+        environment.standby = 1;
     }
-    let config = args.config.load()?;
     let asked = args.job.read(config.amqp.max_body_bytes)?;
     let reply = match local::admit(asked, &config) {
         Ok(job) => {
             let sandbox = Sandbox::start(&config).context("failed to start the sandbox")?;
-            runtime()?.block_on(run_to_end(job, &sandbox))?
+            runtime()?.block_on(run_to_end(job, sandbox, args.warm))?
         }
         Err(refused) => *refused,
     };
@@ -81,8 +83,11 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
 }
 
 /// Runs the job, until its end or until we are told to stop: then everything of it is killed first.
-async fn run_to_end(job: Job, sandbox: &Sandbox) -> anyhow::Result<Reply> {
+async fn run_to_end(job: Job, sandbox: Sandbox, warm: bool) -> anyhow::Result<Reply> {
     let stop = CancellationToken::new();
     Signals::listen()?.cancel(stop.clone());
-    Ok(local::run(sandbox, job, &stop).await)
+    if warm && let Err(why) = sandbox.warmed_up(&job.environment).await {
+        bail!("--warm: environment {} does not start warm: {why}", job.environment);
+    }
+    Ok(local::run(&sandbox, job, &stop).await)
 }

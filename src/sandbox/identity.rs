@@ -55,6 +55,14 @@ pub(super) struct Seat {
 }
 
 impl Seat {
+    /// The uid and gid that a job sees that a zygote started: all jobs of a zygote share its namespace.
+    pub(super) fn inside_warm(&self, privilege: Privilege) -> u32 {
+        match privilege {
+            Privilege::Full => INSIDE + (self.outside - self.init_outside - 1),
+            Privilege::None => INSIDE,
+        }
+    }
+
     /// The uid and gid that the job sees.
     pub(super) fn inside(&self, privilege: Privilege) -> u32 {
         match (privilege, &self.namespace) {
@@ -95,8 +103,10 @@ impl Seats {
             match privilege {
                 Privilege::Full => {
                     let outside = uid_base.saturating_add(number);
-                    let mappings =
-                        [Mapping { inside: 0, outside: uid_base }, Mapping { inside: INSIDE, outside }];
+                    let mappings = [
+                        Mapping { inside: 0, outside: uid_base, count: 1 },
+                        Mapping { inside: INSIDE, outside, count: 1 },
+                    ];
                     let namespace = userns::make(&mappings)
                         .inspect_err(|error| {
                             tracing::warn!(%error, "jobs run without a user namespace: it cannot be made");
@@ -113,9 +123,19 @@ impl Seats {
         Arc::new(Self { free: Mutex::new(seats.collect()), count: Arc::new(Semaphore::new(count)) })
     }
 
+    /// A seat, where one is free.
+    pub(super) fn try_take(self: &Arc<Self>) -> Option<Lease> {
+        let permit = Arc::clone(&self.count).try_acquire_owned().ok()?;
+        self.lease(permit)
+    }
+
     /// Waits for a free seat.
     pub(super) async fn take(self: &Arc<Self>) -> Option<Lease> {
         let permit = Arc::clone(&self.count).acquire_owned().await.ok()?;
+        self.lease(permit)
+    }
+
+    fn lease(self: &Arc<Self>, permit: OwnedSemaphorePermit) -> Option<Lease> {
         let seat = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop()?;
         Some(Lease { seat: Some(seat), seats: Arc::clone(self), _permit: permit })
     }

@@ -119,7 +119,8 @@ fn describe(exit: Exit) -> String {
 }
 
 /// Which step it was that failed, for a person.
-pub(super) fn failed_step(report: Report, origin: &Plan, init: &Plan, wall: &Plan) -> String {
+/// The plans are those of the origin, of init and of the job.
+pub(super) fn failed_step(report: Report, [origin, init, wall]: &[Plan; 3]) -> String {
     let Report::Failed { stage, step, errno } = report else { return "no step failed".into() };
     let why = std::io::Error::from_raw_os_error(errno);
     let of = |plan: &Plan| {
@@ -138,6 +139,7 @@ pub(super) fn failed_step(report: Report, origin: &Plan, init: &Plan, wall: &Pla
         Stage::Wall => ("raise the outer wall", of(wall)),
         Stage::Exec => ("start python", "execve".to_owned()),
         Stage::Lockdown => ("lock down", lockdown::Step::name(step).to_owned()),
+        Stage::Zygote => ("make a process from a warm one", "clone".to_owned()),
     };
     format!("failed to {who}: {what}: {why}")
 }

@@ -31,6 +31,9 @@ const CPU_CHECK_MIN: Duration = Duration::from_millis(10);
 /// A job that lost a process to its memory limit is noticed within this.
 const MEMORY_CHECK: Duration = Duration::from_millis(50);
 
+/// A process that was killed is dead in a millisecond or two; one that hangs in the kernel is given up.
+const DYING: Duration = Duration::from_secs(1);
+
 /// What ended a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Cause {
@@ -89,97 +92,23 @@ pub(super) struct Terms<'a> {
     pub(super) policy: &'a Policy,
     /// Where all of its processes are; else each is looked at alone.
     pub(super) group: Option<&'a Group>,
-    pub(super) start_by: Instant,
     pub(super) assignment: Vec<u8>,
     pub(super) stdin: Vec<u8>,
 }
 
-/// Watches until everything of the job is dead.
-///
-/// # Errors
-/// Our own trouble with descriptors, or with a child that cannot be waited for.
-pub(super) async fn watch(
-    launched: Launched,
-    ends: Ends,
-    terms: Terms<'_>,
-    stop: &CancellationToken,
-) -> io::Result<Observation> {
-    let init = ready::readable(launched.init)?;
-    let job = ready::readable(launched.job)?;
-    let mut watch = Watch {
-        job,
-        control: Some(ready::readable(ends.control)?),
-        listener: None,
-        unnamed_kills: false,
-        stdout: Output::new(ends.stdout, terms.limits.output_bytes)?,
-        stderr: Output::new(ends.stderr, terms.limits.output_bytes)?,
-        stdin: Input::new(ends.stdin, terms.stdin)?,
-        assignment: None,
-        deadline: terms.start_by,
-        look: terms.group.map(|_| Instant::now() + MEMORY_CHECK),
-        handed_over: None,
-        exit: None,
-        refused: BTreeMap::new(),
-        refusals: 0,
-        waiting: None,
-    };
-    let cause = watch.until_over(terms.limits, terms.policy, terms.group, terms.assignment, stop).await;
-    // The namespace's first process takes every other with it, and is gone when the last of them is.
-    init.get_ref().kill();
-    watch.job.get_ref().kill();
-    let (exit, mut resources) = match watch.exit {
-        Some(exit) => exit,
-        None => ended(&watch.job).await?,
-    };
-    ended(&init).await?;
-    let (stdout, stderr) = (watch.stdout.finish(), watch.stderr.finish());
-    let mut killed_for_memory = false;
-    if let Some(group) = terms.group {
-        killed_for_memory = group.killed_for_memory();
-        let used = group.used();
-        // Each has seen something that the other has not: the group all processes, though with coarser times; the
-        // main process what it did before it entered, and shared memory that is on nobody's account.
-        resources.user = resources.user.max(used.user);
-        resources.system = resources.system.max(used.system);
-        resources.peak_resident =
-            resources.peak_resident.max(used.memory_peak).min(terms.limits.memory_bytes);
-    }
-    let cause = match cause? {
-        Cause::Ended | Cause::StartFailed(_) if killed_for_memory => Cause::MemoryLimit,
-        // The last of it was still in the pipe.
-        Cause::Ended if stdout.truncated || stderr.truncated => Cause::OutputLimit,
-        cause => cause,
-    };
-    Ok(Observation {
-        cause,
-        exit,
-        resources,
-        unnamed_kills: watch.unnamed_kills,
-        stdout,
-        stderr,
-        refused: watch.refused,
-        handed_over: watch.handed_over,
-        finished: Instant::now(),
-        finished_at: SystemTime::now(),
-    })
-}
-
+/// A job's processes, watched from their start until everything is dead. Dropped before that, it takes them
+/// with it.
 #[derive(Debug)]
-struct Watch {
+pub(super) struct Watch {
+    init: AsyncFd<Child>,
     job: AsyncFd<Child>,
-    /// Until the report has come.
+    /// The report comes over it, and then the assignment goes.
     control: Option<AsyncFd<OwnedFd>>,
     listener: Option<AsyncFd<Listener>>,
     unnamed_kills: bool,
     stdout: Output,
     stderr: Output,
-    stdin: Input,
-    /// The hand-over, once the report has come.
-    assignment: Option<Input>,
-    /// Of the start, then of the run.
-    deadline: Instant,
-    /// When the limits are looked at that nothing tells of.
-    look: Option<Instant>,
+    stdin: Option<OwnedFd>,
     handed_over: Option<(Instant, SystemTime)>,
     exit: Option<(Exit, Resources)>,
     refused: BTreeMap<String, u64>,
@@ -188,38 +117,118 @@ struct Watch {
     waiting: Option<(Question, i32, Instant)>,
 }
 
+impl Drop for Watch {
+    /// What is dropped unfinished is nobody's any more, and its seat goes to the next.
+    fn drop(&mut self) {
+        self.kill();
+        for child in [&self.job, &self.init] {
+            child.get_ref().collect(DYING);
+        }
+    }
+}
+
 impl Watch {
-    async fn until_over(
+    pub(super) fn new(launched: Launched, ends: Ends) -> io::Result<Self> {
+        Ok(Self {
+            init: ready::readable(launched.init)?,
+            job: ready::readable(launched.job)?,
+            control: Some(ready::readable(ends.control)?),
+            listener: None,
+            unnamed_kills: false,
+            stdout: Output::new(ends.stdout)?,
+            stderr: Output::new(ends.stderr)?,
+            stdin: Some(ends.stdin),
+            handed_over: None,
+            exit: None,
+            refused: BTreeMap::new(),
+            refusals: 0,
+            waiting: None,
+        })
+    }
+
+    /// The namespace's first process takes every other with it.
+    fn kill(&self) {
+        self.init.get_ref().kill();
+        self.job.get_ref().kill();
+    }
+
+    /// Neither has it ended nor said anything further: it waits for its assignment.
+    pub(super) fn still_waits(&mut self) -> bool {
+        match self.job.get_ref().try_wait() {
+            Ok(Some(exit)) => self.exit = Some(exit),
+            Ok(None) => return true,
+            Err(_) => {}
+        }
+        false
+    }
+
+    /// Watches until both walls are up. A cause is why they never will be.
+    pub(super) async fn start(
         &mut self,
+        by: Instant,
         limits: &Limits,
-        policy: &Policy,
-        group: Option<&Group>,
-        assignment: Vec<u8>,
         stop: &CancellationToken,
-    ) -> io::Result<Cause> {
-        let mut assignment = Some(assignment);
+    ) -> io::Result<Option<Cause>> {
+        loop {
+            tokio::select! {
+                biased;
+                report = receive(&self.control) => {
+                    match self.reported(report?)? {
+                        Reported::Locked => return Ok(None),
+                        Reported::Failed(cause) => return Ok(Some(cause)),
+                        Reported::End => {}
+                    }
+                }
+                exit = ended(&self.job) => {
+                    self.exit = Some(exit?);
+                    return Ok(Some(self.last_report().unwrap_or(Cause::Ended)));
+                }
+                () = stop.cancelled() => return Ok(Some(Cause::Cancelled)),
+                () = sleep_until(by) => return Ok(Some(Cause::StartTimeout)),
+                // A preload may write, too.
+                () = self.stdout.fill(limits.output_bytes), if self.stdout.is_open() => {}
+                () = self.stderr.fill(limits.output_bytes), if self.stderr.is_open() => {}
+            }
+            if self.stdout.is_over() || self.stderr.is_over() {
+                return Ok(Some(Cause::OutputLimit));
+            }
+        }
+    }
+
+    /// Hands over the code, and watches until something ends the job.
+    pub(super) async fn run(&mut self, terms: Terms<'_>, stop: &CancellationToken) -> io::Result<Cause> {
+        let Terms { limits, policy, group, .. } = terms;
+        let (Some(control), Some(stdin)) = (self.control.take(), self.stdin.take()) else {
+            return Ok(Cause::Garbled);
+        };
+        let mut assignment = Input::new(control.into_inner(), terms.assignment)?;
+        let mut stdin = Input::new(stdin, terms.stdin)?;
+        let start = Instant::now();
+        self.handed_over = Some((start, SystemTime::now()));
+        let deadline = start + Duration::from_millis(limits.timeout_ms);
+        let cpu_limit = Duration::from_millis(limits.cpu_ms);
+        let mut look = start + pause(cpu_limit, group);
         loop {
             // In this order: what happened first is likelier to be seen first, and a flood of output or of calls
             // delays nothing that ends the job.
             tokio::select! {
                 biased;
-                report = receive(&self.control) => {
-                    if let Some(cause) = self.reported(report?, &mut assignment, limits, group)? {
-                        return Ok(cause);
-                    }
-                }
                 exit = ended(&self.job) => {
                     self.exit = Some(exit?);
-                    return Ok(self.last_report().unwrap_or(Cause::Ended));
+                    return Ok(Cause::Ended);
                 }
                 () = stop.cancelled() => return Ok(Cause::Cancelled),
-                () = sleep_until(self.deadline) => {
-                    return Ok(if self.handed_over.is_some() { Cause::Timeout } else { Cause::StartTimeout });
-                }
-                () = at(self.look) => {
-                    if let Some(cause) = self.look(limits, group) {
-                        return Ok(cause);
+                () = sleep_until(deadline) => return Ok(Cause::Timeout),
+                () = sleep_until(look) => {
+                    if group.is_some_and(Group::killed_for_memory) {
+                        return Ok(Cause::MemoryLimit);
                     }
+                    let used = group.and_then(Group::cpu_time).or_else(|| self.job.get_ref().cpu_time());
+                    let left = cpu_limit.saturating_sub(used.unwrap_or_default());
+                    if left.is_zero() {
+                        return Ok(Cause::CpuLimit);
+                    }
+                    look = Instant::now() + pause(left, group);
                 }
                 () = at(self.waiting.map(|(_, _, when)| when)) => self.answer(),
                 question = asked(&self.listener), if self.waiting.is_none() => {
@@ -228,10 +237,10 @@ impl Watch {
                         Judgement::Refuse { name, errno } => self.refuse(question, &name, errno),
                     }
                 }
-                () = self.stdout.fill(), if self.stdout.is_open() => {}
-                () = self.stderr.fill(), if self.stderr.is_open() => {}
-                () = self.stdin.send(), if self.stdin.is_open() => {}
-                () = send(&mut self.assignment) => {}
+                () = assignment.send(), if assignment.is_open() => {}
+                () = self.stdout.fill(limits.output_bytes), if self.stdout.is_open() => {}
+                () = self.stderr.fill(limits.output_bytes), if self.stderr.is_open() => {}
+                () = stdin.send(), if stdin.is_open() => {}
             }
             if self.stdout.is_over() || self.stderr.is_over() {
                 return Ok(Cause::OutputLimit);
@@ -239,36 +248,76 @@ impl Watch {
         }
     }
 
-    /// The process has said how its start went. With the walls up, it gets what it is to run.
-    fn reported(
-        &mut self,
-        (report, listener): (Option<Report>, Option<OwnedFd>),
-        assignment: &mut Option<Vec<u8>>,
+    /// Kills what is left, and tells what was seen once the last of it is gone.
+    ///
+    /// # Errors
+    /// A child that cannot be waited for.
+    pub(super) async fn finish(
+        mut self,
+        cause: Cause,
         limits: &Limits,
         group: Option<&Group>,
-    ) -> io::Result<Option<Cause>> {
-        match (report, listener) {
-            (Some(Report::Locked), Some(listener)) => {
-                let listener = Listener::new(listener);
-                self.listener = Some(ready::readable(listener)?);
+    ) -> io::Result<Observation> {
+        self.kill();
+        let (exit, mut resources) = match self.exit {
+            Some(exit) => exit,
+            None => ended(&self.job).await?,
+        };
+        ended(&self.init).await?;
+        let stdout = self.stdout.finish(limits.output_bytes);
+        let stderr = self.stderr.finish(limits.output_bytes);
+        if let Some(group) = group {
+            let used = group.used();
+            // Each has seen something that the other has not: the group all processes, though with coarser times;
+            // the main process what it did before it entered, and shared memory that is on nobody's account.
+            resources.user = resources.user.max(used.user);
+            resources.system = resources.system.max(used.system);
+            let peak = resources.peak_resident.max(used.memory_peak);
+            resources.peak_resident = peak.min(limits.memory_bytes);
+        }
+        let cause = match cause {
+            // Its end may have come before anyone looked; and where its start failed, that is why.
+            Cause::Ended | Cause::StartFailed(_) if group.is_some_and(Group::killed_for_memory) => {
+                Cause::MemoryLimit
             }
-            (Some(Report::LockedWithoutListener), None) => self.unnamed_kills = true,
-            (Some(report @ Report::Failed { .. }), _) => return Ok(Some(Cause::StartFailed(report))),
+            // The last of it was still in the pipe.
+            Cause::Ended if stdout.truncated || stderr.truncated => Cause::OutputLimit,
+            cause => cause,
+        };
+        Ok(Observation {
+            cause,
+            exit,
+            resources,
+            unnamed_kills: self.unnamed_kills,
+            stdout,
+            stderr,
+            refused: std::mem::take(&mut self.refused),
+            handed_over: self.handed_over,
+            finished: Instant::now(),
+            finished_at: SystemTime::now(),
+        })
+    }
+
+    /// The process has said how its start went.
+    fn reported(&mut self, received: (Option<Report>, Vec<OwnedFd>)) -> io::Result<Reported> {
+        let (report, mut fds) = received;
+        match (report, fds.pop(), fds.is_empty()) {
+            (Some(Report::Locked), Some(listener), true) => {
+                self.listener = Some(ready::readable(Listener::new(listener))?);
+                Ok(Reported::Locked)
+            }
+            (Some(Report::LockedWithoutListener), None, _) => {
+                self.unnamed_kills = true;
+                Ok(Reported::Locked)
+            }
+            (Some(report @ Report::Failed { .. }), ..) => Ok(Reported::Failed(Cause::StartFailed(report))),
             // The end of the socket is the end of the process, or will be.
-            (None, None) => {
+            (None, None, _) => {
                 self.control = None;
-                return Ok(None);
+                Ok(Reported::End)
             }
-            _ => return Ok(Some(Cause::Garbled)),
+            _ => Ok(Reported::Failed(Cause::Garbled)),
         }
-        if let (Some(control), Some(assignment)) = (self.control.take(), assignment.take()) {
-            self.assignment = Some(Input::new(control.into_inner(), assignment)?);
-        }
-        let now = Instant::now();
-        self.handed_over = Some((now, SystemTime::now()));
-        self.deadline = now + Duration::from_millis(limits.timeout_ms);
-        self.look = Some(now + pause(Duration::from_millis(limits.cpu_ms), group));
-        Ok(None)
     }
 
     /// What a process said just before it ended, where that has not been read yet.
@@ -278,18 +327,6 @@ impl Watch {
             Ok((Some(report @ Report::Failed { .. }), _)) => Some(Cause::StartFailed(report)),
             _ => None,
         }
-    }
-
-    /// Memory from the first moment on, CPU time once the code runs.
-    fn look(&mut self, limits: &Limits, group: Option<&Group>) -> Option<Cause> {
-        if group.is_some_and(Group::killed_for_memory) {
-            return Some(Cause::MemoryLimit);
-        }
-        let limit = Duration::from_millis(limits.cpu_ms);
-        let used = group.and_then(Group::cpu_time).or_else(|| self.job.get_ref().cpu_time());
-        let used = used.unwrap_or_default();
-        self.look = Some(Instant::now() + pause(limit.saturating_sub(used), group));
-        (self.handed_over.is_some() && used >= limit).then_some(Cause::CpuLimit)
     }
 
     fn refuse(&mut self, question: Question, name: &str, errno: i32) {
@@ -307,6 +344,13 @@ impl Watch {
             listener.get_ref().refuse(question, errno);
         }
     }
+}
+
+/// What a report means for a start.
+enum Reported {
+    Locked,
+    Failed(Cause),
+    End,
 }
 
 /// How long nothing need be looked at, with so much CPU time left.
@@ -338,13 +382,6 @@ async fn at(when: Option<Instant>) {
     }
 }
 
-async fn send(input: &mut Option<Input>) {
-    match input {
-        Some(open) if open.is_open() => open.send().await,
-        _ => std::future::pending().await,
-    }
-}
-
 /// The next question of the kernel's; for ever pending where there is no listener.
 async fn asked(listener: &Option<AsyncFd<Listener>>) -> Question {
     let Some(listener) = listener else { return std::future::pending().await };
@@ -361,8 +398,8 @@ async fn asked(listener: &Option<AsyncFd<Listener>>) -> Question {
     }
 }
 
-/// The report, and the listener beside it; nothing where the socket ended.
-async fn receive(control: &Option<AsyncFd<OwnedFd>>) -> io::Result<(Option<Report>, Option<OwnedFd>)> {
+/// The report, and the descriptors beside it; nothing where the socket ended.
+async fn receive(control: &Option<AsyncFd<OwnedFd>>) -> io::Result<(Option<Report>, Vec<OwnedFd>)> {
     let Some(control) = control else { return std::future::pending().await };
     loop {
         let mut ready = control.readable().await?;
@@ -375,13 +412,13 @@ async fn receive(control: &Option<AsyncFd<OwnedFd>>) -> io::Result<(Option<Repor
 
 /// A report is written at once and so read at once; anything shorter is none, and what is none but brings a
 /// descriptor is garbled.
-pub(super) fn read_report(control: &OwnedFd) -> io::Result<(Option<Report>, Option<OwnedFd>)> {
+pub(super) fn read_report(control: &OwnedFd) -> io::Result<(Option<Report>, Vec<OwnedFd>)> {
     use std::os::fd::AsFd;
     let mut bytes = [0; REPORT_LEN];
     let received = fd::receive(control.as_fd(), &mut bytes)?;
     if received.length == 0 {
-        return Ok((None, None));
+        return Ok((None, Vec::new()));
     }
     let report = (received.length == REPORT_LEN).then(|| Report::decode(&bytes)).flatten();
-    report.map(|report| (Some(report), received.fd)).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    report.map(|report| (Some(report), received.fds)).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }

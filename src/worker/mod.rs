@@ -35,6 +35,7 @@ pub async fn serve(
     shutdown: &Shutdown,
 ) -> Ended {
     let name = name(config);
+    sandbox.warm_up();
     metrics.slots(config.worker.slots);
     config.environments.keys().for_each(|environment| metrics.environment(environment));
 

@@ -151,23 +151,39 @@ impl Group {
     /// # Errors
     /// The kernel refused a limit.
     pub(super) fn begin(&mut self, limits: &Limits) -> Result<(), CgroupError> {
-        let wanted = [limits.memory_bytes, limits.processes];
         // Where the kernel cannot forget a peak, only a new group can.
         if self.counters.is_stale() {
             self.renew()?;
         }
-        if self.set != Some(wanted) && self.apply(limits).is_err() {
+        if self.apply(limits).is_err() {
             // What an earlier job left, such as cached files, can stand in the way of a lower limit.
             self.renew()?;
             self.apply(limits)?;
         }
-        self.set = Some(wanted);
-        self.counters.forget_peak();
-        self.began = self.counters.read();
+        self.count_anew();
         Ok(())
     }
 
+    /// The same for a group whose process is in it already, and has waited for its job.
+    ///
+    /// # Errors
+    /// The kernel refused a limit.
+    pub(super) fn go_on(&mut self, limits: &Limits) -> Result<(), CgroupError> {
+        self.apply(limits)?;
+        self.count_anew();
+        Ok(())
+    }
+
+    fn count_anew(&mut self) {
+        self.counters.forget_peak();
+        self.began = self.counters.read();
+    }
+
     fn apply(&mut self, limits: &Limits) -> Result<(), CgroupError> {
+        let wanted = Some([limits.memory_bytes, limits.processes]);
+        if self.set == wanted {
+            return Ok(());
+        }
         self.set = None;
         let settings = match self.homes.version {
             Version::One => v1::settings(limits),
@@ -179,6 +195,7 @@ impl Group {
             let written = if setting.optional { unless(io::ErrorKind::NotFound, written) } else { written };
             written.map_err(CgroupError::file("write to", path))?;
         }
+        self.set = wanted;
         Ok(())
     }
 

@@ -3,6 +3,9 @@
 # Up to lockdown() only the operator's code and a trusted publisher's preload run, behind the outer wall. The
 # job's code is in here from the start, but the key to it arrives only after the worker has seen the filter.
 # Imports are few and come first: each one costs every job its time, and none may be found in the job's files.
+#
+# Filled in for uid 0, which no job has, the same script is a zygote: the preload holds the operator's imports,
+# and from then on it makes processes that go on as jobs. Their code comes with the key.
 
 
 def sandpiper():
@@ -61,7 +64,7 @@ def sandpiper():
 
         sys.excepthook = hook
 
-    def remember(name, source):
+    def remember(name, source, ours):
         # Shows the source to whoever asks linecache for it: tracebacks, warnings, inspect. It is not imported
         # for that, since it costs as much as starting python does; it is filled when the job imports it.
         def fill(module):
@@ -109,7 +112,11 @@ def sandpiper():
 
         if "linecache" in sys.modules:
             fill(sys.modules["linecache"])
-        else:
+        # A job's file wins over a module that only we needed, or the operator's imports.
+        files = {file.partition(".")[0] for file in os.listdir("/work")}
+        for module in [module for module in ours if module.partition(".")[0] in files]:
+            del sys.modules[module]
+        if "linecache" not in sys.modules:
             sys.meta_path.insert(0, Finder)
 
     def run(name, source):
@@ -119,14 +126,63 @@ def sandpiper():
             strip(name)
             raise
 
+    def zygote(imports):
+        exec(compile(imports, "<imports>", "exec", dont_inherit=True), {"__name__": "<imports>"})
+        import gc
+        import linecache
+        import random
+        import tempfile
+        import traceback
+
+        fork = ctypes.PyDLL("/run/sandpiper/shim.so").zygote_fork
+        interpreter = ctypes.pythonapi
+        if os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) != 1:
+            sys.exit("the environment's imports have started a thread, which a fork would lose")
+        # What is here now is never collected, so that a collection does not copy its pages.
+        gc.collect()
+        gc.freeze()
+        if shim.zygote_ready() != 0:
+            os._exit(125)
+        while True:
+            if shim.zygote_next() != 1:
+                os._exit(0)
+            interpreter.PyOS_BeforeFork()
+            forked = fork()
+            if forked == 1:
+                interpreter.PyOS_AfterFork_Child()
+                break
+            interpreter.PyOS_AfterFork_Parent()
+            if forked != 0:
+                os._exit(125)
+        if shim.zygote_enter() != 0:
+            os._exit(125)
+        # Whatever has drawn on chance in the zygote must not go on from there in every job. Libraries notice a
+        # fork by the process's number, and that is the same one in every pid namespace.
+        random.seed()
+        tempfile._name_sequence = None
+        for name in [name for name in os.environ if name.endswith("_NUM_THREADS")]:
+            del os.environ[name]  # was for the imports, so that they start no thread
+        for name in "_ssl", "_hashlib":
+            if name in sys.modules:
+                ctypes.CDLL(sys.modules[name].__file__).RAND_poll()
+        if "uuid" in sys.modules:
+            sys.modules["uuid"]._last_timestamp = None
+        if "numpy.random" in sys.modules:
+            sys.modules["numpy.random"].seed()
+
+    uid, gid = {{uid}}, {{gid}}
     preload = binascii.a2b_base64(b"{{preload}}")
-    if preload:
+    if uid == 0:
+        zygote(preload)
+        ours = sys.modules.keys() - known
+        uid, gid = os.getuid(), os.getgid()
+    elif preload:
         run("<preload>", preload)
 
-    if shim.lockdown({{uid}}, {{gid}}, {{enable_network}}) != 0:
+    if shim.lockdown(uid, gid, {{enable_network}}) != 0:
         os._exit(125)
 
-    # The assignment: key, number of arguments, arguments, environment; each ends in NUL.
+    # The assignment: key, code, number of arguments, arguments, environment; each ends in NUL.
     parts = []
     while True:
         part = os.read(3, 1 << 20)
@@ -135,12 +191,13 @@ def sandpiper():
         parts.append(part)
     os.close(3)
     fields = b"".join(parts).split(b"\0")
-    if len(fields) < 3:
+    if len(fields) < 4:
         os._exit(125)  # the worker went away
     key = binascii.a2b_base64(fields[0])
-    count = int(fields[1])
-    arguments = fields[2 : 2 + count]
-    environment = fields[2 + count : -1]
+    code = binascii.a2b_base64(fields[1] or b"{{code}}")
+    count = int(fields[2])
+    arguments = fields[3 : 3 + count]
+    environment = fields[3 + count : -1]
 
     os.dup2(4, 0)
     os.close(4)
@@ -155,19 +212,13 @@ def sandpiper():
 
         time.tzset()
 
-    # From here on imports find the job's files first. Such a file also wins over a module that only we needed.
-    sys.path.insert(0, "/work")
-    files = {name.partition(".")[0] for name in os.listdir()}
-    for name in [name for name in ours if name.partition(".")[0] in files]:
-        del sys.modules[name]
-
     # As one big integer: a loop over bytes takes twenty times as long.
-    code = binascii.a2b_base64(b"{{code}}")
     size = len(code)
     pad = (key * (size // len(key) + 1))[:size]
     source = (int.from_bytes(code, "little") ^ int.from_bytes(pad, "little")).to_bytes(size, "little")
     del parts, fields, code, pad
-    remember("<job>", source)
+    sys.path.insert(0, "/work")
+    remember("<job>", source, ours)
     run("<job>", source)
 
 

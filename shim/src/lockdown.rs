@@ -7,9 +7,10 @@
 use core::ffi::c_int;
 
 use crate::abi::{
-    CONTROL_FD, MAX_INSTRUCTIONS, POLICY_FD, POLICY_HEADER_LEN, POLICY_MAGIC, PolicyHeader, REPORT_LEN,
-    Report, Stage, WORK_FD,
+    CONTROL_FD, MAX_INSTRUCTIONS, POLICY_FD, POLICY_HEADER_LEN, POLICY_MAGIC, PolicyHeader, Report, Stage,
+    WORK_FD,
 };
+use crate::report;
 use crate::sys::{self, Errno};
 
 /// The steps of the lockdown, in order.
@@ -55,7 +56,7 @@ pub fn lockdown(uid: u32, gid: u32, enable_network: bool) -> Result<(), (Step, E
     if let Err((step, errno)) = result {
         let report = Report::Failed { stage: Stage::Lockdown, step: step as u32, errno };
         // Where even this fails, the worker sees the process end without a report.
-        let _ = sys::write_once(CONTROL_FD, &report.encode());
+        let _ = report::send(CONTROL_FD, report, &[]);
     }
     result
 }
@@ -73,9 +74,10 @@ fn lock(uid: u32, gid: u32, enable_network: bool) -> Result<(), (Step, Errno)> {
     let listener = policy.install().map_err(at(Step::Filter))?;
 
     let report = if listener.is_some() { Report::Locked } else { Report::LockedWithoutListener };
+    // The filter is on: this is the first call that it lets through.
     let sent = with_room_to_send(|| match listener {
-        Some(listener) => send(report, [listener, WORK_FD]),
-        None => send(report, [WORK_FD]),
+        Some(listener) => report::send(CONTROL_FD, report, &[listener, WORK_FD]),
+        None => report::send(CONTROL_FD, report, &[WORK_FD]),
     });
     let sent = sent.map_err(at(Step::Report));
     if let Some(listener) = listener {
@@ -210,36 +212,4 @@ fn with_room_to_send(send: impl FnOnce() -> Result<(), Errno>) -> Result<(), Err
     let sent = send();
     sys::limit(resource, Some(&libc::rlimit64 { rlim_cur: own, rlim_max: own }))?;
     sent
-}
-
-/// Sends the report with these descriptors beside it. The filter is on: this is the first call that it lets
-/// through.
-fn send<const COUNT: usize>(report: Report, descriptors: [c_int; COUNT]) -> Result<(), Errno> {
-    const { assert!(COUNT <= 2, "the control buffer below has room for two descriptors") };
-    let mut bytes: [u8; REPORT_LEN] = report.encode();
-    let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
-    // Room for both descriptors, in the alignment that a control message needs.
-    let mut control = [0_u64; 4];
-    // SAFETY: `msghdr` is plain numbers and pointers: all zero is a value of it.
-    let mut message: libc::msghdr = unsafe { core::mem::zeroed() };
-    message.msg_iov = &raw mut part;
-    message.msg_iovlen = 1;
-    message.msg_control = control.as_mut_ptr().cast();
-    #[allow(clippy::cast_possible_truncation, reason = "at most two numbers of four bytes each")]
-    let size = size_of_val(&descriptors) as u32;
-    // SAFETY: pure arithmetic.
-    let (space, length) = unsafe { (libc::CMSG_SPACE(size), libc::CMSG_LEN(size)) };
-    message.msg_controllen = space as _;
-    // SAFETY: the control buffer is live and holds at least one header: 32 bytes for the 24 that two descriptors
-    // need.
-    unsafe {
-        let head = libc::CMSG_FIRSTHDR(&raw const message);
-        (*head).cmsg_level = libc::SOL_SOCKET;
-        (*head).cmsg_type = libc::SCM_RIGHTS;
-        (*head).cmsg_len = length as _;
-        libc::CMSG_DATA(head).cast::<[c_int; COUNT]>().write_unaligned(descriptors);
-    }
-    // SAFETY: every pointer in the message is live until the call returns.
-    let sent = unsafe { libc::sendmsg(CONTROL_FD, &raw const message, libc::MSG_NOSIGNAL) };
-    if sent < 0 { Err(sys::errno()) } else { Ok(()) }
 }

@@ -126,9 +126,10 @@ steps! {
     30 "close_range" CloseFrom { numbers: first; }
     /// `chdir(path)`.
     31 "chdir" Chdir { strings: path; }
-    /// Opens a directory as a place (`O_PATH`), under this number. Comes after every `dup2`: on its way it
-    /// takes a free number, which must not be one that another step still reads.
-    32 "open directory" OpenDirectory { numbers: to; strings: path; }
+    /// No signal blocked; their actions stay.
+    32 "unblock signals" UnblockSignals {}
+    /// Opens a directory as a place (`O_PATH`), under this number, which no later step may read.
+    33 "open directory" OpenDirectory { numbers: to; strings: path; }
 }
 
 impl<'a> Step<'a> {

@@ -154,3 +154,19 @@ pub(crate) fn install_filter(instructions: &[u8], flags: usize) -> Result<usize,
     // and checks every one of them.
     unsafe { syscall(libc::SYS_seccomp, [SECCOMP_SET_MODE_FILTER, flags, &raw const program as usize, 0, 0]) }
 }
+
+/// Blocks every signal that can be.
+pub(crate) fn block_signals() -> Result<(), Errno> {
+    set_signal_mask(u64::MAX)
+}
+
+/// Blocks no signal.
+pub(crate) fn unblock_signals() -> Result<(), Errno> {
+    set_signal_mask(0)
+}
+
+fn set_signal_mask(mask: u64) -> Result<(), Errno> {
+    let set = libc::SIG_SETMASK.cast_unsigned() as usize;
+    // SAFETY: the kernel's signal set is 64 bits; the call reads it.
+    unsafe { syscall(libc::SYS_rt_sigprocmask, [set, &raw const mask as usize, 0, 8, 0]) }.map(drop)
+}

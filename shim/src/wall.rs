@@ -79,6 +79,7 @@ fn carry_out(step: &Step<'_>, ruleset: &mut Ruleset) -> Result<(), Errno> {
         Step::CloseFrom { first } => numeric(libc::SYS_close_range, [first, u32::MAX.into()]),
         Step::Chdir { path } => chdir(path),
         Step::OpenDirectory { to, path } => open_directory(path, to),
+        Step::UnblockSignals {} => sys::unblock_signals(),
     }
 }
 
@@ -215,10 +216,7 @@ fn default_signals() -> Result<(), Errno> {
         // SIGKILL and SIGSTOP cannot be set, and glibc keeps 32 and 33 for itself.
         let _ = signal(number, libc::SIG_DFL);
     }
-    let none = 0_u64;
-    let set_mask = libc::SIG_SETMASK.cast_unsigned() as usize;
-    // SAFETY: the kernel's signal set is 64 bits; the call reads it.
-    unsafe { syscall(libc::SYS_rt_sigprocmask, [set_mask, &raw const none as usize, 0, 8, 0]) }.map(drop)
+    sys::unblock_signals()
 }
 
 /// A Landlock ruleset in the making. The calls are made raw: the ruleset names directories that exist only in

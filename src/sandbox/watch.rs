@@ -13,6 +13,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use super::cgroup::Group;
 use super::files::{self, Unlaid};
 use super::policy::{Judgement, Policy};
 use super::streams::{Input, Output};
@@ -29,6 +30,11 @@ const PROMPT_REFUSALS: u64 = 1_000;
 const REFUSAL_DELAY: Duration = Duration::from_millis(10);
 /// Never look at the CPU clock more often than this.
 const CPU_CHECK_MIN: Duration = Duration::from_millis(10);
+/// A job that lost a process to its memory limit is noticed within this.
+const MEMORY_CHECK: Duration = Duration::from_millis(50);
+
+/// A process that was killed is dead in a millisecond or two; one that hangs in the kernel is given up.
+const DYING: Duration = Duration::from_secs(1);
 
 /// What ended a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +45,8 @@ pub(super) enum Cause {
     Timeout,
     /// CPU time over.
     CpuLimit,
+    /// The kernel killed one of its processes because memory was over.
+    MemoryLimit,
     /// It wrote too much.
     OutputLimit,
     /// It made this forbidden call.
@@ -88,99 +96,29 @@ pub(super) struct Ends {
 pub(super) struct Terms<'a> {
     pub(super) limits: &'a Limits,
     pub(super) policy: &'a Policy,
-    pub(super) start_by: Instant,
+    /// Where all of its processes are; else each is looked at alone.
+    pub(super) group: Option<&'a Group>,
     pub(super) assignment: Vec<u8>,
     pub(super) stdin: Vec<u8>,
     pub(super) files: Vec<InputFile>,
-    /// The job's uid on the host.
-    pub(super) owner: u32,
 }
 
-/// Watches until everything of the job is dead.
-///
-/// # Errors
-/// Our own trouble with descriptors, or with a child that cannot be waited for.
-pub(super) async fn watch(
-    launched: Launched,
-    ends: Ends,
-    terms: Terms<'_>,
-    stop: &CancellationToken,
-) -> io::Result<Observation> {
-    let init = ready::readable(launched.init)?;
-    let job = ready::readable(launched.job)?;
-    let mut watch = Watch {
-        job,
-        control: Some(ready::readable(ends.control)?),
-        listener: None,
-        unnamed_kills: false,
-        stdout: Output::new(ends.stdout, terms.limits.output_bytes)?,
-        stderr: Output::new(ends.stderr, terms.limits.output_bytes)?,
-        stdin: Input::new(ends.stdin, terms.stdin)?,
-        assignment: None,
-        place: None,
-        deadline: terms.start_by,
-        cpu_check: None,
-        handed_over: None,
-        exit: None,
-        refused: BTreeMap::new(),
-        refusals: 0,
-        waiting: None,
-    };
-    let handover = Handover { assignment: terms.assignment, files: terms.files, owner: terms.owner };
-    let cause = watch.until_over(terms.limits, terms.policy, handover, stop).await;
-    // The namespace's first process takes every other with it, and is gone when the last of them is.
-    init.get_ref().kill();
-    watch.job.get_ref().kill();
-    let (exit, resources) = match watch.exit {
-        Some(exit) => exit,
-        None => ended(&watch.job).await?,
-    };
-    ended(&init).await?;
-    let (stdout, stderr) = (watch.stdout.finish(), watch.stderr.finish());
-    let cause = match cause? {
-        // The last of it was still in the pipe.
-        Cause::Ended if stdout.truncated || stderr.truncated => Cause::OutputLimit,
-        cause => cause,
-    };
-    Ok(Observation {
-        cause,
-        exit,
-        resources,
-        unnamed_kills: watch.unnamed_kills,
-        stdout,
-        stderr,
-        refused: watch.refused,
-        place: watch.place,
-        handed_over: watch.handed_over,
-        finished: Instant::now(),
-        finished_at: SystemTime::now(),
-    })
-}
-
-/// What a job is given once its walls stand.
+/// A job's processes, watched from their start until everything is dead. Dropped before that, it takes them
+/// with it.
 #[derive(Debug)]
-struct Handover {
-    assignment: Vec<u8>,
-    files: Vec<InputFile>,
-    owner: u32,
-}
-
-#[derive(Debug)]
-struct Watch {
+pub(super) struct Watch {
+    init: AsyncFd<Child>,
     job: AsyncFd<Child>,
-    /// Until the report has come.
+    /// The report comes over it, and then the assignment goes.
     control: Option<AsyncFd<OwnedFd>>,
     listener: Option<AsyncFd<Listener>>,
     unnamed_kills: bool,
     stdout: Output,
     stderr: Output,
-    stdin: Input,
-    /// The hand-over, once the report has come.
-    assignment: Option<Input>,
+    stdin: Option<OwnedFd>,
+    /// The job's uid on the host.
+    owner: u32,
     place: Option<Place>,
-    /// Of the start, then of the run.
-    deadline: Instant,
-    cpu_check: Option<Instant>,
     handed_over: Option<(Instant, SystemTime)>,
     exit: Option<(Exit, Resources)>,
     refused: BTreeMap<String, u64>,
@@ -189,37 +127,127 @@ struct Watch {
     waiting: Option<(Question, i32, Instant)>,
 }
 
+impl Drop for Watch {
+    /// What is dropped unfinished is nobody's any more, and its seat goes to the next.
+    fn drop(&mut self) {
+        self.kill();
+        for child in [&self.job, &self.init] {
+            child.get_ref().collect(DYING);
+        }
+    }
+}
+
 impl Watch {
-    async fn until_over(
+    /// `owner` is the job's uid on the host.
+    pub(super) fn new(launched: Launched, ends: Ends, owner: u32) -> io::Result<Self> {
+        Ok(Self {
+            init: ready::readable(launched.init)?,
+            job: ready::readable(launched.job)?,
+            control: Some(ready::readable(ends.control)?),
+            listener: None,
+            unnamed_kills: false,
+            stdout: Output::new(ends.stdout)?,
+            stderr: Output::new(ends.stderr)?,
+            stdin: Some(ends.stdin),
+            owner,
+            place: None,
+            handed_over: None,
+            exit: None,
+            refused: BTreeMap::new(),
+            refusals: 0,
+            waiting: None,
+        })
+    }
+
+    /// The namespace's first process takes every other with it.
+    fn kill(&self) {
+        self.init.get_ref().kill();
+        self.job.get_ref().kill();
+    }
+
+    /// Neither has it ended nor said anything further: it waits for its assignment.
+    pub(super) fn still_waits(&mut self) -> bool {
+        match self.job.get_ref().try_wait() {
+            Ok(Some(exit)) => self.exit = Some(exit),
+            Ok(None) => return true,
+            Err(_) => {}
+        }
+        false
+    }
+
+    /// Watches until both walls are up. A cause is why they never will be.
+    pub(super) async fn start(
         &mut self,
+        by: Instant,
         limits: &Limits,
-        policy: &Policy,
-        handover: Handover,
         stop: &CancellationToken,
-    ) -> io::Result<Cause> {
-        let mut handover = Some(handover);
+    ) -> io::Result<Option<Cause>> {
+        loop {
+            tokio::select! {
+                biased;
+                report = receive(&self.control) => {
+                    match self.reported(report?)? {
+                        Reported::Locked => return Ok(None),
+                        Reported::Failed(cause) => return Ok(Some(cause)),
+                        Reported::End => {}
+                    }
+                }
+                exit = ended(&self.job) => {
+                    self.exit = Some(exit?);
+                    return Ok(Some(self.last_report().unwrap_or(Cause::Ended)));
+                }
+                () = stop.cancelled() => return Ok(Some(Cause::Cancelled)),
+                () = sleep_until(by) => return Ok(Some(Cause::StartTimeout)),
+                // A preload may write, too.
+                () = self.stdout.fill(limits.output_bytes), if self.stdout.is_open() => {}
+                () = self.stderr.fill(limits.output_bytes), if self.stderr.is_open() => {}
+            }
+            if self.stdout.is_over() || self.stderr.is_over() {
+                return Ok(Some(Cause::OutputLimit));
+            }
+        }
+    }
+
+    /// Hands over the code, and watches until something ends the job.
+    pub(super) async fn run(&mut self, terms: Terms<'_>, stop: &CancellationToken) -> io::Result<Cause> {
+        let Terms { limits, policy, group, .. } = terms;
+        let (Some(control), Some(stdin), Some(place)) =
+            (self.control.take(), self.stdin.take(), self.place.take())
+        else {
+            return Ok(Cause::Garbled);
+        };
+        match files::lay(place, terms.files, *limits).await? {
+            (place, Ok(())) => self.place = Some(place),
+            (_, Err(unlaid)) => return Ok(Cause::Unlaid(unlaid)),
+        }
+        let mut assignment = Input::new(control.into_inner(), terms.assignment)?;
+        let mut stdin = Input::new(stdin, terms.stdin)?;
+        let start = Instant::now();
+        self.handed_over = Some((start, SystemTime::now()));
+        let deadline = start + Duration::from_millis(limits.timeout_ms);
+        let cpu_limit = Duration::from_millis(limits.cpu_ms);
+        let mut look = start + pause(cpu_limit, group);
         loop {
             // In this order: what happened first is likelier to be seen first, and a flood of output or of calls
             // delays nothing that ends the job.
             tokio::select! {
                 biased;
-                report = receive(&self.control) => {
-                    if let Some(cause) = self.reported(report?, &mut handover, limits).await? {
-                        return Ok(cause);
-                    }
-                }
                 exit = ended(&self.job) => {
                     self.exit = Some(exit?);
-                    return Ok(self.last_report().unwrap_or(Cause::Ended));
+                    return Ok(Cause::Ended);
                 }
                 () = stop.cancelled() => return Ok(Cause::Cancelled),
-                () = sleep_until(self.deadline) => {
-                    return Ok(if self.handed_over.is_some() { Cause::Timeout } else { Cause::StartTimeout });
-                }
-                () = at(self.cpu_check) => {
-                    if self.cpu_is_over(limits) {
+                () = sleep_until(deadline) => return Ok(Cause::Timeout),
+                () = sleep_until(look) => {
+                    if group.is_some_and(Group::killed_for_memory) {
+                        return Ok(Cause::MemoryLimit);
+                    }
+                    let used = group.and_then(Group::cpu_time).or_else(|| self.job.get_ref().cpu_time());
+                    let left = cpu_limit.saturating_sub(used.unwrap_or_default());
+                    if left.is_zero() {
                         return Ok(Cause::CpuLimit);
                     }
+                    look = Instant::now() + pause(left, group);
                 }
                 () = at(self.waiting.map(|(_, _, when)| when)) => self.answer(),
                 question = asked(&self.listener), if self.waiting.is_none() => {
@@ -228,10 +256,10 @@ impl Watch {
                         Judgement::Refuse { name, errno } => self.refuse(question, &name, errno),
                     }
                 }
-                () = self.stdout.fill(), if self.stdout.is_open() => {}
-                () = self.stderr.fill(), if self.stderr.is_open() => {}
-                () = self.stdin.send(), if self.stdin.is_open() => {}
-                () = send(&mut self.assignment) => {}
+                () = assignment.send(), if assignment.is_open() => {}
+                () = self.stdout.fill(limits.output_bytes), if self.stdout.is_open() => {}
+                () = self.stderr.fill(limits.output_bytes), if self.stderr.is_open() => {}
+                () = stdin.send(), if stdin.is_open() => {}
             }
             if self.stdout.is_over() || self.stderr.is_over() {
                 return Ok(Cause::OutputLimit);
@@ -239,47 +267,84 @@ impl Watch {
         }
     }
 
-    /// The process has said how its start went. With the walls up, it gets what it is to run.
-    async fn reported(
-        &mut self,
-        (report, descriptors): (Option<Report>, Vec<OwnedFd>),
-        handover: &mut Option<Handover>,
+    /// Kills what is left, and tells what was seen once the last of it is gone.
+    ///
+    /// # Errors
+    /// A child that cannot be waited for.
+    pub(super) async fn finish(
+        mut self,
+        cause: Cause,
         limits: &Limits,
-    ) -> io::Result<Option<Cause>> {
-        let mut descriptors = descriptors.into_iter();
-        let place = match (report, descriptors.next(), descriptors.next(), descriptors.next()) {
+        group: Option<&Group>,
+    ) -> io::Result<Observation> {
+        self.kill();
+        let (exit, mut resources) = match self.exit {
+            Some(exit) => exit,
+            None => ended(&self.job).await?,
+        };
+        ended(&self.init).await?;
+        let stdout = self.stdout.finish(limits.output_bytes);
+        let stderr = self.stderr.finish(limits.output_bytes);
+        if let Some(group) = group {
+            let used = group.used();
+            // Each has seen something that the other has not: the group all processes, though with coarser times;
+            // the main process what it did before it entered, and shared memory that is on nobody's account.
+            resources.user = resources.user.max(used.user);
+            resources.system = resources.system.max(used.system);
+            let peak = resources.peak_resident.max(used.memory_peak);
+            resources.peak_resident = peak.min(limits.memory_bytes);
+        }
+        let cause = match cause {
+            // Its end may have come before anyone looked; and where its start failed, that is why.
+            Cause::Ended | Cause::StartFailed(_) if group.is_some_and(Group::killed_for_memory) => {
+                Cause::MemoryLimit
+            }
+            // The last of it was still in the pipe.
+            Cause::Ended if stdout.truncated || stderr.truncated => Cause::OutputLimit,
+            cause => cause,
+        };
+        Ok(Observation {
+            cause,
+            exit,
+            resources,
+            unnamed_kills: self.unnamed_kills,
+            stdout,
+            stderr,
+            refused: std::mem::take(&mut self.refused),
+            place: self.place.take(),
+            handed_over: self.handed_over,
+            finished: Instant::now(),
+            finished_at: SystemTime::now(),
+        })
+    }
+
+    /// The process has said how its start went.
+    fn reported(&mut self, received: (Option<Report>, Vec<OwnedFd>)) -> io::Result<Reported> {
+        let (report, fds) = received;
+        let mut fds = fds.into_iter();
+        let place = match (report, fds.next(), fds.next(), fds.next()) {
             (Some(Report::Locked), Some(listener), Some(place), None) => {
-                let listener = Listener::new(listener);
-                self.listener = Some(ready::readable(listener)?);
+                self.listener = Some(ready::readable(Listener::new(listener))?);
                 place
             }
             (Some(Report::LockedWithoutListener), Some(place), None, None) => {
                 self.unnamed_kills = true;
                 place
             }
-            (Some(report @ Report::Failed { .. }), ..) => return Ok(Some(Cause::StartFailed(report))),
+            (Some(report @ Report::Failed { .. }), ..) => {
+                return Ok(Reported::Failed(Cause::StartFailed(report)));
+            }
             // The end of the socket is the end of the process, or will be.
             (None, None, ..) => {
                 self.control = None;
-                return Ok(None);
+                return Ok(Reported::End);
             }
-            _ => return Ok(Some(Cause::Garbled)),
-        };
-        let (Some(control), Some(handover)) = (self.control.take(), handover.take()) else {
-            return Ok(Some(Cause::Garbled));
+            _ => return Ok(Reported::Failed(Cause::Garbled)),
         };
         // A preload could have sent another directory than the job's own.
-        let Ok(place) = Place::new(place, handover.owner) else { return Ok(Some(Cause::Garbled)) };
-        match files::lay(place, handover.files, *limits).await? {
-            (place, Ok(())) => self.place = Some(place),
-            (_, Err(unlaid)) => return Ok(Some(Cause::Unlaid(unlaid))),
-        }
-        self.assignment = Some(Input::new(control.into_inner(), handover.assignment)?);
-        let now = Instant::now();
-        self.handed_over = Some((now, SystemTime::now()));
-        self.deadline = now + Duration::from_millis(limits.timeout_ms);
-        self.cpu_check = Some(now + soonest(Duration::from_millis(limits.cpu_ms)));
-        Ok(None)
+        let Ok(place) = Place::new(place, self.owner) else { return Ok(Reported::Failed(Cause::Garbled)) };
+        self.place = Some(place);
+        Ok(Reported::Locked)
     }
 
     /// What a process said just before it ended, where that has not been read yet.
@@ -289,13 +354,6 @@ impl Watch {
             Ok((Some(report @ Report::Failed { .. }), _)) => Some(Cause::StartFailed(report)),
             _ => None,
         }
-    }
-
-    fn cpu_is_over(&mut self, limits: &Limits) -> bool {
-        let limit = Duration::from_millis(limits.cpu_ms);
-        let used = self.job.get_ref().cpu_time().unwrap_or_default();
-        self.cpu_check = Some(Instant::now() + soonest(limit.saturating_sub(used)));
-        used >= limit
     }
 
     fn refuse(&mut self, question: Question, name: &str, errno: i32) {
@@ -313,6 +371,18 @@ impl Watch {
             listener.get_ref().refuse(question, errno);
         }
     }
+}
+
+/// What a report means for a start.
+enum Reported {
+    Locked,
+    Failed(Cause),
+    End,
+}
+
+/// How long nothing need be looked at, with so much CPU time left.
+fn pause(left: Duration, group: Option<&Group>) -> Duration {
+    if group.is_some() { soonest(left).min(MEMORY_CHECK) } else { soonest(left) }
 }
 
 /// The earliest that so much CPU time can have been used: with every processor busy for the job.
@@ -336,13 +406,6 @@ async fn at(when: Option<Instant>) {
     match when {
         Some(when) => sleep_until(when).await,
         None => std::future::pending().await,
-    }
-}
-
-async fn send(input: &mut Option<Input>) {
-    match input {
-        Some(open) if open.is_open() => open.send().await,
-        _ => std::future::pending().await,
     }
 }
 

@@ -1,13 +1,15 @@
 //! Descriptors: pipes, sockets, sealed memory files, and those that arrive over a socket.
 
 use std::fs::File;
-use std::io::{self, IoSliceMut, Write};
+use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{
-    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair,
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
+    socketpair,
 };
 
 /// Descriptors handed to a new process are kept from this number on, clear of the numbers that they become.
@@ -21,6 +23,19 @@ pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 /// A connected pair of stream sockets; neither crosses an exec.
 pub fn socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?)
+}
+
+/// A connected pair of sockets that keep messages apart; neither crosses an exec.
+pub fn message_socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?)
+}
+
+/// Sends one message with descriptors beside it.
+pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[RawFd]) -> io::Result<()> {
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    let beside = [ControlMessage::ScmRights(fds)];
+    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], &beside, flags, None)?;
+    Ok(())
 }
 
 /// Makes reads and writes return instead of waiting.
@@ -49,6 +64,12 @@ pub fn sealed_file(name: &std::ffi::CStr, content: &[u8]) -> io::Result<OwnedFd>
     fcntl(file.as_fd(), FcntlArg::F_ADD_SEALS(seals))?;
     io::Seek::rewind(&mut file)?;
     Ok(file.into())
+}
+
+/// Lets this process have as many files open as it may have at all: every job takes a few of them.
+pub fn allow_more() -> io::Result<()> {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    Ok(setrlimit(Resource::RLIMIT_NOFILE, most, most)?)
 }
 
 /// An own view of a file in memory: read-only, and with a position of its own.

@@ -4,14 +4,12 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::time::TimeValLike;
 
 /// A child that has not been waited for yet.
 #[derive(Debug)]
-pub struct Child {
-    pid: libc::pid_t,
-    pidfd: OwnedFd,
-}
+pub struct Child(OwnedFd);
 
 /// How a child ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +43,12 @@ impl Child {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: the call has just made this descriptor, and nobody else knows of it.
-        Ok(Self { pid, pidfd: unsafe { OwnedFd::from_raw_fd(number) } })
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(number) }))
+    }
+
+    /// Takes over a child of this process that another made for it, by the pidfd that it sent.
+    pub fn from_pidfd(pidfd: OwnedFd) -> Self {
+        Self(pidfd)
     }
 
     /// Sends SIGKILL. A child that is gone already is fine.
@@ -53,50 +56,66 @@ impl Child {
         let no_info = std::ptr::null::<libc::siginfo_t>();
         // SAFETY: without an info structure the call takes numbers.
         let _ = unsafe {
-            libc::syscall(libc::SYS_pidfd_send_signal, self.pidfd.as_raw_fd(), libc::SIGKILL, no_info, 0)
+            libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), libc::SIGKILL, no_info, 0)
         };
     }
 
     /// CPU time of the child itself so far, all its threads together; none once it has ended.
     pub fn cpu_time(&self) -> Option<Duration> {
-        let pid = nix::unistd::Pid::from_raw(self.pid);
-        let clock = nix::time::clock_getcpuclockid(pid).ok()?;
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.0.as_raw_fd())).ok()?;
+        let pid = info.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok()?;
+        let clock = nix::time::clock_getcpuclockid(nix::unistd::Pid::from_raw(pid)).ok()?;
         let time = nix::time::clock_gettime(clock).ok()?;
         Some(Duration::from_nanos(time.num_nanoseconds().cast_unsigned()))
     }
 
+    /// Waits for a child that is dying, and collects it. One that was collected before is fine.
+    pub fn collect(&self, within: Duration) {
+        let timeout = PollTimeout::try_from(within).unwrap_or(PollTimeout::MAX);
+        // Neither an early return nor a failure matters: then it is collected with this process.
+        let _ = poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], timeout);
+        let _ = self.try_wait();
+    }
+
     /// Collects the child where it has ended; `None` where it still runs.
     pub fn try_wait(&self) -> io::Result<Option<(Exit, Resources)>> {
-        let mut status = 0;
-        // SAFETY: `rusage` is plain numbers: all zero is a value of it.
-        let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-        // SAFETY: both structures are live and writable.
-        let waited = unsafe { libc::wait4(self.pid, &raw mut status, libc::WNOHANG, &raw mut usage) };
-        match waited {
-            0 => Ok(None),
-            pid if pid == self.pid => {
-                let exit = if libc::WIFSIGNALED(status) {
-                    Exit::Signal(libc::WTERMSIG(status))
-                } else {
-                    Exit::Code(libc::WEXITSTATUS(status))
-                };
-                Ok(Some((exit, Resources::from(&usage))))
-            }
-            _ => Err(io::Error::last_os_error()),
+        // SAFETY: both are plain numbers: all zero is a value of each.
+        let (mut info, mut usage): (libc::siginfo_t, libc::rusage) = unsafe { std::mem::zeroed() };
+        // SAFETY: both structures are live and writable. The raw call also tells what was used, which libc's
+        // does not.
+        let waited = unsafe {
+            libc::syscall(
+                libc::SYS_waitid,
+                libc::P_PIDFD,
+                self.0.as_raw_fd(),
+                &raw mut info,
+                libc::WEXITED | libc::WNOHANG,
+                &raw mut usage,
+            )
+        };
+        if waited < 0 {
+            return Err(io::Error::last_os_error());
         }
+        // SAFETY: after a successful wait the structure has the layout for a child, or is still zero.
+        let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
+        if pid == 0 {
+            return Ok(None);
+        }
+        let exit = if info.si_code == libc::CLD_EXITED { Exit::Code(status) } else { Exit::Signal(status) };
+        Ok(Some((exit, Resources::from(&usage))))
     }
 }
 
 impl AsFd for Child {
     /// Readable when the child has ended.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
+        self.0.as_fd()
     }
 }
 
 impl AsRawFd for Child {
     fn as_raw_fd(&self) -> RawFd {
-        self.pidfd.as_raw_fd()
+        self.0.as_raw_fd()
     }
 }
 

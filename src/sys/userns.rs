@@ -8,21 +8,25 @@ use super::fd;
 use super::launch::{end, fork};
 use super::process::Child;
 
-/// One id inside, and the host's id behind it.
+/// A run of ids inside, and the host's ids behind them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapping {
     /// As the namespace's processes see it.
     pub inside: u32,
     /// As everyone else does.
     pub outside: u32,
+    /// How many, one after the other.
+    pub count: u32,
 }
 
 /// Makes a user namespace in which exactly these ids exist, as uids and as gids.
 ///
 /// Needs CAP_SETUID and CAP_SETGID. The namespace lives as long as the descriptor.
 pub fn make(mappings: &[Mapping]) -> io::Result<OwnedFd> {
-    let map: String =
-        mappings.iter().map(|mapping| format!("{} {} 1\n", mapping.inside, mapping.outside)).collect();
+    let map: String = mappings
+        .iter()
+        .map(|mapping| format!("{} {} {}\n", mapping.inside, mapping.outside, mapping.count))
+        .collect();
     let (hold, release) = fd::pipe()?;
     // SAFETY: the child only makes system calls on prepared memory, and never returns.
     let holder = match unsafe { fork(libc::CLONE_NEWUSER) }? {

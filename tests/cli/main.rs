@@ -8,6 +8,7 @@ mod bench;
 #[allow(dead_code, reason = "the broker's own tests use the rest")]
 #[path = "../support/broker.rs"]
 mod broker;
+mod cgroups;
 mod config;
 mod doctor;
 mod exec;

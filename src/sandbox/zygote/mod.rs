@@ -1,0 +1,198 @@
+//! Warm starts: one zygote an environment, which has done the imports, and standby children made from it.
+//!
+//! A keeper task starts the zygote, starts it again when it is gone, and keeps a few children standing by: both
+//! walls up, the filter on, waiting for a job. A job takes one of them, or has one made for it where its limits
+//! are not the default ones. Whatever cannot be had here at the moment is had by a cold start.
+
+mod process;
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::sync::{Notify, watch as channel};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::Shared;
+use super::environment::Environment;
+use super::identity::Lease;
+use super::watch::Watch;
+use crate::job::Limits;
+use process::Process;
+
+pub(super) use process::Generation;
+
+/// Forks after which a zygote is replaced, so that not every job for ever has the same address layout.
+const FORKS: u64 = 5_000;
+const FIRST_DELAY: Duration = Duration::from_millis(200);
+const LONGEST_DELAY: Duration = Duration::from_secs(30);
+
+/// The warm side of one environment.
+#[derive(Debug)]
+pub(super) struct Zygote {
+    process: tokio::sync::Mutex<Option<Process>>,
+    standby: Mutex<VecDeque<Standby>>,
+    /// A child was taken, or the zygote is gone: the keeper has something to do.
+    wake: Notify,
+    kept: AtomicBool,
+    state: channel::Sender<State>,
+}
+
+/// How far a zygote is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum State {
+    Starting,
+    /// As many children stand by as should.
+    Ready,
+    /// Why it could not be started; the keeper tries again.
+    Failed(String),
+}
+
+/// A job's process before its job.
+#[derive(Debug)]
+pub(super) struct Standby {
+    pub(super) watch: Watch,
+    pub(super) lease: Lease,
+    pub(super) generation: Arc<Generation>,
+}
+
+impl Zygote {
+    pub(super) fn new() -> Self {
+        Self {
+            process: tokio::sync::Mutex::new(None),
+            standby: Mutex::default(),
+            wake: Notify::new(),
+            kept: AtomicBool::new(false),
+            state: channel::Sender::new(State::Starting),
+        }
+    }
+
+    /// Starts the keeper, once.
+    pub(super) fn keep(self: &Arc<Self>, shared: &Arc<Shared>, name: &str) {
+        if !self.kept.swap(true, Ordering::Relaxed) {
+            let (zygote, shared, name) = (Arc::downgrade(self), Arc::downgrade(shared), name.to_owned());
+            tokio::spawn(async move { keep(zygote, shared, name).await });
+        }
+    }
+
+    /// Waits until the first children stand by, or says why there are none.
+    pub(super) async fn ready(&self) -> Result<(), String> {
+        let mut state = self.state.subscribe();
+        match state.wait_for(|state| *state != State::Starting).await.as_deref() {
+            Ok(State::Failed(why)) => Err(why.clone()),
+            _ => Ok(()),
+        }
+    }
+
+    /// A child that stands by, where there is one that can take these limits on.
+    pub(super) fn take(&self, default: &Limits, limits: &Limits) -> Option<Standby> {
+        if !fits(default, limits) {
+            return None;
+        }
+        loop {
+            let standby = self.standby.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+            self.wake.notify_one();
+            let mut standby = standby?;
+            if standby.watch.still_waits() {
+                return Some(standby);
+            }
+        }
+    }
+
+    /// A child made for these limits. Fails where there is no zygote at the moment.
+    pub(super) async fn make(
+        &self,
+        shared: &Shared,
+        environment: &Environment,
+        mut lease: Lease,
+        limits: &Limits,
+    ) -> io::Result<Standby> {
+        if let Some(group) = &mut lease.group {
+            group.begin(limits).map_err(io::Error::other)?;
+        }
+        let mut process = self.process.lock().await;
+        let alive = process.as_mut().ok_or_else(|| io::Error::other("there is no zygote at the moment"))?;
+        let made = alive.fork(shared, environment, &lease, limits).await;
+        let forked = match made {
+            Ok(forked) => forked,
+            Err(error) => {
+                *process = None;
+                self.wake.notify_one();
+                return Err(error);
+            }
+        };
+        let generation = alive.generation();
+        if alive.forks() >= FORKS {
+            *process = None;
+            self.wake.notify_one();
+        }
+        drop(process);
+        let (mut watch, plan) = forked;
+        let by = Instant::now() + shared.start_timeout;
+        match watch.start(by, limits, &CancellationToken::new()).await? {
+            None => Ok(Standby { watch, lease, generation }),
+            Some(cause) => {
+                let why = shared.explain(&cause, &plan);
+                watch.finish(cause, limits, lease.group.as_ref()).await?;
+                Err(io::Error::other(why))
+            }
+        }
+    }
+}
+
+/// Whether a child with the default limits can run a job with these. What the worker itself watches over,
+/// wall time and output, does not matter.
+fn fits(default: &Limits, limits: &Limits) -> bool {
+    let inside = |limits: &Limits| {
+        (limits.memory_bytes, limits.processes, limits.open_files, limits.disk_bytes, limits.cpu_ms)
+    };
+    inside(default) == inside(limits)
+}
+
+async fn keep(zygote: Weak<Zygote>, shared: Weak<Shared>, name: String) {
+    let mut delays = crate::retry::Delays::new(FIRST_DELAY, LONGEST_DELAY);
+    while let (Some(zygote), Some(shared)) = (zygote.upgrade(), shared.upgrade()) {
+        let Some(environment) = shared.environments.get(&name) else { return };
+        match tend(&zygote, &shared, environment).await {
+            Ok(()) => {
+                delays.reset();
+                zygote.state.send_replace(State::Ready);
+                // Neither is kept alive by waiting.
+                let wake = Arc::clone(&zygote);
+                drop((zygote, shared));
+                let _ = tokio::time::timeout(LONGEST_DELAY, wake.wake.notified()).await;
+            }
+            Err(error) => {
+                let delay = delays.next_delay();
+                let retry_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
+                tracing::error!(environment = name, %error, retry_ms, "no warm start at the moment");
+                zygote.state.send_replace(State::Failed(error.to_string()));
+                drop((zygote, shared));
+                tokio::time::sleep(delay).await;
+            }
+        }
+    }
+}
+
+/// Starts the zygote where there is none, and makes the children that are missing.
+async fn tend(zygote: &Zygote, shared: &Arc<Shared>, environment: &Environment) -> io::Result<()> {
+    {
+        let mut process = zygote.process.lock().await;
+        if process.is_none() {
+            *process = Some(Process::start(shared, environment).await?);
+        }
+    }
+    loop {
+        let standing = zygote.standby.lock().unwrap_or_else(PoisonError::into_inner).len();
+        if standing >= environment.standby {
+            return Ok(());
+        }
+        // Every seat is taken by a job that runs: the next one that ends wakes the keeper up.
+        let Some(lease) = shared.seats.try_take() else { return Ok(()) };
+        let made = zygote.make(shared, environment, lease, &shared.default_limits).await?;
+        zygote.standby.lock().unwrap_or_else(PoisonError::into_inner).push_back(made);
+    }
+}

@@ -9,17 +9,38 @@
 
 
 def sandpiper():
-    import binascii
-    import ctypes
     import os
     import sys
 
+    known = set(sys.modules)
+    import binascii
+    import ctypes
+
+    ours = sys.modules.keys() - known
     main = sys.modules["__main__"].__dict__
     for name in [name for name in main if not name.startswith("__")]:
         del main[name]
     main["__file__"] = "<job>"
 
     shim = ctypes.CDLL("/run/sandpiper/shim.so")
+
+    def library(action, path=sys.path[:]):
+        # Runs what imports from python's own library, which is not to find a file of the job's instead. What the
+        # job has loaded under such a name stays its own. Modules are asked in a way that wakes no lazy one.
+        theirs, their_path = sys.modules.copy(), sys.path
+        try:
+            for key, module in theirs.items():
+                if isinstance(module, type(sys)):
+                    origin = object.__getattribute__(module, "__dict__").get("__file__")
+                    if str(origin).startswith("/work/"):
+                        del sys.modules[key]
+            sys.path = path
+            return action()
+        finally:
+            sys.path = their_path
+            for key in sys.modules.keys() - theirs.keys():
+                del sys.modules[key]
+            sys.modules.update(theirs)
 
     def strip(name):
         # The job's tracebacks begin with the job's own first line; what stands above it is ours.
@@ -28,19 +49,22 @@ def sandpiper():
                 trace = trace.tb_next
             error.__traceback__ = trace
             if hook is sys.__excepthook__:
-                try:
+
+                def show():
                     # Unlike the interpreter's own, this one shows lines of sources that are not files.
                     import traceback
 
                     traceback.print_exception(kind, error, trace)
-                    return
+
+                try:
+                    return library(show)
                 except Exception:
                     pass
             hook(kind, error, trace)
 
         sys.excepthook = hook
 
-    def remember(name, source):
+    def remember(name, source, ours):
         # Shows the source to whoever asks linecache for it: tracebacks, warnings, inspect. It is not imported
         # for that, since it costs as much as starting python does; it is filled when the job imports it.
         def fill(module):
@@ -53,22 +77,27 @@ def sandpiper():
             module.cache[name] = (len(source), None, text.splitlines(True), name)
 
         def encoding(source):
-            import tokenize
+            def detect():
+                import tokenize
 
-            return tokenize.detect_encoding(iter(source.splitlines(True)).__next__)[0]
+                return tokenize.detect_encoding(iter(source.splitlines(True)).__next__)[0]
+
+            return library(detect)
 
         class Finder:
             @staticmethod
             def find_spec(fullname, path=None, target=None):
                 if fullname != "linecache":
                     return None
-                sys.meta_path.remove(Finder)
                 for finder in sys.meta_path:
-                    spec = finder.find_spec(fullname, path, target)
-                    if spec is not None:
+                    spec = finder is not Finder and finder.find_spec(fullname, path, target)
+                    if spec:
                         break
                 else:
                     return None
+                if spec.origin != os.path.join(os.path.dirname(os.__file__), "linecache.py"):
+                    return None  # the job's own
+                sys.meta_path.remove(Finder)
                 execute = spec.loader.exec_module
 
                 def exec_module(module):
@@ -83,7 +112,11 @@ def sandpiper():
 
         if "linecache" in sys.modules:
             fill(sys.modules["linecache"])
-        else:
+        # A job's file wins over a module that only we needed, or the operator's imports.
+        files = {file.partition(".")[0] for file in os.listdir("/work")}
+        for module in [module for module in ours if module.partition(".")[0] in files]:
+            del sys.modules[module]
+        if "linecache" not in sys.modules:
             sys.meta_path.insert(0, Finder)
 
     def run(name, source):
@@ -141,6 +174,7 @@ def sandpiper():
     preload = binascii.a2b_base64(b"{{preload}}")
     if uid == 0:
         zygote(preload)
+        ours = sys.modules.keys() - known
         uid, gid = os.getuid(), os.getgid()
     elif preload:
         run("<preload>", preload)
@@ -169,7 +203,6 @@ def sandpiper():
     os.close(4)
     sys.stdin = sys.__stdin__ = open(0, encoding=sys.stdin.encoding, errors=sys.stdin.errors, closefd=False)
     os.chdir("/work")
-    sys.path.insert(0, "/work")
     sys.argv[:] = ["<job>", *map(os.fsdecode, arguments)]
     for variable in environment:
         name, _, value = variable.partition(b"=")
@@ -184,7 +217,8 @@ def sandpiper():
     pad = (key * (size // len(key) + 1))[:size]
     source = (int.from_bytes(code, "little") ^ int.from_bytes(pad, "little")).to_bytes(size, "little")
     del parts, fields, code, pad
-    remember("<job>", source)
+    sys.path.insert(0, "/work")
+    remember("<job>", source, ours)
     run("<job>", source)
 
 

@@ -8,8 +8,11 @@ pub const CONTROL_FD: i32 = 3;
 pub const STDIN_FD: i32 = 4;
 /// The compiled policy, as [`PolicyHeader`] describes it.
 pub const POLICY_FD: i32 = 5;
+/// The working directory, as a place and nothing more (`O_PATH`). It goes to the worker beside the report, so
+/// that files come and go without a path that the job could bend.
+pub const WORK_FD: i32 = 6;
 /// The first descriptor that must not be open when python starts.
-pub const FIRST_CLOSED_FD: i32 = 6;
+pub const FIRST_CLOSED_FD: i32 = 7;
 
 /// Where the first descriptor of an order lies in the zygote, the job's control socket; the others follow it.
 pub const ORDER_FD: i32 = 32;
@@ -29,9 +32,10 @@ pub const REPORT_LEN: usize = 16;
 /// What a starting process tells the worker, once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Report {
-    /// Every wall is up. The filter's listener travels with this report as a descriptor.
+    /// Every wall is up. Two descriptors travel with this report: the filter's listener, then [`WORK_FD`].
     Locked,
-    /// Every wall is up, but the kernel gives no listener: forbidden calls kill without a name.
+    /// Every wall is up, but the kernel gives no listener: forbidden calls kill without a name. [`WORK_FD`]
+    /// travels alone.
     LockedWithoutListener,
     /// A zygote has done its imports and waits for orders.
     Ready,

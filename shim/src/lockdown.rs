@@ -8,6 +8,7 @@ use core::ffi::c_int;
 
 use crate::abi::{
     CONTROL_FD, MAX_INSTRUCTIONS, POLICY_FD, POLICY_HEADER_LEN, POLICY_MAGIC, PolicyHeader, Report, Stage,
+    WORK_FD,
 };
 use crate::report;
 use crate::sys::{self, Errno};
@@ -26,7 +27,7 @@ pub enum Step {
     Policy = 4,
     /// Installing the filter.
     Filter = 5,
-    /// Sending the listener to the worker.
+    /// Sending the report with its descriptors to the worker.
     Report = 6,
 }
 
@@ -40,7 +41,7 @@ impl Step {
             3 => "set no_new_privs",
             4 => "read policy",
             5 => "install filter",
-            6 => "send listener",
+            6 => "send report",
             _ => "unknown step",
         }
     }
@@ -74,11 +75,16 @@ fn lock(uid: u32, gid: u32, enable_network: bool) -> Result<(), (Step, Errno)> {
 
     let report = if listener.is_some() { Report::Locked } else { Report::LockedWithoutListener };
     // The filter is on: this is the first call that it lets through.
-    let sent = report::send(CONTROL_FD, report, listener.as_slice()).map_err(at(Step::Report));
+    let sent = with_room_to_send(|| match listener {
+        Some(listener) => report::send(CONTROL_FD, report, &[listener, WORK_FD]),
+        None => report::send(CONTROL_FD, report, &[WORK_FD]),
+    });
+    let sent = sent.map_err(at(Step::Report));
     if let Some(listener) = listener {
         sys::close(listener);
     }
     sys::close(POLICY_FD);
+    sys::close(WORK_FD);
     sent
 }
 
@@ -194,4 +200,16 @@ fn size_of_file(fd: c_int) -> Result<usize, Errno> {
         return Err(sys::errno());
     }
     usize::try_from(stat.st_size).map_err(|_| libc::EFBIG)
+}
+
+/// Nothing can be sent while descriptors of this user are under way in larger number than this process may have
+/// open. Another job may be of the same user and flood its own sockets. So the wall leaves more room than any
+/// job gets, and here it is taken away.
+fn with_room_to_send(send: impl FnOnce() -> Result<(), Errno>) -> Result<(), Errno> {
+    let resource = libc::RLIMIT_NOFILE.into();
+    let libc::rlimit64 { rlim_cur: own, rlim_max: room } = sys::limit(resource, None)?;
+    sys::limit(resource, Some(&libc::rlimit64 { rlim_cur: room, rlim_max: room }))?;
+    let sent = send();
+    sys::limit(resource, Some(&libc::rlimit64 { rlim_cur: own, rlim_max: own }))?;
+    sent
 }

@@ -97,9 +97,12 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
         None => "print(1)".into(),
     };
     let body = serde_json::to_vec(&json!({ "code": code })).context("failed to write the job as JSON")?;
-    let (samples, wall) = runtime()?.block_on(async {
-        if args.local { measure(body, config, args).await } else { measure_remote(body, &config, args).await }
-    })?;
+    let (samples, wall) = if args.local {
+        let sandbox = Sandbox::start(&config).context("failed to start the sandbox")?;
+        runtime()?.block_on(measure(body, config, sandbox, args))?
+    } else {
+        runtime()?.block_on(measure_remote(body, &config, args))?
+    };
     let figures = figures(&samples, wall);
     if args.json {
         output::print_json(&figures)?;
@@ -113,13 +116,13 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
     Ok(End::Unsatisfied)
 }
 
-async fn measure(body: Vec<u8>, config: Config, args: &Args) -> anyhow::Result<(Vec<Sample>, Duration)> {
-    let runner = Arc::new(Runner {
-        sandbox: Sandbox::start(&config).context("failed to start the sandbox")?,
-        config,
-        body,
-        stop: CancellationToken::new(),
-    });
+async fn measure(
+    body: Vec<u8>,
+    config: Config,
+    sandbox: Sandbox,
+    args: &Args,
+) -> anyhow::Result<(Vec<Sample>, Duration)> {
+    let runner = Arc::new(Runner { sandbox, config, body, stop: CancellationToken::new() });
     Signals::listen()?.cancel(runner.stop.clone());
     for (name, environment) in &runner.config.environments {
         if environment.warm

@@ -10,7 +10,6 @@ use crate::cli::job_args::JobArgs;
 use crate::cli::local;
 use crate::cli::signals::Signals;
 use crate::cli::{End, output, runtime};
-use crate::config::Config;
 use crate::job::{Job, Reply};
 use crate::sandbox::Sandbox;
 
@@ -67,7 +66,10 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
     }
     let asked = args.job.read(config.amqp.max_body_bytes)?;
     let reply = match local::admit(asked, &config) {
-        Ok(job) => runtime()?.block_on(run_to_end(job, &config, args.warm))?,
+        Ok(job) => {
+            let sandbox = Sandbox::start(&config).context("failed to start the sandbox")?;
+            runtime()?.block_on(run_to_end(job, sandbox, args.warm))?
+        }
         Err(refused) => *refused,
     };
     if let Some(directory) = &args.artifacts_to {
@@ -81,10 +83,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
 }
 
 /// Runs the job, until its end or until we are told to stop: then everything of it is killed first.
-async fn run_to_end(job: Job, config: &Config, warm: bool) -> anyhow::Result<Reply> {
+async fn run_to_end(job: Job, sandbox: Sandbox, warm: bool) -> anyhow::Result<Reply> {
     let stop = CancellationToken::new();
     Signals::listen()?.cancel(stop.clone());
-    let sandbox = Sandbox::start(config).context("failed to start the sandbox")?;
     if warm && let Err(why) = sandbox.warmed_up(&job.environment).await {
         bail!("--warm: environment {} does not start warm: {why}", job.environment);
     }

@@ -13,6 +13,8 @@ use crate::cli::{End, runtime};
 use crate::config::Config;
 use crate::ops::http::{Probes, Server};
 use crate::ops::metrics::Metrics;
+use crate::sandbox::Sandbox;
+use crate::sandbox::doctor::demand;
 use crate::worker::{self, Ended, Health, Shutdown};
 
 const EXAMPLES: &str = "\
@@ -54,15 +56,17 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
         ("worker.slots", args.slots.map(|slots| slots.to_string())),
         ("http.listen", args.listen.map(|listen| listen.to_string())),
     ])?;
+    demand(&config, |check| check.required).context("failed to start the worker")?;
+    let sandbox = Sandbox::start(&config).context("failed to start the worker")?;
     let runtime = runtime()?;
-    let end = runtime.block_on(serve(&config));
+    let end = runtime.block_on(serve(&config, sandbox));
     // What was cut off is not waited for.
     runtime.shutdown_background();
     end
 }
 
 /// The worker, with the operators' port open from before its start until after its drain.
-async fn serve(config: &Config) -> anyhow::Result<End> {
+async fn serve(config: &Config, sandbox: Sandbox) -> anyhow::Result<End> {
     let metrics = Metrics::new().context("failed to set up metrics")?;
     let health = Health::new();
     let shutdown = Shutdown::default();
@@ -77,8 +81,7 @@ async fn serve(config: &Config) -> anyhow::Result<End> {
         }
         None => None,
     };
-    let ended =
-        worker::serve(config, &metrics, &health, &shutdown).await.context("failed to start the worker")?;
+    let ended = worker::serve(config, sandbox, &metrics, &health, &shutdown).await;
     closed.cancel();
     if let (Some(port), Ended::Drained) = (port, ended) {
         port.await.context("the port for metrics and health failed")?;

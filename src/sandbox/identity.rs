@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::cgroup::Group;
 use crate::sys::userns::{self, Mapping};
 
 /// A job's uid and gid as itself sees them, wherever there is a user namespace around it.
@@ -49,6 +50,8 @@ pub(super) struct Seat {
     pub(super) init_outside: u32,
     /// The user namespace to join; none where the job makes its own, or where there are none.
     pub(super) namespace: Option<OwnedFd>,
+    /// What limits all of the job's processes together; none where there are no control groups.
+    pub(super) group: Option<Group>,
 }
 
 impl Seat {
@@ -86,8 +89,15 @@ pub(super) struct Lease {
 
 impl Seats {
     /// Prepares one seat for every job that may run at one time.
-    pub(super) fn prepare(count: usize, privilege: Privilege, uid_base: u32) -> Arc<Self> {
+    pub(super) fn prepare(
+        count: usize,
+        privilege: Privilege,
+        uid_base: u32,
+        groups: Vec<Group>,
+    ) -> Arc<Self> {
+        let mut groups = groups.into_iter();
         let seats = (0..count).map(|at| {
+            let group = groups.next();
             // The first id of the range is that of every init; each is alone in its own namespaces.
             let number = u32::try_from(at).unwrap_or(u32::MAX).saturating_add(1);
             match privilege {
@@ -102,11 +112,11 @@ impl Seats {
                             tracing::warn!(%error, "jobs run without a user namespace: it cannot be made");
                         })
                         .ok();
-                    Seat { outside, init_outside: uid_base, namespace }
+                    Seat { outside, init_outside: uid_base, namespace, group }
                 }
                 Privilege::None => {
                     let own = nix::unistd::getuid().as_raw();
-                    Seat { outside: own, init_outside: own, namespace: None }
+                    Seat { outside: own, init_outside: own, namespace: None, group }
                 }
             }
         });
@@ -136,6 +146,12 @@ impl std::ops::Deref for Lease {
 
     fn deref(&self) -> &Seat {
         self.seat.as_ref().expect("a lease has its seat until it is dropped")
+    }
+}
+
+impl std::ops::DerefMut for Lease {
+    fn deref_mut(&mut self) -> &mut Seat {
+        self.seat.as_mut().expect("a lease has its seat until it is dropped")
     }
 }
 

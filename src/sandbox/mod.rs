@@ -3,12 +3,17 @@
 //! Around every job stand two walls. The outer one, namespaces and an own root and identity, is written down as
 //! a [`plan`] and raised by the shim before python starts; the inner one, the [`policy`], is set from inside
 //! python by the shim, which sends the filter's listener here. Only then does [`watch`] hand over the key to the
-//! code. When `run` returns, nothing of the job is alive.
+//! code, and before that lays the job's [`files`] into its working directory, of which the shim has sent a
+//! descriptor along; through the same one [`artifacts`] come back at the end. When `run` returns, nothing of the
+//! job is alive.
 //!
 //! A job's process comes from a new python (cold) or from a [`zygote`] (warm). All the rest is one way.
 
+mod artifacts;
+mod cgroup;
 pub mod doctor;
 mod environment;
+mod files;
 mod identity;
 mod init;
 mod landlock;
@@ -34,8 +39,11 @@ use tokio_util::sync::CancellationToken;
 use crate::config::Config;
 use crate::job::{Limits, Outcome, Status};
 use crate::script::Payload;
+use crate::sys::place::Place;
 use crate::sys::userns::{self, Mapping};
 use crate::sys::{fd, probe};
+use artifacts::Patterns;
+use cgroup::Group;
 use environment::{Environment, Machine, Variant};
 use identity::{INSIDE, Lease, Privilege, Seats};
 use launcher::{Launcher, Order};
@@ -62,6 +70,8 @@ struct Shared {
     /// In which zygotes run where the worker may choose uids.
     zygote_namespace: Option<OwnedFd>,
     proxies: Vec<(&'static str, String)>,
+    /// Bytes of artifacts that a result can hold, whatever else is in it.
+    artifacts_max: u64,
 }
 
 /// Why the sandbox could not be set up.
@@ -95,21 +105,39 @@ pub enum StartError {
         /// What was found.
         detail: String,
     },
+    /// `sandbox.require` names something that there is not.
+    #[error("sandbox.require: there is no layer {name}; the layers are {known}")]
+    UnknownLayer {
+        /// As it was written.
+        name: String,
+        /// Every name that there is.
+        known: String,
+    },
     /// A descriptor or a thread could not be had.
     #[error("set up the sandbox: {0}")]
     Io(#[from] io::Error),
 }
 
 impl Sandbox {
-    /// Prepares all that jobs share: policy, shim, environments, one identity a slot.
+    /// Prepares all that jobs share: policy, shim, environments, one identity and one control group a seat.
+    ///
+    /// To be called before the process has more than one thread: what this system gives is tried in children.
     pub fn start(config: &Config) -> Result<Self, StartError> {
         let settings = &config.sandbox;
+        if !settings.require.is_empty() {
+            doctor::demand(config, |check| settings.require.contains(&check.name))?;
+        }
+        fd::allow_more()?;
         let privilege = Privilege::of_this_process();
         let user = privilege == Privilege::None;
         let proc = probe::proc(user).is_ok();
         let standby: usize = config.environments.values().filter(|one| one.warm).map(|one| one.standby).sum();
         // A child that stands by holds a seat, so there are more seats than slots.
         let seats = config.worker.slots.saturating_add(standby);
+        let groups = cgroup::start(seats, &config.limits.default).unwrap_or_else(|error| {
+            tracing::info!(%error, "there are no cgroups: limits hold for each process of a job alone");
+            Vec::new()
+        });
         let seat_count = u32::try_from(seats).unwrap_or(u32::MAX);
         let zygote_namespace = match privilege {
             Privilege::Full => {
@@ -147,13 +175,15 @@ impl Sandbox {
         Ok(Self {
             shared: Arc::new(Shared {
                 environments,
-                seats: Seats::prepare(seats, privilege, settings.uid_base),
+                seats: Seats::prepare(seats, privilege, settings.uid_base, groups),
                 privilege,
                 landlock: landlock::Support(probe::landlock_abi()),
                 launcher: Launcher::start(init_program)?,
                 start_timeout: settings.start_timeout,
                 default_limits: config.limits.default,
                 zygote_namespace,
+                // Base64 makes four bytes of three.
+                artifacts_max: (config.amqp.max_result_bytes as u64) / 4 * 3,
                 proxies: proxies
                     .into_iter()
                     .filter_map(|(name, value)| Some((name, value.clone()?)))
@@ -224,19 +254,32 @@ impl Sandbox {
 #[derive(Debug)]
 struct Started {
     watch: Watch,
-    _lease: Lease,
+    lease: Lease,
     /// The zygote's namespace, which must outlive the job.
     _generation: Option<Arc<zygote::Generation>>,
 }
 
 impl Shared {
-    async fn run(&self, payload: Payload, limits: &Limits, stop: &CancellationToken) -> io::Result<Outcome> {
+    async fn run(
+        &self,
+        mut payload: Payload,
+        limits: &Limits,
+        stop: &CancellationToken,
+    ) -> io::Result<Outcome> {
         let taken = Instant::now();
         let Some(environment) = self.environments.get(&payload.environment) else {
             let error = format!("there is no environment {}", payload.environment);
             return Ok(Outcome::not_run(Status::WorkerError, error));
         };
         let variant = environment.variant(payload.network);
+        let wanted = std::mem::take(&mut payload.artifacts);
+        let patterns = match Patterns::compile(wanted).await? {
+            Ok(patterns) => patterns,
+            Err(error) => {
+                let error = format!("`artifacts` cannot be matched: {error}; give fewer or plainer patterns");
+                return Ok(Outcome::not_run(Status::Rejected, error));
+            }
+        };
         let (mut started, warm) = match self.start_warm(&payload, environment, limits).await {
             Some(started) => (started, true),
             None => match self.start_cold(&payload, environment, limits, stop, taken).await? {
@@ -252,12 +295,47 @@ impl Shared {
         let terms = Terms {
             limits,
             policy: &variant.policy,
+            group: started.lease.group.as_ref(),
             assignment: payload.assignment(warm, &proxies),
             stdin: payload.stdin,
+            files: payload.files,
         };
         let cause = started.watch.run(terms, stop).await?;
-        let seen = started.watch.finish(cause, limits).await?;
-        Ok(verdict::judge(seen, limits, payload.has_preload, taken))
+        let mut seen = started.watch.finish(cause, limits, started.lease.group.as_ref()).await?;
+        let place = seen.place.take();
+        let mut outcome = verdict::judge(seen, limits, payload.has_preload, taken);
+        if let Some(place) = place {
+            self.take_artifacts(place, patterns, &mut outcome).await?;
+        }
+        Ok(outcome)
+    }
+
+    /// Returns what the job asked for, and lets go of its files: they are gone before its seat is free again.
+    async fn take_artifacts(
+        &self,
+        place: Place,
+        patterns: Option<Patterns>,
+        outcome: &mut Outcome,
+    ) -> io::Result<()> {
+        let wanted = outcome.started_at.is_some()
+            && !matches!(outcome.status, Status::WorkerError | Status::Cancelled);
+        let Some(patterns) = patterns.filter(|_| wanted) else {
+            if !place.is_small() {
+                tokio::task::spawn_blocking(move || drop(place)).await?;
+            }
+            return Ok(());
+        };
+        let room = self.artifacts_max;
+        let collected =
+            tokio::task::spawn_blocking(move || artifacts::collect(&place, &patterns, room)).await?;
+        outcome.artifacts = collected.artifacts;
+        if let Some(note) = collected.left_out {
+            outcome.error = Some(match outcome.error.take() {
+                Some(error) => format!("{error}; {note}"),
+                None => note,
+            });
+        }
+        Ok(())
     }
 
     /// A process out of a zygote, where there is one and the job can go there.
@@ -273,7 +351,11 @@ impl Shared {
             return None;
         }
         let standby = match zygote.take(&self.default_limits, limits) {
-            Some(standby) => standby,
+            Some(mut standby) => {
+                let begun = standby.lease.group.as_mut().map_or(Ok(()), |group| group.go_on(limits));
+                begun.inspect_err(|error| tracing::warn!(%error, "a job starts cold")).ok()?;
+                standby
+            }
             None => {
                 let lease = self.seats.take().await?;
                 let made = zygote.make(self, environment, lease, limits).await;
@@ -281,7 +363,7 @@ impl Shared {
             }
         };
         let zygote::Standby { watch, lease, generation } = standby;
-        Some(Started { watch, _lease: lease, _generation: Some(generation) })
+        Some(Started { watch, lease, _generation: Some(generation) })
     }
 
     /// A new python. The inner error is the outcome of a job whose start failed.
@@ -297,9 +379,12 @@ impl Shared {
             tracing::error!(%error, "a job could not be started");
             Ok(Err(Box::new(Outcome::not_run(Status::WorkerError, error))))
         };
-        let Some(lease) = self.seats.take().await else {
+        let Some(mut lease) = self.seats.take().await else {
             return failed("the sandbox has been shut down".into());
         };
+        if let Some(group) = &mut lease.group {
+            group.begin(limits).map_err(io::Error::other)?;
+        }
         let variant = environment.variant(payload.network);
         let (order, ends) = self.prepare(payload, limits, environment, variant, &lease)?;
         let plans = [order.origin.clone(), order.init.clone(), order.wall.clone()];
@@ -312,15 +397,15 @@ impl Shared {
                 );
             }
         };
-        let mut watch = Watch::new(launched, ends)?;
+        let mut watch = Watch::new(launched, ends, lease.outside)?;
         let Some(cause) = watch.start(taken + self.start_timeout, limits, stop).await? else {
-            return Ok(Ok(Started { watch, _lease: lease, _generation: None }));
+            return Ok(Ok(Started { watch, lease, _generation: None }));
         };
         let explained = match cause {
             Cause::StartFailed(report) => Some(verdict::failed_step(report, &plans)),
             _ => None,
         };
-        let seen = watch.finish(cause, limits).await?;
+        let seen = watch.finish(cause, limits, lease.group.as_ref()).await?;
         let mut outcome = verdict::judge(seen, limits, payload.has_preload, taken);
         if outcome.status == Status::WorkerError {
             outcome.error = explained.or(outcome.error);
@@ -361,13 +446,14 @@ impl Shared {
         let [script, stdin, stdout, stderr, control, policy] = &kept[..] else {
             return Err(io::Error::other("a descriptor is missing"));
         };
+        let doors: Vec<u64> = seat.group.iter().flat_map(Group::doors).map(plan::number).collect();
         let job = plan::Job {
             privilege: self.privilege,
             seat,
             network: payload.network,
             limits,
-            memory_by_cgroup: false,
-            cgroups: &[],
+            memory_by_cgroup: seat.group.is_some(),
+            cgroups: &doors,
             landlock: self.landlock,
         };
         let descriptors = plan::Descriptors {

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use nix::sys::resource::{Resource, getrlimit};
 use sandpiper_shim::abi;
 use sandpiper_shim::plan::Step;
 
@@ -65,13 +66,18 @@ const NOTHING: &CStr = c"";
 const NEW: &str = "/new";
 const OLD: &str = "/old";
 
+/// The working directory.
+const WORK: &CStr = c"/work";
 /// Where a job may write, and the part of one small file system that lies there. `/tmp` comes last.
 const WRITABLE: [(&CStr, &CStr); 3] =
-    [(c"/work", c"/tmp/work"), (c"/dev/shm", c"/tmp/shm"), (c"/tmp", c"/tmp/tmp")];
+    [(WORK, c"/tmp/work"), (c"/dev/shm", c"/tmp/shm"), (c"/tmp", c"/tmp/tmp")];
 /// The devices that there are.
 const DEVICES: [&CStr; 5] = [c"/dev/null", c"/dev/zero", c"/dev/full", c"/dev/random", c"/dev/urandom"];
 /// Files of any kind in the writable file system: an inode costs the kernel about a KiB.
-const INODES: u64 = 16_384;
+pub(super) const INODES: u64 = 16_384;
+
+/// Descriptors that may be under way in a user's sockets while one of its jobs starts: far more than jobs have.
+const ROOM_TO_SEND: u64 = 1 << 16;
 
 /// What the origin does: an identity to make namespaces with, and the pid namespace.
 pub(super) fn origin(privilege: Privilege) -> Plan {
@@ -126,7 +132,7 @@ pub(super) fn cold(job: &Job<'_>, root: &Root, coarse: &[u8], descriptors: &Desc
     plan.push(&Step::Filter { instructions: coarse });
     plan.push(&Step::DefaultSignals {});
     plan.push(&Step::DieWithParent {});
-    start_python(&mut plan, descriptors);
+    start_python(&mut plan, descriptors, abi::FIRST_CLOSED_FD);
     plan
 }
 
@@ -150,7 +156,6 @@ pub(super) fn warm(job: &Job<'_>, has_proc: bool) -> Plan {
     plan.push(&Step::Dumpable { value: 1 });
     plan.push(&Step::UnblockSignals {});
     plan.push(&Step::DieWithParent {});
-    let place = |at: u64| flag(abi::ORDER_FD) + at;
     for (at, to) in [(0, abi::CONTROL_FD), (1, abi::STDIN_FD), (2, 1), (3, 2)] {
         plan.push(&Step::Duplicate { from: place(at), to: flag(to) });
     }
@@ -210,7 +215,8 @@ pub(super) fn zygote(
     plan.push(&Step::Filter { instructions: coarse });
     plan.push(&Step::DefaultSignals {});
     plan.push(&Step::DieWithParent {});
-    start_python(&mut plan, descriptors);
+    // It has no working directory.
+    start_python(&mut plan, descriptors, abi::WORK_FD);
     plan
 }
 
@@ -260,9 +266,15 @@ fn confine(plan: &mut Plan, job: &Job<'_>, id: u32) {
     landlock::steps(job.landlock, job.network, &WRITABLE.map(|(path, _)| path), &DEVICES)
         .iter()
         .for_each(|step| plan.push(step));
+    plan.push(&Step::OpenDirectory { to: flag(abi::WORK_FD), path: WORK });
+    // After everything that opens files: until its last step the process has the worker's own open as well.
+    let (resource, limit) = (libc::RLIMIT_NOFILE.into(), job.limits.open_files);
+    // The lockdown takes the difference away once its descriptors are sent; see there.
+    let room = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(_, hard)| hard.min(ROOM_TO_SEND));
+    plan.push(&Step::Rlimit { resource, soft: limit, hard: limit.max(room) });
 }
 
-fn start_python(plan: &mut Plan, descriptors: &Descriptors<'_>) {
+fn start_python(plan: &mut Plan, descriptors: &Descriptors<'_>, first_closed: i32) {
     for (from, to) in [
         (descriptors.script, abi::SCRIPT_FD),
         (descriptors.stdout, 1),
@@ -273,7 +285,7 @@ fn start_python(plan: &mut Plan, descriptors: &Descriptors<'_>) {
     ] {
         plan.push(&Step::Duplicate { from: number(from), to: flag(to) });
     }
-    plan.push(&Step::CloseFrom { first: flag(abi::FIRST_CLOSED_FD) });
+    plan.push(&Step::CloseFrom { first: flag(first_closed) });
 }
 
 fn mount(plan: &mut Plan, [source, target, fstype]: [&CStr; 3], flags: u64, options: &CStr) {
@@ -365,7 +377,6 @@ fn resources(plan: &mut Plan, job: &Job<'_>) {
         (libc::RLIMIT_MEMLOCK, 64 << 10),
         (libc::RLIMIT_MSGQUEUE, 0),
         (libc::RLIMIT_NICE, 0),
-        (libc::RLIMIT_NOFILE, limits.open_files),
         (libc::RLIMIT_NPROC, processes),
         (libc::RLIMIT_RTPRIO, 0),
         (libc::RLIMIT_SIGPENDING, 1024),
@@ -379,7 +390,12 @@ fn resources(plan: &mut Plan, job: &Job<'_>) {
     }
 }
 
-fn number(fd: BorrowedFd<'_>) -> u64 {
+/// The number that a descriptor of an order has in the zygote, by its place in the order.
+pub(super) fn place(at: u64) -> u64 {
+    flag(abi::ORDER_FD) + at
+}
+
+pub(super) fn number(fd: BorrowedFd<'_>) -> u64 {
     fd.as_raw_fd().unsigned_abs().into()
 }
 

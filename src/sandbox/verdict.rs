@@ -7,6 +7,7 @@ use sandpiper_shim::lockdown;
 use sandpiper_shim::plan::Steps;
 use tokio::time::Instant;
 
+use super::files::Unlaid;
 use super::plan::Plan;
 use super::watch::{Cause, Observation};
 use crate::job::{BlockedSyscall, Limits, Outcome, Status, Usage};
@@ -29,6 +30,13 @@ pub(super) fn judge(seen: Observation, limits: &Limits, has_preload: bool, taken
             (Status::WorkerError, "python was not ready in the time that a start may take".into())
         }
         Cause::CpuLimit => cpu_limit(limits),
+        Cause::MemoryLimit if seen.handed_over.is_none() && !has_preload => (
+            Status::MemoryLimit,
+            format!("{} bytes of memory are too few for python to start", limits.memory_bytes),
+        ),
+        Cause::MemoryLimit => {
+            (Status::MemoryLimit, format!("the job used more than {} bytes of memory", limits.memory_bytes))
+        }
         Cause::OutputLimit => (
             Status::OutputLimit,
             format!("the job wrote more than {} bytes to one stream", limits.output_bytes),
@@ -39,6 +47,8 @@ pub(super) fn judge(seen: Observation, limits: &Limits, has_preload: bool, taken
         Cause::Cancelled => (Status::Cancelled, "the job was cancelled while it ran".into()),
         // The caller, who has the plan, says which step it was.
         Cause::StartFailed(_) => (Status::WorkerError, "the sandbox could not be set up".into()),
+        Cause::Unlaid(Unlaid::Refused(why)) => (Status::Rejected, why.clone()),
+        Cause::Unlaid(Unlaid::Failed(why)) => (Status::WorkerError, why.clone()),
         Cause::Garbled => (Status::WorkerError, "python sent something that is no report".into()),
     };
     let by_itself = matches!(seen.cause, Cause::Ended) && status != Status::WorkerError;

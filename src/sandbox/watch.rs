@@ -13,11 +13,14 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use super::cgroup::Group;
+use super::files::{self, Unlaid};
 use super::policy::{Judgement, Policy};
 use super::streams::{Input, Output};
-use crate::job::{Captured, Limits};
+use crate::job::{Captured, InputFile, Limits};
 use crate::sys::launch::Launched;
 use crate::sys::notify::{Listener, Question};
+use crate::sys::place::Place;
 use crate::sys::process::{Child, Exit, Resources};
 use crate::sys::{fd, ready};
 
@@ -27,6 +30,11 @@ const PROMPT_REFUSALS: u64 = 1_000;
 const REFUSAL_DELAY: Duration = Duration::from_millis(10);
 /// Never look at the CPU clock more often than this.
 const CPU_CHECK_MIN: Duration = Duration::from_millis(10);
+/// A job that lost a process to its memory limit is noticed within this.
+const MEMORY_CHECK: Duration = Duration::from_millis(50);
+
+/// A process that was killed is dead in a millisecond or two; one that hangs in the kernel is given up.
+const DYING: Duration = Duration::from_secs(1);
 
 /// What ended a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +45,8 @@ pub(super) enum Cause {
     Timeout,
     /// CPU time over.
     CpuLimit,
+    /// The kernel killed one of its processes because memory was over.
+    MemoryLimit,
     /// It wrote too much.
     OutputLimit,
     /// It made this forbidden call.
@@ -49,6 +59,8 @@ pub(super) enum Cause {
     StartTimeout,
     /// It sent something that is no report.
     Garbled,
+    /// Its files could not be laid into its working directory.
+    Unlaid(Unlaid),
 }
 
 /// Everything that was seen of a job.
@@ -62,6 +74,8 @@ pub(super) struct Observation {
     pub(super) stdout: Captured,
     pub(super) stderr: Captured,
     pub(super) refused: BTreeMap<String, u64>,
+    /// Its working directory; none where it did not come as far as that.
+    pub(super) place: Option<Place>,
     /// When the code was handed over; none where it never was.
     pub(super) handed_over: Option<(Instant, SystemTime)>,
     pub(super) finished: Instant,
@@ -82,8 +96,11 @@ pub(super) struct Ends {
 pub(super) struct Terms<'a> {
     pub(super) limits: &'a Limits,
     pub(super) policy: &'a Policy,
+    /// Where all of its processes are; else each is looked at alone.
+    pub(super) group: Option<&'a Group>,
     pub(super) assignment: Vec<u8>,
     pub(super) stdin: Vec<u8>,
+    pub(super) files: Vec<InputFile>,
 }
 
 /// A job's processes, watched from their start until everything is dead. Dropped before that, it takes them
@@ -99,6 +116,9 @@ pub(super) struct Watch {
     stdout: Output,
     stderr: Output,
     stdin: Option<OwnedFd>,
+    /// The job's uid on the host.
+    owner: u32,
+    place: Option<Place>,
     handed_over: Option<(Instant, SystemTime)>,
     exit: Option<(Exit, Resources)>,
     refused: BTreeMap<String, u64>,
@@ -107,8 +127,19 @@ pub(super) struct Watch {
     waiting: Option<(Question, i32, Instant)>,
 }
 
+impl Drop for Watch {
+    /// What is dropped unfinished is nobody's any more, and its seat goes to the next.
+    fn drop(&mut self) {
+        self.kill();
+        for child in [&self.job, &self.init] {
+            child.get_ref().collect(DYING);
+        }
+    }
+}
+
 impl Watch {
-    pub(super) fn new(launched: Launched, ends: Ends) -> io::Result<Self> {
+    /// `owner` is the job's uid on the host.
+    pub(super) fn new(launched: Launched, ends: Ends, owner: u32) -> io::Result<Self> {
         Ok(Self {
             init: ready::readable(launched.init)?,
             job: ready::readable(launched.job)?,
@@ -118,6 +149,8 @@ impl Watch {
             stdout: Output::new(ends.stdout)?,
             stderr: Output::new(ends.stderr)?,
             stdin: Some(ends.stdin),
+            owner,
+            place: None,
             handed_over: None,
             exit: None,
             refused: BTreeMap::new(),
@@ -177,16 +210,23 @@ impl Watch {
 
     /// Hands over the code, and watches until something ends the job.
     pub(super) async fn run(&mut self, terms: Terms<'_>, stop: &CancellationToken) -> io::Result<Cause> {
-        let Terms { limits, policy, .. } = terms;
-        let (Some(control), Some(stdin)) = (self.control.take(), self.stdin.take()) else {
+        let Terms { limits, policy, group, .. } = terms;
+        let (Some(control), Some(stdin), Some(place)) =
+            (self.control.take(), self.stdin.take(), self.place.take())
+        else {
             return Ok(Cause::Garbled);
         };
+        match files::lay(place, terms.files, *limits).await? {
+            (place, Ok(())) => self.place = Some(place),
+            (_, Err(unlaid)) => return Ok(Cause::Unlaid(unlaid)),
+        }
         let mut assignment = Input::new(control.into_inner(), terms.assignment)?;
         let mut stdin = Input::new(stdin, terms.stdin)?;
         let start = Instant::now();
         self.handed_over = Some((start, SystemTime::now()));
         let deadline = start + Duration::from_millis(limits.timeout_ms);
-        let mut cpu_check = start + soonest(Duration::from_millis(limits.cpu_ms));
+        let cpu_limit = Duration::from_millis(limits.cpu_ms);
+        let mut look = start + pause(cpu_limit, group);
         loop {
             // In this order: what happened first is likelier to be seen first, and a flood of output or of calls
             // delays nothing that ends the job.
@@ -198,13 +238,16 @@ impl Watch {
                 }
                 () = stop.cancelled() => return Ok(Cause::Cancelled),
                 () = sleep_until(deadline) => return Ok(Cause::Timeout),
-                () = sleep_until(cpu_check) => {
-                    let limit = Duration::from_millis(limits.cpu_ms);
-                    let used = self.job.get_ref().cpu_time().unwrap_or_default();
-                    if used >= limit {
+                () = sleep_until(look) => {
+                    if group.is_some_and(Group::killed_for_memory) {
+                        return Ok(Cause::MemoryLimit);
+                    }
+                    let used = group.and_then(Group::cpu_time).or_else(|| self.job.get_ref().cpu_time());
+                    let left = cpu_limit.saturating_sub(used.unwrap_or_default());
+                    if left.is_zero() {
                         return Ok(Cause::CpuLimit);
                     }
-                    cpu_check = Instant::now() + soonest(limit - used);
+                    look = Instant::now() + pause(left, group);
                 }
                 () = at(self.waiting.map(|(_, _, when)| when)) => self.answer(),
                 question = asked(&self.listener), if self.waiting.is_none() => {
@@ -228,16 +271,34 @@ impl Watch {
     ///
     /// # Errors
     /// A child that cannot be waited for.
-    pub(super) async fn finish(mut self, cause: Cause, limits: &Limits) -> io::Result<Observation> {
+    pub(super) async fn finish(
+        mut self,
+        cause: Cause,
+        limits: &Limits,
+        group: Option<&Group>,
+    ) -> io::Result<Observation> {
         self.kill();
-        let (exit, resources) = match self.exit {
+        let (exit, mut resources) = match self.exit {
             Some(exit) => exit,
             None => ended(&self.job).await?,
         };
         ended(&self.init).await?;
         let stdout = self.stdout.finish(limits.output_bytes);
         let stderr = self.stderr.finish(limits.output_bytes);
+        if let Some(group) = group {
+            let used = group.used();
+            // Each has seen something that the other has not: the group all processes, though with coarser times;
+            // the main process what it did before it entered, and shared memory that is on nobody's account.
+            resources.user = resources.user.max(used.user);
+            resources.system = resources.system.max(used.system);
+            let peak = resources.peak_resident.max(used.memory_peak);
+            resources.peak_resident = peak.min(limits.memory_bytes);
+        }
         let cause = match cause {
+            // Its end may have come before anyone looked; and where its start failed, that is why.
+            Cause::Ended | Cause::StartFailed(_) if group.is_some_and(Group::killed_for_memory) => {
+                Cause::MemoryLimit
+            }
             // The last of it was still in the pipe.
             Cause::Ended if stdout.truncated || stderr.truncated => Cause::OutputLimit,
             cause => cause,
@@ -250,6 +311,7 @@ impl Watch {
             stdout,
             stderr,
             refused: std::mem::take(&mut self.refused),
+            place: self.place.take(),
             handed_over: self.handed_over,
             finished: Instant::now(),
             finished_at: SystemTime::now(),
@@ -258,24 +320,31 @@ impl Watch {
 
     /// The process has said how its start went.
     fn reported(&mut self, received: (Option<Report>, Vec<OwnedFd>)) -> io::Result<Reported> {
-        let (report, mut fds) = received;
-        match (report, fds.pop(), fds.is_empty()) {
-            (Some(Report::Locked), Some(listener), true) => {
+        let (report, fds) = received;
+        let mut fds = fds.into_iter();
+        let place = match (report, fds.next(), fds.next(), fds.next()) {
+            (Some(Report::Locked), Some(listener), Some(place), None) => {
                 self.listener = Some(ready::readable(Listener::new(listener))?);
-                Ok(Reported::Locked)
+                place
             }
-            (Some(Report::LockedWithoutListener), None, _) => {
+            (Some(Report::LockedWithoutListener), Some(place), None, None) => {
                 self.unnamed_kills = true;
-                Ok(Reported::Locked)
+                place
             }
-            (Some(report @ Report::Failed { .. }), ..) => Ok(Reported::Failed(Cause::StartFailed(report))),
+            (Some(report @ Report::Failed { .. }), ..) => {
+                return Ok(Reported::Failed(Cause::StartFailed(report)));
+            }
             // The end of the socket is the end of the process, or will be.
-            (None, None, _) => {
+            (None, None, ..) => {
                 self.control = None;
-                Ok(Reported::End)
+                return Ok(Reported::End);
             }
-            _ => Ok(Reported::Failed(Cause::Garbled)),
-        }
+            _ => return Ok(Reported::Failed(Cause::Garbled)),
+        };
+        // A preload could have sent another directory than the job's own.
+        let Ok(place) = Place::new(place, self.owner) else { return Ok(Reported::Failed(Cause::Garbled)) };
+        self.place = Some(place);
+        Ok(Reported::Locked)
     }
 
     /// What a process said just before it ended, where that has not been read yet.
@@ -309,6 +378,11 @@ enum Reported {
     Locked,
     Failed(Cause),
     End,
+}
+
+/// How long nothing need be looked at, with so much CPU time left.
+fn pause(left: Duration, group: Option<&Group>) -> Duration {
+    if group.is_some() { soonest(left).min(MEMORY_CHECK) } else { soonest(left) }
 }
 
 /// The earliest that so much CPU time can have been used: with every processor busy for the job.

@@ -1,4 +1,4 @@
-//! Descriptors: pipes, sockets, sealed memory files, and one that arrives over a socket.
+//! Descriptors: pipes, sockets, sealed memory files, and those that arrive over a socket.
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Write};
@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
     socketpair,
@@ -65,6 +66,12 @@ pub fn sealed_file(name: &std::ffi::CStr, content: &[u8]) -> io::Result<OwnedFd>
     Ok(file.into())
 }
 
+/// Lets this process have as many files open as it may have at all: every job takes a few of them.
+pub fn allow_more() -> io::Result<()> {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    Ok(setrlimit(Resource::RLIMIT_NOFILE, most, most)?)
+}
+
 /// An own view of a file in memory: read-only, and with a position of its own.
 pub fn reopen(file: impl AsFd) -> io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
@@ -76,12 +83,13 @@ pub fn reopen(file: impl AsFd) -> io::Result<OwnedFd> {
 pub struct Received {
     /// Bytes read; 0 at the end.
     pub length: usize,
-    /// The descriptors that came along.
+    /// The descriptors that came along, in the order in which they were sent.
     pub fds: Vec<OwnedFd>,
 }
 
 /// Reads bytes, and the descriptors that travel with them.
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received> {
+    // Room for more than any honest peer sends. The kernel itself closes what does not find room.
     let mut space = nix::cmsg_space!([RawFd; 8]);
     let mut parts = [IoSliceMut::new(buffer)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;

@@ -20,33 +20,21 @@ pub use health::Health;
 use crate::amqp::{Addresses, Command, Consumer, Publisher};
 use crate::config::Config;
 use crate::ops::metrics::Metrics;
-use crate::sandbox::{Sandbox, StartError};
+use crate::sandbox::Sandbox;
 use pipeline::Pipeline;
 use running::Running;
 use slots::Slots;
 
-/// Why a worker could not start. What goes wrong later is met, not reported.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ServeError {
-    /// This machine lacks what the sandbox needs.
-    #[error("start the sandbox")]
-    Sandbox(#[from] StartError),
-}
-
 /// Takes jobs until `shutdown` says otherwise. The broker need not be there, now or later: it is tried for
 /// ever. `health` tells others how it goes.
-///
-/// # Errors
-/// Only for what keeps it from starting at all.
 pub async fn serve(
     config: &Config,
+    sandbox: Sandbox,
     metrics: &Metrics,
     health: &Health,
     shutdown: &Shutdown,
-) -> Result<Ended, ServeError> {
+) -> Ended {
     let name = name(config);
-    let sandbox = Sandbox::start(config)?;
     sandbox.warm_up();
     metrics.slots(config.worker.slots);
     config.environments.keys().for_each(|environment| metrics.environment(environment));
@@ -85,7 +73,7 @@ pub async fn serve(
         sandbox.close().await;
     }
     commands.abort();
-    Ok(ended)
+    ended
 }
 
 /// Does what is asked of all workers.

@@ -69,6 +69,10 @@ pub(crate) struct Assert {
     pub(crate) stderr_len_max: Option<usize>,
     pub(crate) stderr_truncated: Option<bool>,
     pub(crate) artifacts_not_contain: Option<String>,
+    /// Exactly these files come back, in this order, with this text.
+    pub(crate) artifacts: Option<Vec<(String, String)>>,
+    /// So many files come back.
+    pub(crate) artifacts_count: Option<usize>,
     pub(crate) wall_ms_min: Option<u64>,
     pub(crate) wall_ms_max: Option<u64>,
     /// So many first words of the output differ from run to run, each of them.
@@ -141,7 +145,7 @@ impl Fixtures {
             assert!(!cases.is_empty(), "{} is empty", path.display());
             (name, cases)
         };
-        Self(["behaviour", "hostile"].into_iter().map(file).collect())
+        Self(["behaviour", "files", "hostile"].into_iter().map(file).collect())
     }
 
     /// Every case with its full name.

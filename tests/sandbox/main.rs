@@ -1,4 +1,4 @@
-//! Runs every fixture of tests/fixtures/{behaviour,hostile}.jsonl through `sandpiper exec --json`: the real
+//! Runs every fixture of tests/fixtures/{behaviour,files,hostile}.jsonl through `sandpiper exec --json`: the real
 //! binary, a cold start, no broker. Each line is a test of its own, named after the file and the case.
 //!
 //! Which processes there are: this binary (one test), itself again as a supervisor (see `supervise`), and under

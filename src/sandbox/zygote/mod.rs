@@ -92,7 +92,7 @@ impl Zygote {
         let process = self.process.lock().await.take();
         let standing = std::mem::take(&mut *self.standby.lock().unwrap_or_else(PoisonError::into_inner));
         for standby in standing {
-            let _ = standby.watch.finish(Cause::Cancelled, limits).await;
+            let _ = standby.watch.finish(Cause::Cancelled, limits, standby.lease.group.as_ref()).await;
         }
         if let Some(process) = process {
             process.end().await;
@@ -128,9 +128,12 @@ impl Zygote {
         &self,
         shared: &Shared,
         environment: &Environment,
-        lease: Lease,
+        mut lease: Lease,
         limits: &Limits,
     ) -> io::Result<Standby> {
+        if let Some(group) = &mut lease.group {
+            group.begin(limits).map_err(io::Error::other)?;
+        }
         let mut process = self.process.lock().await;
         let alive = process.as_mut().ok_or_else(|| io::Error::other("there is no zygote at the moment"))?;
         let made = alive.fork(shared, environment, &lease, limits).await;
@@ -154,7 +157,7 @@ impl Zygote {
             None => Ok(Standby { watch, lease, generation }),
             Some(cause) => {
                 let why = shared.explain(&cause, &plan);
-                watch.finish(cause, limits).await?;
+                watch.finish(cause, limits, lease.group.as_ref()).await?;
                 Err(io::Error::other(why))
             }
         }

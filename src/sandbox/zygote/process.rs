@@ -1,7 +1,7 @@
 //! One zygote while it lives: started like a job, then asked over a socket for one process after another.
 
 use std::io::{self, BufRead, BufReader};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::super::Shared;
+use super::super::cgroup::Group;
 use super::super::environment::Environment;
 use super::super::identity::Seat;
 use super::super::launcher::Order;
@@ -132,14 +133,17 @@ impl Process {
         let (stderr_end, stderr) = fd::pipe()?;
         let (control_end, control) = fd::socket_pair()?;
         // In the order of their places, of which the plan knows.
-        let fds: Vec<RawFd> = [&control, &stdin, &stdout, &stderr].map(AsRawFd::as_raw_fd).to_vec();
+        let doors: Vec<BorrowedFd<'_>> = seat.group.iter().flat_map(Group::doors).collect();
+        let streams = [&control, &stdin, &stdout, &stderr].map(AsRawFd::as_raw_fd);
+        let fds: Vec<RawFd> = streams.into_iter().chain(doors.iter().map(AsRawFd::as_raw_fd)).collect();
+        let doors: Vec<u64> = (4..).take(doors.len()).map(plan::place).collect();
         let job = plan::Job {
             privilege: shared.privilege,
             seat,
             network: false,
             limits,
-            memory_by_cgroup: false,
-            cgroups: &[],
+            memory_by_cgroup: seat.group.is_some(),
+            cgroups: &doors,
             landlock: shared.landlock,
         };
         let plan = plan::warm(&job, environment.variant(false).root.has_proc());
@@ -158,7 +162,7 @@ impl Process {
         };
         let launched = Launched { init: Child::from_pidfd(init), job: Child::from_pidfd(job) };
         let ends = Ends { control: control_end, stdin: stdin_end, stdout: stdout_end, stderr: stderr_end };
-        Ok((Watch::new(launched, ends)?, plan))
+        Ok((Watch::new(launched, ends, seat.outside)?, plan))
     }
 
     async fn receive(&self) -> io::Result<(Option<Report>, Vec<OwnedFd>)> {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 
-use crate::job::Artifact;
+use crate::job::{Artifact, Outcome, Status};
 use crate::sys::place::{Folder, Kind, Place, part};
 
 /// Files in one result.
@@ -57,16 +57,43 @@ impl Patterns {
     }
 }
 
+/// Puts what the job asked for into its outcome, and lets go of its files: they are gone before its seat is free
+/// again.
+pub(super) async fn take(
+    place: Place,
+    patterns: Option<Patterns>,
+    room: u64,
+    outcome: &mut Outcome,
+) -> io::Result<()> {
+    let wanted =
+        outcome.started_at.is_some() && !matches!(outcome.status, Status::WorkerError | Status::Cancelled);
+    let Some(patterns) = patterns.filter(|_| wanted) else {
+        if !place.is_small() {
+            tokio::task::spawn_blocking(move || drop(place)).await?;
+        }
+        return Ok(());
+    };
+    let collected = tokio::task::spawn_blocking(move || collect(&place, &patterns, room)).await?;
+    outcome.artifacts = collected.artifacts;
+    if let Some(note) = collected.left_out {
+        outcome.error = Some(match outcome.error.take() {
+            Some(error) => format!("{error}; {note}"),
+            None => note,
+        });
+    }
+    Ok(())
+}
+
 /// The files, and in one sentence what is missing of them.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Collected {
+struct Collected {
     /// In the order of their paths.
-    pub(super) artifacts: Vec<Artifact>,
-    pub(super) left_out: Option<String>,
+    artifacts: Vec<Artifact>,
+    left_out: Option<String>,
 }
 
 /// Reads every matching file, `room` bytes in all, as the job's user. Blocks, so it is for a thread that may.
-pub(super) fn collect(place: &Place, patterns: &Patterns, room: u64) -> Collected {
+fn collect(place: &Place, patterns: &Patterns, room: u64) -> Collected {
     let until = Instant::now() + TIME;
     place.as_owner(|| collect_until(until, place, patterns, room)).unwrap_or_else(|error| Collected {
         artifacts: Vec::new(),

@@ -39,7 +39,6 @@ use tokio_util::sync::CancellationToken;
 use crate::config::Config;
 use crate::job::{Limits, Outcome, Status};
 use crate::script::Payload;
-use crate::sys::place::Place;
 use crate::sys::userns::{self, Mapping};
 use crate::sys::{fd, probe};
 use artifacts::Patterns;
@@ -305,37 +304,9 @@ impl Shared {
         let place = seen.place.take();
         let mut outcome = verdict::judge(seen, limits, payload.has_preload, taken);
         if let Some(place) = place {
-            self.take_artifacts(place, patterns, &mut outcome).await?;
+            artifacts::take(place, patterns, self.artifacts_max, &mut outcome).await?;
         }
         Ok(outcome)
-    }
-
-    /// Returns what the job asked for, and lets go of its files: they are gone before its seat is free again.
-    async fn take_artifacts(
-        &self,
-        place: Place,
-        patterns: Option<Patterns>,
-        outcome: &mut Outcome,
-    ) -> io::Result<()> {
-        let wanted = outcome.started_at.is_some()
-            && !matches!(outcome.status, Status::WorkerError | Status::Cancelled);
-        let Some(patterns) = patterns.filter(|_| wanted) else {
-            if !place.is_small() {
-                tokio::task::spawn_blocking(move || drop(place)).await?;
-            }
-            return Ok(());
-        };
-        let room = self.artifacts_max;
-        let collected =
-            tokio::task::spawn_blocking(move || artifacts::collect(&place, &patterns, room)).await?;
-        outcome.artifacts = collected.artifacts;
-        if let Some(note) = collected.left_out {
-            outcome.error = Some(match outcome.error.take() {
-                Some(error) => format!("{error}; {note}"),
-                None => note,
-            });
-        }
-        Ok(())
     }
 
     /// A process out of a zygote, where there is one and the job can go there.

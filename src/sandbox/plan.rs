@@ -89,7 +89,9 @@ fn origin_as(privilege: Privilege, inside: u32) -> Plan {
     plan.push(&Step::DieWithParent {});
     if privilege == Privilege::None {
         let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+        plan.push(&Step::Chdir { path: c"/proc" });
         own_user_namespace(&mut plan, inside, [uid, gid]);
+        plan.push(&Step::Chdir { path: c"/" });
     }
     plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWPID) });
     plan
@@ -140,17 +142,25 @@ pub(super) fn cold(job: &Job<'_>, root: &Root, coarse: &[u8], descriptors: &Desc
 pub(super) fn warm(job: &Job<'_>, has_proc: bool) -> Plan {
     let mut plan = Plan::default();
     enter_cgroups(&mut plan, job);
-    if job.privilege == Privilege::None {
-        own_user_namespace(&mut plan, INSIDE, [0; 2]);
-    }
     // The network is the zygote's own, which has none.
     let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWCGROUP;
     plan.push(&Step::Unshare { flags: flag(namespaces) });
     let inside = job.seat.inside_warm(job.privilege);
-    writable(&mut plan, inside, job.limits.disk_bytes);
+    let owner = match job.privilege {
+        Privilege::Full => inside,
+        // The one user of the zygote's namespace, and soon of the job's own.
+        Privilege::None => 0,
+    };
+    writable(&mut plan, owner, job.limits.disk_bytes);
+    // From inside of the zygote's `/proc`, in which maps can be written, while the job's own comes to lie on it.
+    plan.push(&Step::Chdir { path: if has_proc { c"/proc" } else { c"/" } });
     if has_proc {
         mount_proc(&mut plan, c"/proc", true);
     }
+    if job.privilege == Privilege::None {
+        own_user_namespace(&mut plan, INSIDE, [0; 2]);
+    }
+    plan.push(&Step::Chdir { path: c"/" });
     confine(&mut plan, job, inside);
     // Changing its identity took the process out of its own reach.
     plan.push(&Step::Dumpable { value: 1 });
@@ -239,17 +249,16 @@ fn join(plan: &mut Plan, namespace: Option<&OwnedFd>) {
     }
 }
 
-/// A user namespace of the process's own with one user in it, `inside`, who is `uid` and `gid` outside.
+/// A user namespace of the process's own with one user in it, `inside`, who is `uid` and `gid` outside. The
+/// working directory must be a `/proc`.
 fn own_user_namespace(plan: &mut Plan, inside: u32, [uid, gid]: [u32; 2]) {
     let map = |id: u32| format!("{inside} {id} 1\n");
     // Its own maps are another user's files to a process that is not dumpable.
     plan.push(&Step::Dumpable { value: 1 });
     plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWUSER) });
-    for (path, content) in [
-        (c"/proc/self/setgroups", "deny".to_owned()),
-        (c"/proc/self/gid_map", map(gid)),
-        (c"/proc/self/uid_map", map(uid)),
-    ] {
+    for (path, content) in
+        [(c"self/setgroups", "deny".to_owned()), (c"self/gid_map", map(gid)), (c"self/uid_map", map(uid))]
+    {
         plan.push(&Step::WriteFile { path, content: content.as_bytes() });
     }
 }

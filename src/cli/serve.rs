@@ -56,6 +56,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
         ("worker.slots", args.slots.map(|slots| slots.to_string())),
         ("http.listen", args.listen.map(|listen| listen.to_string())),
     ])?;
+    Signals::hold()?;
     demand(&config, |check| check.required).context("failed to start the worker")?;
     let sandbox = Sandbox::start(&config).context("failed to start the worker")?;
     let runtime = runtime()?;

@@ -89,11 +89,14 @@ impl Zygote {
 
     /// A child that stands by, where there is one that can take these limits on.
     pub(super) fn take(&self, default: &Limits, limits: &Limits) -> Option<Standby> {
-        if !fits(default, limits) {
-            return None;
-        }
         loop {
-            let standby = self.standby.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+            let standby = {
+                let mut standby = self.standby.lock().unwrap_or_else(PoisonError::into_inner);
+                match standby.front() {
+                    Some(first) if !fits(default, limits, first.lease.group.is_some()) => return None,
+                    _ => standby.pop_front(),
+                }
+            };
             self.wake.notify_one();
             let mut standby = standby?;
             if standby.watch.still_waits() {
@@ -144,12 +147,17 @@ impl Zygote {
 }
 
 /// Whether a child with the default limits can run a job with these. What the worker itself watches over,
-/// wall time and output, does not matter.
-fn fits(default: &Limits, limits: &Limits) -> bool {
-    let inside = |limits: &Limits| {
-        (limits.memory_bytes, limits.processes, limits.open_files, limits.disk_bytes, limits.cpu_ms)
+/// wall time and output, does not matter; nor what can be set from outside on a child that is in a control group.
+fn fits(default: &Limits, limits: &Limits, grouped: bool) -> bool {
+    let inside = |limits: &Limits| (limits.open_files, limits.disk_bytes);
+    // Its own rlimits stay above: they hold no job back that may have no more than the default.
+    let outside = if grouped {
+        limits.processes <= default.processes && limits.cpu_ms <= default.cpu_ms
+    } else {
+        let whole = |limits: &Limits| (limits.memory_bytes, limits.processes, limits.cpu_ms);
+        whole(default) == whole(limits)
     };
-    inside(default) == inside(limits)
+    inside(default) == inside(limits) && outside
 }
 
 async fn keep(zygote: Weak<Zygote>, shared: Weak<Shared>, name: String) {

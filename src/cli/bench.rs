@@ -149,6 +149,7 @@ async fn measure(
             bail!("interrupted after {} of {} jobs", samples.len(), args.jobs);
         }
     }
+    runner.sandbox.close().await;
     Ok((samples, begin.elapsed()))
 }
 

@@ -89,5 +89,7 @@ async fn run_to_end(job: Job, sandbox: Sandbox, warm: bool) -> anyhow::Result<Re
     if warm && let Err(why) = sandbox.warmed_up(&job.environment).await {
         bail!("--warm: environment {} does not start warm: {why}", job.environment);
     }
-    Ok(local::run(&sandbox, job, &stop).await)
+    let reply = local::run(&sandbox, job, &stop).await;
+    sandbox.close().await;
+    Ok(reply)
 }

@@ -209,6 +209,16 @@ impl Sandbox {
         }
     }
 
+    /// Ends the zygotes and all that stands by; jobs that still run are not touched. Without it they are killed
+    /// when the process ends, and left for whoever collects them.
+    pub async fn close(&self) {
+        for environment in self.shared.environments.values() {
+            if let Some(zygote) = &environment.zygote {
+                zygote.end(&self.shared.default_limits).await;
+            }
+        }
+    }
+
     /// Runs one job to its end. When this returns, nothing of it is alive.
     ///
     /// `stop` ends it early as [`Status::Cancelled`].

@@ -94,31 +94,16 @@ pub fn launch(launch: &Launch<'_>) -> io::Result<Launched> {
     };
     drop(pids_out);
     let started = read_pids(pids_in);
-    wait(&origin)?;
+    origin.wait()?;
     match started? {
         (Some(init), Some(job)) => Ok(Launched { init: Child::adopt(init)?, job: Child::adopt(job)? }),
         (init, _) => {
             if let Some(init) = init {
                 let init = Child::adopt(init)?;
                 init.kill();
-                wait(&init)?;
+                init.wait()?;
             }
             Err(io::Error::other("the process that makes a job's namespaces ended early"))
-        }
-    }
-}
-
-/// Waits for a child that is about to end.
-fn wait(child: &Child) -> io::Result<()> {
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    use std::os::fd::AsFd;
-    loop {
-        match poll(&mut [PollFd::new(child.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-        if child.try_wait()?.is_some() {
-            return Ok(());
         }
     }
 }

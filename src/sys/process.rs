@@ -2,14 +2,19 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::time::TimeValLike;
 
-/// A child that has not been waited for yet.
+/// A child of this process. Dropped before it was collected, it is killed, and collected by a thread of its
+/// own: one zombie keeps every pid namespace around it alive.
 #[derive(Debug)]
-pub struct Child(OwnedFd);
+pub struct Child {
+    pidfd: OwnedFd,
+    collected: AtomicBool,
+}
 
 /// How a child ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,12 +48,12 @@ impl Child {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: the call has just made this descriptor, and nobody else knows of it.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(number) }))
+        Ok(Self::from_pidfd(unsafe { OwnedFd::from_raw_fd(number) }))
     }
 
     /// Takes over a child of this process that another made for it, by the pidfd that it sent.
     pub fn from_pidfd(pidfd: OwnedFd) -> Self {
-        Self(pidfd)
+        Self { pidfd, collected: AtomicBool::new(false) }
     }
 
     /// Sends SIGKILL. A child that is gone already is fine.
@@ -56,25 +61,30 @@ impl Child {
         let no_info = std::ptr::null::<libc::siginfo_t>();
         // SAFETY: without an info structure the call takes numbers.
         let _ = unsafe {
-            libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), libc::SIGKILL, no_info, 0)
+            libc::syscall(libc::SYS_pidfd_send_signal, self.pidfd.as_raw_fd(), libc::SIGKILL, no_info, 0)
         };
     }
 
     /// CPU time of the child itself so far, all its threads together; none once it has ended.
     pub fn cpu_time(&self) -> Option<Duration> {
-        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.0.as_raw_fd())).ok()?;
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.pidfd.as_raw_fd())).ok()?;
         let pid = info.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok()?;
         let clock = nix::time::clock_getcpuclockid(nix::unistd::Pid::from_raw(pid)).ok()?;
         let time = nix::time::clock_gettime(clock).ok()?;
         Some(Duration::from_nanos(time.num_nanoseconds().cast_unsigned()))
     }
 
-    /// Waits for a child that is dying, and collects it. One that was collected before is fine.
-    pub fn collect(&self, within: Duration) {
-        let timeout = PollTimeout::try_from(within).unwrap_or(PollTimeout::MAX);
-        // Neither an early return nor a failure matters: then it is collected with this process.
-        let _ = poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], timeout);
-        let _ = self.try_wait();
+    /// Waits for a child that is about to end, on this thread.
+    pub fn wait(&self) -> io::Result<(Exit, Resources)> {
+        loop {
+            match poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE) {
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            if let Some(ended) = self.try_wait()? {
+                return Ok(ended);
+            }
+        }
     }
 
     /// Collects the child where it has ended; `None` where it still runs.
@@ -87,7 +97,7 @@ impl Child {
             libc::syscall(
                 libc::SYS_waitid,
                 libc::P_PIDFD,
-                self.0.as_raw_fd(),
+                self.pidfd.as_raw_fd(),
                 &raw mut info,
                 libc::WEXITED | libc::WNOHANG,
                 &raw mut usage,
@@ -101,21 +111,40 @@ impl Child {
         if pid == 0 {
             return Ok(None);
         }
+        self.collected.store(true, Ordering::Relaxed);
         let exit = if info.si_code == libc::CLD_EXITED { Exit::Code(status) } else { Exit::Signal(status) };
         Ok(Some((exit, Resources::from(&usage))))
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if *self.collected.get_mut() {
+            return;
+        }
+        self.kill();
+        if matches!(self.try_wait(), Ok(None))
+            && let Ok(pidfd) = self.pidfd.try_clone()
+        {
+            // Where no thread can be had there are worse things than a zombie.
+            let _ = std::thread::Builder::new().name("collect".into()).spawn(move || {
+                let child = Self { pidfd, collected: AtomicBool::new(true) };
+                let _ = child.wait();
+            });
+        }
     }
 }
 
 impl AsFd for Child {
     /// Readable when the child has ended.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.pidfd.as_fd()
     }
 }
 
 impl AsRawFd for Child {
     fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+        self.pidfd.as_raw_fd()
     }
 }
 

@@ -55,7 +55,7 @@ pub async fn serve(
         start_timeout: config.sandbox.start_timeout,
         slots: Slots::new(config.worker.slots, publisher.state(), drain, metrics),
         running: running.clone(),
-        sandbox,
+        sandbox: sandbox.clone(),
         publisher: publisher.clone(),
         metrics: metrics.clone(),
         kill: kill.clone(),
@@ -70,6 +70,7 @@ pub async fn serve(
     let ended = drain::until_empty(work, &jobs, &kill, shutdown, config.worker.drain_timeout, metrics).await;
     if ended == Ended::Drained {
         drain::say_goodbye(consumer, &publisher).await;
+        sandbox.close().await;
     }
     commands.abort();
     ended

@@ -8,18 +8,18 @@ mod process;
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch as channel};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::Shared;
 use super::environment::Environment;
 use super::identity::Lease;
-use super::watch::Watch;
+use super::watch::{Cause, Watch};
 use crate::job::Limits;
 use process::Process;
 
@@ -37,7 +37,8 @@ pub(super) struct Zygote {
     standby: Mutex<VecDeque<Standby>>,
     /// A child was taken, or the zygote is gone: the keeper has something to do.
     wake: Notify,
-    kept: AtomicBool,
+    keeper: Mutex<Option<JoinHandle<()>>>,
+    ended: CancellationToken,
     state: channel::Sender<State>,
 }
 
@@ -65,16 +66,37 @@ impl Zygote {
             process: tokio::sync::Mutex::new(None),
             standby: Mutex::default(),
             wake: Notify::new(),
-            kept: AtomicBool::new(false),
+            keeper: Mutex::default(),
+            ended: CancellationToken::new(),
             state: channel::Sender::new(State::Starting),
         }
     }
 
     /// Starts the keeper, once.
     pub(super) fn keep(self: &Arc<Self>, shared: &Arc<Shared>, name: &str) {
-        if !self.kept.swap(true, Ordering::Relaxed) {
+        let mut keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner);
+        if keeper.is_none() {
             let (zygote, shared, name) = (Arc::downgrade(self), Arc::downgrade(shared), name.to_owned());
-            tokio::spawn(async move { keep(zygote, shared, name).await });
+            *keeper = Some(tokio::spawn(keep(zygote, shared, name)));
+        }
+    }
+
+    /// Ends the zygote and every child that stands by.
+    pub(super) async fn end(&self, limits: &Limits) {
+        self.ended.cancel();
+        let keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(keeper) = keeper {
+            // Were it cut short, a child that it is making would be left behind.
+            let _ = keeper.await;
+        }
+        let process = self.process.lock().await.take();
+        let standing = std::mem::take(&mut *self.standby.lock().unwrap_or_else(PoisonError::into_inner));
+        for standby in standing {
+            let group = standby.lease.group.as_ref();
+            let _ = standby.watch.finish(Cause::Cancelled, limits, group).await;
+        }
+        if let Some(process) = process {
+            process.end().await;
         }
     }
 
@@ -135,7 +157,7 @@ impl Zygote {
         drop(process);
         let (mut watch, plan) = forked;
         let by = Instant::now() + shared.start_timeout;
-        match watch.start(by, limits, &CancellationToken::new()).await? {
+        match watch.start(by, limits, &self.ended).await? {
             None => Ok(Standby { watch, lease, generation }),
             Some(cause) => {
                 let why = shared.explain(&cause, &plan);
@@ -164,22 +186,31 @@ async fn keep(zygote: Weak<Zygote>, shared: Weak<Shared>, name: String) {
     let mut delays = crate::retry::Delays::new(FIRST_DELAY, LONGEST_DELAY);
     while let (Some(zygote), Some(shared)) = (zygote.upgrade(), shared.upgrade()) {
         let Some(environment) = shared.environments.get(&name) else { return };
+        if zygote.ended.is_cancelled() {
+            return;
+        }
         match tend(&zygote, &shared, environment).await {
             Ok(()) => {
                 delays.reset();
                 zygote.state.send_replace(State::Ready);
-                // Neither is kept alive by waiting.
-                let wake = Arc::clone(&zygote);
-                drop((zygote, shared));
-                let _ = tokio::time::timeout(LONGEST_DELAY, wake.wake.notified()).await;
+                drop(shared);
+                tokio::select! {
+                    () = zygote.wake.notified() => {}
+                    () = zygote.ended.cancelled() => return,
+                    // Looks now and then whether the sandbox is still there.
+                    () = tokio::time::sleep(LONGEST_DELAY) => {}
+                }
             }
             Err(error) => {
                 let delay = delays.next_delay();
                 let retry_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
                 tracing::error!(environment = name, %error, retry_ms, "no warm start at the moment");
                 zygote.state.send_replace(State::Failed(error.to_string()));
-                drop((zygote, shared));
-                tokio::time::sleep(delay).await;
+                drop(shared);
+                tokio::select! {
+                    () = tokio::time::sleep(delay) => {}
+                    () = zygote.ended.cancelled() => return,
+                }
             }
         }
     }
@@ -189,18 +220,49 @@ async fn keep(zygote: Weak<Zygote>, shared: Weak<Shared>, name: String) {
 async fn tend(zygote: &Zygote, shared: &Arc<Shared>, environment: &Environment) -> io::Result<()> {
     {
         let mut process = zygote.process.lock().await;
+        if zygote.ended.is_cancelled() {
+            return Ok(());
+        }
         if process.is_none() {
             *process = Some(Process::start(shared, environment).await?);
         }
     }
     loop {
         let standing = zygote.standby.lock().unwrap_or_else(PoisonError::into_inner).len();
-        if standing >= environment.standby {
+        if standing >= environment.standby || zygote.ended.is_cancelled() {
             return Ok(());
         }
         // Every seat is taken by a job that runs: the next one that ends wakes the keeper up.
         let Some(lease) = shared.seats.try_take() else { return Ok(()) };
         let made = zygote.make(shared, environment, lease, &shared.default_limits).await?;
         zygote.standby.lock().unwrap_or_else(PoisonError::into_inner).push_back(made);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::Bounds;
+
+    #[test]
+    fn a_standing_child_takes_what_can_still_be_set_from_outside() {
+        let default = Bounds::default().default;
+        let fits = |limits, grouped| super::fits(&default, &limits, grouped);
+        assert!(fits(Limits { timeout_ms: 1, output_bytes: 1, ..default }, false));
+        for limits in [
+            Limits { memory_bytes: default.memory_bytes * 2, ..default },
+            Limits { processes: 1, ..default },
+            Limits { cpu_ms: 1, ..default },
+        ] {
+            assert!(fits(limits, true) && !fits(limits, false), "{limits:?}");
+        }
+        for limits in [
+            Limits { processes: default.processes + 1, ..default },
+            Limits { cpu_ms: default.cpu_ms + 1, ..default },
+            Limits { disk_bytes: 1, ..default },
+            Limits { open_files: 64, ..default },
+        ] {
+            assert!(!fits(limits, true) && !fits(limits, false), "{limits:?}");
+        }
     }
 }

@@ -37,38 +37,7 @@ pub(super) struct Process {
 
 /// The pid namespace of a zygote, which holds those of its children: it lasts as long as any of them.
 #[derive(Debug)]
-pub(in super::super) struct Generation(Option<Child>);
-
-impl Drop for Generation {
-    fn drop(&mut self) {
-        if let Some(init) = self.0.take() {
-            init.kill();
-            collect(init);
-        }
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        self.job.kill();
-    }
-}
-
-/// Waits for a child that has been killed, beside everything else.
-fn collect(child: Child) {
-    if let Ok(runtime) = tokio::runtime::Handle::try_current()
-        && let Ok(child) = ready::readable(child)
-    {
-        runtime.spawn(async move {
-            while let Ok(mut ready) = child.readable().await {
-                if !matches!(child.get_ref().try_wait(), Ok(None)) {
-                    return;
-                }
-                ready.clear_ready();
-            }
-        });
-    }
-}
+pub(in super::super) struct Generation(Child);
 
 impl Process {
     /// Starts python behind its outer wall and waits until it has done its imports.
@@ -114,12 +83,8 @@ impl Process {
                 return Err(io::Error::other(why));
             }
         };
-        let process = Self {
-            socket,
-            job: launched.job,
-            generation: Arc::new(Generation(Some(launched.init))),
-            forks: 0,
-        };
+        let process =
+            Self { socket, job: launched.job, generation: Arc::new(Generation(launched.init)), forks: 0 };
         let said = timeout_at(by, process.receive())
             .await
             .map_err(|_| io::Error::other("the zygote was not ready in the time that a start may take"))?;
@@ -130,6 +95,21 @@ impl Process {
                 Err(io::Error::other("the zygote ended before it was ready; the log has what it said"))
             }
         }
+    }
+
+    /// Ends the zygote; with its last child its namespace ends, too.
+    pub(super) async fn end(self) {
+        let Self { job, generation, .. } = self;
+        let _ = tokio::task::spawn_blocking(move || {
+            job.kill();
+            job.wait()?;
+            if let Some(Generation(init)) = Arc::into_inner(generation) {
+                init.kill();
+                init.wait()?;
+            }
+            io::Result::Ok(())
+        })
+        .await;
     }
 
     pub(super) fn generation(&self) -> Arc<Generation> {

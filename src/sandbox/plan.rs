@@ -75,11 +75,15 @@ const INODES: u64 = 16_384;
 
 /// What the origin does: an identity to make namespaces with, and the pid namespace.
 pub(super) fn origin(privilege: Privilege) -> Plan {
+    origin_as(privilege, INSIDE)
+}
+
+fn origin_as(privilege: Privilege, inside: u32) -> Plan {
     let mut plan = Plan::default();
     plan.push(&Step::DieWithParent {});
     if privilege == Privilege::None {
         let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
-        own_user_namespace(&mut plan, [uid, gid]);
+        own_user_namespace(&mut plan, inside, [uid, gid]);
     }
     plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWPID) });
     plan
@@ -131,7 +135,7 @@ pub(super) fn warm(job: &Job<'_>, has_proc: bool) -> Plan {
     let mut plan = Plan::default();
     enter_cgroups(&mut plan, job);
     if job.privilege == Privilege::None {
-        own_user_namespace(&mut plan, [INSIDE; 2]);
+        own_user_namespace(&mut plan, INSIDE, [0; 2]);
     }
     // The network is the zygote's own, which has none.
     let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWCGROUP;
@@ -157,7 +161,10 @@ pub(super) fn warm(job: &Job<'_>, has_proc: bool) -> Plan {
 /// only come back to its own pid namespace if that belongs to its user namespace, so this has to be joined
 /// before the one is made, and then there is no privilege left to build with.
 pub(super) fn zygote_origin(privilege: Privilege, namespace: Option<&OwnedFd>, root: &Root) -> Plan {
-    let Some(_) = namespace else { return origin(privilege) };
+    if namespace.is_none() {
+        // As any other user it would lose its privilege over its namespaces when it becomes python.
+        return origin_as(privilege, 0);
+    }
     let mut plan = Plan::default();
     plan.push(&Step::DieWithParent {});
     namespaces(&mut plan, false);
@@ -225,9 +232,9 @@ fn join(plan: &mut Plan, namespace: Option<&OwnedFd>) {
     }
 }
 
-/// A user namespace of the process's own, in which its only user is [`INSIDE`].
-fn own_user_namespace(plan: &mut Plan, [uid, gid]: [u32; 2]) {
-    let map = |id: u32| format!("{INSIDE} {id} 1\n");
+/// A user namespace of the process's own with one user in it, `inside`, who is `uid` and `gid` outside.
+fn own_user_namespace(plan: &mut Plan, inside: u32, [uid, gid]: [u32; 2]) {
+    let map = |id: u32| format!("{inside} {id} 1\n");
     // Its own maps are another user's files to a process that is not dumpable.
     plan.push(&Step::Dumpable { value: 1 });
     plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWUSER) });

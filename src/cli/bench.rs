@@ -98,7 +98,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
     };
     let body = serde_json::to_vec(&json!({ "code": code })).context("failed to write the job as JSON")?;
     let (samples, wall) = if args.local {
-        let sandbox = Sandbox::start(&config).context("failed to start the sandbox")?;
+        let sandbox = local::start(&config)?;
         runtime()?.block_on(measure(body, config, sandbox, args))?
     } else {
         runtime()?.block_on(measure_remote(body, &config, args))?

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::args::ConfigArgs;
@@ -67,7 +67,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
     let asked = args.job.read(config.amqp.max_body_bytes)?;
     let reply = match local::admit(asked, &config) {
         Ok(job) => {
-            let sandbox = Sandbox::start(&config).context("failed to start the sandbox")?;
+            let sandbox = local::start(&config)?;
             runtime()?.block_on(run_to_end(job, sandbox, args.warm))?
         }
         Err(refused) => *refused,

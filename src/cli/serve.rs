@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use tokio_util::sync::CancellationToken;
@@ -16,6 +17,9 @@ use crate::ops::metrics::Metrics;
 use crate::sandbox::Sandbox;
 use crate::sandbox::doctor::demand;
 use crate::worker::{self, Ended, Health, Shutdown};
+
+/// Far more than it takes to kill what runs and to remove its control groups.
+const CLEANING: Duration = Duration::from_secs(2);
 
 const EXAMPLES: &str = "\
 Examples:
@@ -56,12 +60,13 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
         ("worker.slots", args.slots.map(|slots| slots.to_string())),
         ("http.listen", args.listen.map(|listen| listen.to_string())),
     ])?;
+    Signals::hold()?;
     demand(&config, |check| check.required).context("failed to start the worker")?;
     let sandbox = Sandbox::start(&config).context("failed to start the worker")?;
     let runtime = runtime()?;
     let end = runtime.block_on(serve(&config, sandbox));
-    // What was cut off is not waited for.
-    runtime.shutdown_background();
+    // What was cut off is not waited for, but what the sandbox made in the system is removed.
+    runtime.shutdown_timeout(CLEANING);
     end
 }
 

@@ -33,9 +33,6 @@ const CPU_CHECK_MIN: Duration = Duration::from_millis(10);
 /// A job that lost a process to its memory limit is noticed within this.
 const MEMORY_CHECK: Duration = Duration::from_millis(50);
 
-/// A process that was killed is dead in a millisecond or two; one that hangs in the kernel is given up.
-const DYING: Duration = Duration::from_secs(1);
-
 /// What ended a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Cause {
@@ -125,16 +122,6 @@ pub(super) struct Watch {
     refusals: u64,
     /// A refusal that is not answered before its time.
     waiting: Option<(Question, i32, Instant)>,
-}
-
-impl Drop for Watch {
-    /// What is dropped unfinished is nobody's any more, and its seat goes to the next.
-    fn drop(&mut self) {
-        self.kill();
-        for child in [&self.job, &self.init] {
-            child.get_ref().collect(DYING);
-        }
-    }
 }
 
 impl Watch {

@@ -87,14 +87,6 @@ impl Child {
         }
     }
 
-    /// Waits for a child that is dying, and collects it. One that was collected before is fine.
-    pub fn collect(&self, within: Duration) {
-        let timeout = PollTimeout::try_from(within).unwrap_or(PollTimeout::MAX);
-        // Neither an early return nor a failure matters: then it is collected with this process.
-        let _ = poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], timeout);
-        let _ = self.try_wait();
-    }
-
     /// Collects the child where it has ended; `None` where it still runs.
     pub fn try_wait(&self) -> io::Result<Option<(Exit, Resources)>> {
         // SAFETY: both are plain numbers: all zero is a value of each.

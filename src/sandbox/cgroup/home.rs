@@ -59,10 +59,9 @@ pub(super) fn sweep(base: &Path) {
     let Ok(entries) = fs::read_dir(base) else { return };
     for entry in entries.flatten() {
         let path = entry.path();
-        if entry.file_name().to_string_lossy().starts_with(PREFIX) && path.is_dir() {
-            if let Ok(_held) = lock(&path) {
-                remove(&path);
-            }
+        let ours = entry.file_name().to_string_lossy().starts_with(PREFIX) && path.is_dir();
+        if ours && let Ok(_held) = lock(&path) {
+            remove(&path);
         }
     }
 }

@@ -151,8 +151,8 @@ impl Group {
     /// # Errors
     /// The kernel refused a limit.
     pub(super) fn begin(&mut self, limits: &Limits) -> Result<(), CgroupError> {
-        // Where the kernel cannot forget a peak, only a new group can.
-        if self.counters.is_stale() {
+        // Where the kernel cannot forget a peak, only a new group can. And somebody may have tidied up.
+        if self.counters.is_stale() || self.counters.kills().is_none() {
             self.renew()?;
         }
         if self.apply(limits).is_err() {

@@ -98,7 +98,7 @@ fn a_group_that_lost_its_directories_is_made_again() {
     for directory in directories(&group) {
         fs::remove_dir(directory).unwrap();
     }
-    group.begin(&limits(32 * MIB)).unwrap();
+    group.begin(&limits(64 * MIB)).unwrap();
     assert!(inside(&group, "true").success());
 }
 

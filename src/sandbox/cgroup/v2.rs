@@ -102,3 +102,90 @@ pub(super) fn settings(limits: &Limits) -> Vec<Setting> {
         Setting::new("pids", "pids.max", limits.processes),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test that cannot set itself up has failed")]
+    #![allow(clippy::print_stderr, reason = "a skip is said aloud")]
+
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn what_is_lacking_is_told_by_whole_names() {
+        assert_eq!(lacking("cpuset cpu io memory hugetlb pids\n", &CONTROLLERS), Vec::<&str>::new());
+        assert_eq!(lacking("hugetlb\n", &CONTROLLERS), ["memory", "pids"]);
+        assert_eq!(lacking("memory_recursive pids\n", &["memory"]), ["memory"]);
+        assert_eq!(lacking("", &["memory"]), ["memory"]);
+    }
+
+    /// A delegated group with this process in it, of whatever controller this machine has in version 2.
+    struct Delegated {
+        parent: PathBuf,
+        base: PathBuf,
+        controller: &'static str,
+    }
+
+    impl Delegated {
+        fn make() -> Result<Self, CgroupError> {
+            let parent = place::version_2(&place::mounts()?, &place::own()?)?;
+            let offered = place::read(parent.join(OFFERED))?;
+            let known = ["hugetlb", "pids", "memory", "misc"];
+            let controller = known.into_iter().find(|name| lacking(&offered, &[name]).is_empty());
+            let Some(controller) = controller else {
+                return Err(CgroupError::NotOffered { path: parent, missing: known.join(", ") });
+            };
+            hand_on(&parent, '+', &[controller])?;
+            let base = parent.join(format!("test-sandpiper-{}", std::process::id()));
+            fs::create_dir(&base).map_err(CgroupError::file("make", &base))?;
+            let delegated = Self { parent, base, controller };
+            delegated.enter(&delegated.base)?;
+            Ok(delegated)
+        }
+
+        fn enter(&self, group: &Path) -> Result<(), CgroupError> {
+            let path = group.join(PROCESSES);
+            home::write(&path, "0").map_err(CgroupError::file("write to", path))
+        }
+    }
+
+    impl Drop for Delegated {
+        fn drop(&mut self) {
+            drop(self.enter(&self.parent));
+            drop(fs::remove_dir(&self.base));
+            // Others may use it as well.
+            drop(hand_on(&self.parent, '-', &[self.controller]));
+        }
+    }
+
+    fn is_in(group: &Path) -> bool {
+        let own = std::process::id().to_string();
+        fs::read_to_string(group.join(PROCESSES)).unwrap().lines().any(|pid| pid == own)
+    }
+
+    #[test]
+    fn a_worker_that_is_alone_steps_aside_and_back() {
+        let delegated = match Delegated::make() {
+            Ok(delegated) => delegated,
+            Err(error) => {
+                assert!(std::env::var("CI").as_deref() != Ok("true"), "SKIPPED: {error}");
+                eprintln!("SKIPPED: {error}");
+                return;
+            }
+        };
+        let homes = start_at(&delegated.base, &[delegated.controller]).unwrap();
+        let home = homes.list[0].path().to_owned();
+        assert!(is_in(&home.join("worker")) && !is_in(&delegated.base));
+        // What is made here now has the controller.
+        let slot = home.join("slot-0");
+        fs::create_dir(&slot).unwrap();
+        let offered = fs::read_to_string(slot.join(OFFERED)).unwrap();
+        assert_eq!(lacking(&offered, &[delegated.controller]), Vec::<&str>::new());
+
+        drop(homes);
+        assert!(is_in(&delegated.base) && !home.exists());
+        let handed_on = fs::read_to_string(delegated.base.join(HANDED_ON)).unwrap();
+        assert_eq!(handed_on.trim(), "");
+    }
+}

@@ -92,7 +92,8 @@ impl Zygote {
         let process = self.process.lock().await.take();
         let standing = std::mem::take(&mut *self.standby.lock().unwrap_or_else(PoisonError::into_inner));
         for standby in standing {
-            let _ = standby.watch.finish(Cause::Cancelled, limits, standby.lease.group.as_ref()).await;
+            let group = standby.lease.group.as_ref();
+            let _ = standby.watch.finish(Cause::Cancelled, limits, group).await;
         }
         if let Some(process) = process {
             process.end().await;
@@ -110,11 +111,14 @@ impl Zygote {
 
     /// A child that stands by, where there is one that can take these limits on.
     pub(super) fn take(&self, default: &Limits, limits: &Limits) -> Option<Standby> {
-        if !fits(default, limits) {
-            return None;
-        }
         loop {
-            let standby = self.standby.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+            let standby = {
+                let mut standby = self.standby.lock().unwrap_or_else(PoisonError::into_inner);
+                match standby.front() {
+                    Some(first) if !fits(default, limits, first.lease.group.is_some()) => return None,
+                    _ => standby.pop_front(),
+                }
+            };
             self.wake.notify_one();
             let mut standby = standby?;
             if standby.watch.still_waits() {
@@ -165,12 +169,17 @@ impl Zygote {
 }
 
 /// Whether a child with the default limits can run a job with these. What the worker itself watches over,
-/// wall time and output, does not matter.
-fn fits(default: &Limits, limits: &Limits) -> bool {
-    let inside = |limits: &Limits| {
-        (limits.memory_bytes, limits.processes, limits.open_files, limits.disk_bytes, limits.cpu_ms)
+/// wall time and output, does not matter; nor what can be set from outside on a child that is in a control group.
+fn fits(default: &Limits, limits: &Limits, grouped: bool) -> bool {
+    let inside = |limits: &Limits| (limits.open_files, limits.disk_bytes);
+    // Its own rlimits stay above: they hold no job back that may have no more than the default.
+    let outside = if grouped {
+        limits.processes <= default.processes && limits.cpu_ms <= default.cpu_ms
+    } else {
+        let whole = |limits: &Limits| (limits.memory_bytes, limits.processes, limits.cpu_ms);
+        whole(default) == whole(limits)
     };
-    inside(default) == inside(limits)
+    inside(default) == inside(limits) && outside
 }
 
 async fn keep(zygote: Weak<Zygote>, shared: Weak<Shared>, name: String) {
@@ -227,5 +236,33 @@ async fn tend(zygote: &Zygote, shared: &Arc<Shared>, environment: &Environment) 
         let Some(lease) = shared.seats.try_take() else { return Ok(()) };
         let made = zygote.make(shared, environment, lease, &shared.default_limits).await?;
         zygote.standby.lock().unwrap_or_else(PoisonError::into_inner).push_back(made);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::Bounds;
+
+    #[test]
+    fn a_standing_child_takes_what_can_still_be_set_from_outside() {
+        let default = Bounds::default().default;
+        let fits = |limits, grouped| super::fits(&default, &limits, grouped);
+        assert!(fits(Limits { timeout_ms: 1, output_bytes: 1, ..default }, false));
+        for limits in [
+            Limits { memory_bytes: default.memory_bytes * 2, ..default },
+            Limits { processes: 1, ..default },
+            Limits { cpu_ms: 1, ..default },
+        ] {
+            assert!(fits(limits, true) && !fits(limits, false), "{limits:?}");
+        }
+        for limits in [
+            Limits { processes: default.processes + 1, ..default },
+            Limits { cpu_ms: default.cpu_ms + 1, ..default },
+            Limits { disk_bytes: 1, ..default },
+            Limits { open_files: 64, ..default },
+        ] {
+            assert!(!fits(limits, true) && !fits(limits, false), "{limits:?}");
+        }
     }
 }

@@ -203,6 +203,15 @@ impl Link {
         self.socket.shut();
     }
 
+    /// How many bytes of headers a message may carry here: one frame has to hold them, beside everything else
+    /// of its properties.
+    pub(super) fn headers_room(&self) -> usize {
+        /// Eight short strings of 255 bytes, and the frame around them.
+        const OTHERS: usize = 2_200;
+        let frame = usize::try_from(self.connection.configuration().frame_max()).unwrap_or(usize::MAX);
+        frame.saturating_sub(OTHERS)
+    }
+
     /// A new channel.
     pub(super) async fn channel(&self) -> Result<lapin::Channel, Error> {
         self.ask("open a channel", self.connection.create_channel()).await

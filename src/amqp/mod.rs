@@ -14,6 +14,7 @@ pub mod client;
 mod connection;
 mod consumer;
 mod control;
+pub mod dead;
 mod delivery;
 mod message;
 mod publisher;
@@ -25,10 +26,10 @@ use std::time::Duration;
 
 pub use address::{Address, AddressError, Addresses};
 pub use consumer::Consumer;
-pub use control::Command;
+pub use control::{Command, Heard, Held, Pong};
 pub use delivery::{Delivery, Properties};
 pub use message::Message;
-pub use publisher::{Publisher, Sent};
+pub use publisher::{Publisher, Sent, Told};
 pub use supervisor::LinkState;
 
 /// What the broker, or the way to it, made impossible.

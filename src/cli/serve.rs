@@ -20,6 +20,7 @@ Examples:
   sandpiper serve --url amqp://user:password@broker:5672/vhost
   sandpiper serve --config /etc/sandpiper/config.toml --slots 8
   SANDPIPER_AMQP__URL=amqp://… sandpiper serve --set log.format=json
+  sandpiper serve --once 100                    a hundred jobs, then end; it waits for them
 
 SIGTERM drains: no new jobs are taken, running ones get worker.drain_timeout, the rest goes back
 to the queue; exit code 0. A second signal ends at once: exit code 3, and what ran comes again.
@@ -40,6 +41,10 @@ pub(super) struct Args {
     #[arg(long, value_name = "N")]
     slots: Option<NonZeroUsize>,
 
+    /// End after so many jobs have been answered, as after SIGTERM; for batches
+    #[arg(long, value_name = "N")]
+    once: Option<NonZeroUsize>,
+
     /// Where metrics and health are served; short for --set http.listen=ADDRESS:PORT
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Option<SocketAddr>,
@@ -55,14 +60,14 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
         ("http.listen", args.listen.map(|listen| listen.to_string())),
     ])?;
     let runtime = runtime()?;
-    let end = runtime.block_on(serve(&config));
+    let end = runtime.block_on(serve(&config, args.once));
     // What was cut off is not waited for.
     runtime.shutdown_background();
     end
 }
 
 /// The worker, with the operators' port open from before its start until after its drain.
-async fn serve(config: &Config) -> anyhow::Result<End> {
+async fn serve(config: &Config, once: Option<NonZeroUsize>) -> anyhow::Result<End> {
     let metrics = Metrics::new().context("failed to set up metrics")?;
     let health = Health::new();
     let shutdown = Shutdown::default();
@@ -77,8 +82,9 @@ async fn serve(config: &Config) -> anyhow::Result<End> {
         }
         None => None,
     };
-    let ended =
-        worker::serve(config, &metrics, &health, &shutdown).await.context("failed to start the worker")?;
+    let ended = worker::serve(config, &metrics, &health, &shutdown, once)
+        .await
+        .context("failed to start the worker")?;
     closed.cancel();
     if let (Some(port), Ended::Drained) = (port, ended) {
         port.await.context("the port for metrics and health failed")?;

@@ -15,6 +15,7 @@ mod plan;
 pub mod policy;
 mod root;
 mod streams;
+mod tap;
 mod verdict;
 mod watch;
 
@@ -38,6 +39,7 @@ use launcher::{Launcher, Order};
 use watch::{Cause, Ends, Terms};
 
 pub use root::RootError;
+pub use tap::Tap;
 
 /// Runs jobs, each in a process of its own behind both walls. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -134,9 +136,20 @@ impl Sandbox {
     ///
     /// `stop` ends it early as [`Status::Cancelled`].
     pub async fn run(&self, payload: Payload, limits: &Limits, stop: &CancellationToken) -> Outcome {
+        self.run_tapped(payload, limits, stop, None).await
+    }
+
+    /// The same, with its output going through `tap` as it is read.
+    pub async fn run_tapped(
+        &self,
+        payload: Payload,
+        limits: &Limits,
+        stop: &CancellationToken,
+        tap: Option<Tap>,
+    ) -> Outcome {
         let (shared, limits, stop) = (Arc::clone(&self.shared), *limits, stop.clone());
         // A task of its own: a caller that goes away does not leave a job unwatched.
-        let run = tokio::spawn(async move { shared.run(payload, &limits, &stop).await });
+        let run = tokio::spawn(async move { shared.run(payload, &limits, &stop, tap).await });
         match run.await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(error)) => {
@@ -152,7 +165,13 @@ impl Sandbox {
 }
 
 impl Shared {
-    async fn run(&self, payload: Payload, limits: &Limits, stop: &CancellationToken) -> io::Result<Outcome> {
+    async fn run(
+        &self,
+        payload: Payload,
+        limits: &Limits,
+        stop: &CancellationToken,
+        tap: Option<Tap>,
+    ) -> io::Result<Outcome> {
         let taken = Instant::now();
         let Some(environment) = self.environments.get(&payload.environment) else {
             let error = format!("there is no environment {}", payload.environment);
@@ -186,6 +205,7 @@ impl Shared {
             start_by: taken + self.start_timeout,
             assignment: payload.assignment(&proxies),
             stdin: payload.stdin,
+            tap,
         };
         let seen = watch::watch(launched, ends, terms, stop).await?;
         let failed = match seen.cause {

@@ -6,7 +6,8 @@ use std::os::fd::OwnedFd;
 
 use tokio::io::unix::AsyncFd;
 
-use crate::job::Captured;
+use super::tap::Tap;
+use crate::job::{Captured, Stream};
 use crate::sys::{fd, ready};
 
 /// Bytes taken in one read: a pipe's own size.
@@ -19,6 +20,7 @@ pub(super) struct Output {
     bytes: Vec<u8>,
     limit: usize,
     state: State,
+    tap: Option<(Tap, Stream)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +35,13 @@ impl Output {
         fd::set_nonblocking(&pipe)?;
         let pipe = ready::readable(File::from(pipe))?;
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-        Ok(Self { pipe, bytes: Vec::new(), limit, state: State::Open })
+        Ok(Self { pipe, bytes: Vec::new(), limit, state: State::Open, tap: None })
+    }
+
+    /// Whoever holds the tap sees the output as it is read.
+    pub(super) fn tapped(mut self, tap: Option<Tap>, stream: Stream) -> Self {
+        self.tap = tap.map(|tap| (tap, stream));
+        self
     }
 
     /// There may be more to come.
@@ -48,6 +56,7 @@ impl Output {
 
     /// Waits for output, and takes it.
     pub(super) async fn fill(&mut self) {
+        let held = self.bytes.len();
         match self.pipe.readable().await {
             Ok(mut ready) => {
                 let read = take(ready.get_inner(), &mut self.bytes, self.limit);
@@ -59,13 +68,23 @@ impl Output {
             }
             Err(_) => self.state = State::Ended,
         }
+        self.show(held);
+    }
+
+    /// Passes on what came after the first `held` bytes.
+    fn show(&self, held: usize) {
+        if let Some((tap, stream)) = &self.tap {
+            tap.add(*stream, &self.bytes[held..]);
+        }
     }
 
     /// Takes what is left once every writer is dead.
     pub(super) fn finish(mut self) -> Captured {
+        let held = self.bytes.len();
         while self.state == State::Open {
             self.state = take(self.pipe.get_ref(), &mut self.bytes, self.limit).unwrap_or(State::Ended);
         }
+        self.show(held);
         Captured { bytes: self.bytes, truncated: self.state == State::Over }
     }
 }

@@ -15,7 +15,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::policy::{Judgement, Policy};
 use super::streams::{Input, Output};
-use crate::job::{Captured, Limits};
+use super::tap::Tap;
+use crate::job::{Captured, Limits, Stream};
 use crate::sys::launch::Launched;
 use crate::sys::notify::{Listener, Question};
 use crate::sys::process::{Child, Exit, Resources};
@@ -85,6 +86,7 @@ pub(super) struct Terms<'a> {
     pub(super) start_by: Instant,
     pub(super) assignment: Vec<u8>,
     pub(super) stdin: Vec<u8>,
+    pub(super) tap: Option<Tap>,
 }
 
 /// Watches until everything of the job is dead.
@@ -104,8 +106,8 @@ pub(super) async fn watch(
         control: Some(ready::readable(ends.control)?),
         listener: None,
         unnamed_kills: false,
-        stdout: Output::new(ends.stdout, terms.limits.output_bytes)?,
-        stderr: Output::new(ends.stderr, terms.limits.output_bytes)?,
+        stdout: Output::new(ends.stdout, terms.limits.output_bytes)?.tapped(terms.tap.clone(), Stream::Stdout),
+        stderr: Output::new(ends.stderr, terms.limits.output_bytes)?.tapped(terms.tap, Stream::Stderr),
         stdin: Input::new(ends.stdin, terms.stdin)?,
         assignment: None,
         deadline: terms.start_by,

@@ -15,6 +15,7 @@ use crate::ops::metrics::{DeadReason, Metrics};
 use crate::retry::Delays;
 use crate::sandbox::Sandbox;
 use crate::script::Payload;
+use crate::worker::live::Live;
 use crate::worker::running::Running;
 use crate::worker::slots::Slots;
 
@@ -58,11 +59,12 @@ pub(super) enum Detour {
 
 impl Pipeline {
     /// All of it.
-    pub(super) async fn process(self: Arc<Self>, delivery: Delivery) {
+    /// Whether the requester got an answer; else the job comes again.
+    pub(super) async fn process(self: Arc<Self>, delivery: Delivery) -> bool {
         let (to, mut context) = (self.address(&delivery), self.context(&delivery));
         let ended = self.outcome(&delivery, &to, &mut context).await;
         let to = to.unwrap_or_else(|_| self.addresses.results());
-        self.conclude(delivery, to, context, ended).await;
+        self.conclude(delivery, to, context, ended).await
     }
 
     /// The straight way: check, encode, a slot, the sandbox.
@@ -74,17 +76,27 @@ impl Pipeline {
     ) -> Result<Outcome, Detour> {
         let job = self.parse(delivery, context)?;
         self.not_poison(delivery)?;
-        to.as_ref().map_err(|error| decided(Status::Rejected, error.to_string()))?;
+        let to = to.as_ref().map_err(|error| decided(Status::Rejected, error.to_string()))?;
         still_wanted(delivery, &job)?;
         let entry = self.running.enter(&job.id, &self.kill)?;
-        let limits = job.limits;
+        let (limits, stream) = (job.limits, job.stream);
         let payload = Payload::encode(job);
         let slot = self.slots.take(delivery, entry.stop()).await?;
         entry.due_in(self.start_timeout + Duration::from_millis(limits.timeout_ms));
-        let outcome = self.sandbox.run(payload, &limits, entry.stop()).await;
+        let live = stream.then(|| self.live(delivery, to, context));
+        let tap = live.as_ref().map(Live::tap);
+        let outcome = self.sandbox.run_tapped(payload, &limits, entry.stop(), tap).await;
         drop(slot);
+        if let Some(live) = live {
+            self.kill.run_until_cancelled(live.finish(&outcome)).await;
+        }
         self.our_own_failure_elsewhere_first(delivery, &outcome).await?;
         Ok(outcome)
+    }
+
+    fn live(&self, delivery: &Delivery, to: &Address, context: &Context) -> Live {
+        let (publisher, asked) = (self.publisher.clone(), delivery.properties.clone());
+        Live::start(publisher, to.clone(), asked, context.id.clone(), context.attempt)
     }
 
     /// The reply, its confirm, and only then the end of the delivery.
@@ -94,29 +106,44 @@ impl Pipeline {
         to: Address,
         context: Context,
         ended: Result<Outcome, Detour>,
-    ) {
+    ) -> bool {
         let received = delivery.received;
-        match ended {
+        let answered = match ended {
             // It was not the requester who ended it: the time for draining was over.
             Ok(outcome) if outcome.status == Status::Cancelled && self.kill.is_cancelled() => {
                 delivery.requeue().await;
+                false
             }
             Ok(outcome) => self.answer_and_ack(delivery, to, context, outcome).await,
             Err(Detour::Decided(outcome)) => self.answer_and_ack(delivery, to, context, *outcome).await,
             Err(Detour::Dead(reason, outcome)) => self.bury(delivery, to, context, reason, *outcome).await,
-            Err(Detour::Again) => delivery.requeue().await,
-            Err(Detour::Gone) => {
-                tracing::debug!(id = context.id, "a job's channel is gone; it will come again")
+            Err(Detour::Again) => {
+                delivery.requeue().await;
+                false
             }
-        }
+            Err(Detour::Gone) => {
+                tracing::debug!(id = context.id, "a job's channel is gone; it will come again");
+                false
+            }
+        };
         self.metrics.total(received.elapsed());
+        answered
     }
 
-    async fn answer_and_ack(&self, delivery: Delivery, to: Address, context: Context, outcome: Outcome) {
-        match self.answer(&delivery, to, context, outcome).await {
-            Some(()) => delivery.ack().await,
-            None => delivery.requeue().await,
+    async fn answer_and_ack(
+        &self,
+        delivery: Delivery,
+        to: Address,
+        context: Context,
+        outcome: Outcome,
+    ) -> bool {
+        let answered = self.answer(&delivery, to, context, outcome).await.is_some();
+        if answered {
+            delivery.ack().await;
+        } else {
+            delivery.requeue().await;
         }
+        answered
     }
 
     /// Publishes the result. None where the time for draining was over before it was confirmed.
@@ -152,16 +179,18 @@ impl Pipeline {
         context: Context,
         reason: DeadReason,
         outcome: Outcome,
-    ) {
+    ) -> bool {
         let why = outcome.error.clone().unwrap_or_default();
         tracing::warn!(id = context.id, reason = reason.as_str(), "a message goes to the dead queue");
         let copy = Message::dead(&delivery, &self.amqp.dead_queue, &why, &self.worker);
         let stored = self.kill.run_until_cancelled(self.publisher.publish(&copy)).await;
         if stored.is_none() || self.answer(&delivery, to, context, outcome).await.is_none() {
-            return delivery.requeue().await;
+            delivery.requeue().await;
+            return false;
         }
         self.metrics.dead_lettered(reason);
         delivery.ack_dead_lettered().await;
+        true
     }
 
     fn address(&self, delivery: &Delivery) -> Result<Address, AddressError> {

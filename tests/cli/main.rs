@@ -13,6 +13,7 @@ mod doctor;
 mod exec;
 mod help;
 mod job_document;
+mod operate;
 mod policy;
 mod schema;
 mod serve;

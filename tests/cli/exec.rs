@@ -3,9 +3,8 @@
 use std::io::Write;
 use std::path::Path;
 use std::process::Stdio;
-use std::time::Duration;
 
-use crate::support::{Ran, command, run_with_stdin};
+use crate::support::{Ran, command, eventually, run_with_stdin};
 
 fn exec(code: &str, flags: &[&str]) -> Ran {
     run_with_stdin(["exec", "-"].iter().chain(flags), code.as_bytes())
@@ -127,10 +126,10 @@ fn sigterm_ends_the_job_and_leaves_nothing() {
     let program = file("import time; time.sleep(60)");
     let mut child = command(["exec", path(&program), "--timeout-ms", "60000"]).spawn().unwrap();
     // Both signal handlers and the job are there once python is.
-    while !below(child.id()).iter().any(|process| is_python(*process)) {
-        assert!(child.try_wait().unwrap().is_none(), "it ended early: {:?}", child.wait_with_output());
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    eventually("the job's python runs", || {
+        assert!(child.try_wait().unwrap().is_none(), "exec ended before its job ran");
+        below(child.id()).iter().any(|process| is_python(*process))
+    });
     let processes = below(child.id());
     let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();

@@ -34,7 +34,7 @@ fn a_class_is_picked_out_and_the_page_gives_reasons() {
 #[test]
 fn a_call_that_the_operator_adds_is_shown_and_a_wrong_name_is_told() {
     let add = |name: &str| format!("sandbox.allow_syscalls=[\"{name}\"]");
-    assert_eq!(class_of(&["--set", &add(X), "allow");
+    assert_eq!(class_of(&["--set", &add("userfaultfd")], "userfaultfd"), "allow");
     let ran = run(["policy", "--set", &add("userfaltfd")]);
     assert_eq!(ran.code, 1, "{ran:?}");
     assert!(ran.complaint().contains("userfaultfd"), "{ran:?}");

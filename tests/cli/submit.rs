@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 
 use crate::broker::Node;
-use crate::support::{Ran, command, finish};
+use crate::support::{Ran, command, eventually, finish};
 
 /// A worker that takes jobs. Killed when dropped.
 pub(crate) struct Worker(Child);
@@ -24,9 +24,9 @@ impl Worker {
             .expect("the worker tells where it listens");
         // Somebody has to go on reading, or the worker would stop at a full pipe.
         std::thread::spawn(move || log.for_each(drop));
-        while !crate::serve::get(&address, "/readyz").0.starts_with("HTTP/1.1 200") {
-            std::thread::sleep(std::time::Duration::from_millis(20));
-        }
+        eventually("the worker is ready", || {
+            crate::serve::get(&address, "/readyz").0.starts_with("HTTP/1.1 200")
+        });
         worker
     }
 }

@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::io::Write;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// What a run left.
 #[derive(Debug)]
@@ -62,5 +63,15 @@ pub(crate) fn finish(mut command: Command, stdin: &[u8]) -> Ran {
         code: out.status.code().unwrap_or_else(|| panic!("killed: {:?}", out.status)),
         stdout: String::from_utf8(out.stdout).unwrap(),
         stderr: String::from_utf8(out.stderr).unwrap(),
+    }
+}
+
+/// Waits for what tells nobody of itself: asks again and again, but not for ever.
+#[expect(clippy::disallowed_methods, reason = "the one place where another process's state is asked for")]
+pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !holds() {
+        assert!(begin.elapsed() < Duration::from_secs(30), "it never came to pass that {what}");
+        std::thread::sleep(Duration::from_millis(5));
     }
 }

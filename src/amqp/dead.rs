@@ -1,7 +1,8 @@
 //! The dead queue, for the command line: looking at what could not be handled, and giving it another chance.
 //!
 //! Messages are taken without acknowledging them, so nothing is lost whatever happens here. What was only
-//! looked at goes back all at once at the end, which keeps the order; until then other readers do not see it.
+//! looked at goes back at the end; until then other readers do not see it. A broker puts what is given back behind
+//! what was given back before, so only taking all and giving all back keeps the order: that is why it is done.
 
 use lapin::options::{
     BasicAckOptions, BasicGetOptions, BasicNackOptions, BasicPublishOptions, ConfirmSelectOptions,
@@ -150,9 +151,10 @@ impl Dead {
     ///
     /// # Errors
     /// The connection is gone. Everything goes back by itself then.
-    pub async fn close(self) -> Result<(), ClientError> {
+    pub async fn close(mut self) -> Result<(), ClientError> {
         if self.held {
-            // All at once: the broker then keeps their order. What was settled before is not touched.
+            while self.next().await?.is_some() {}
+            // All at once. What was settled before is not touched.
             let options = BasicNackOptions { multiple: true, requeue: true };
             self.link.ask("put messages back", self.channel.basic_nack(ALL, options)).await?;
         }

@@ -66,13 +66,22 @@ pub(crate) async fn the_jobs_queue_is_deleted(node: &Node) {
 }
 
 pub(crate) async fn a_memory_alarm(node: &Node) {
-    let queues = Queues::of("memory");
+    let (on, off) = (["absolute", "1MiB"], ["absolute", "512MiB"]);
+    an_alarm(node, "memory", "set_vm_memory_high_watermark", &on, &off).await;
+}
+
+pub(crate) async fn a_disk_alarm(node: &Node) {
+    an_alarm(node, "disk", "set_disk_free_limit", &["1000GB"], &["50MB"]).await;
+}
+
+async fn an_alarm(node: &Node, name: &str, set: &str, on: &[&str], off: &[&str]) {
+    let queues = Queues::of(name);
     let mut worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let requester = Requester::connect(node.url()).await;
     requester.replies(&queues.replies).await;
     let ids = publish(&requester, &queues, "job").await;
     under_way(&worker).await;
-    node.ctl(&["set_vm_memory_high_watermark", "absolute", "1MiB"]);
+    node.ctl(&[&[set], on].concat());
     worker.until_not_ready().await;
     worker.assert_alive();
     assert_eq!(worker.metric("sandpiper_connection_up{role=\"publish\"}"), 1.0);
@@ -81,7 +90,7 @@ pub(crate) async fn a_memory_alarm(node: &Node) {
         (worker.metric("sandpiper_jobs_running") == 0.0).then_some(())
     })
     .await;
-    node.ctl(&["set_vm_memory_high_watermark", "absolute", "512MiB"]);
+    node.ctl(&[&[set], off].concat());
     all_is_well(node, &mut worker, &queues, &ids).await;
     assert_eq!(worker.metric("sandpiper_connection_reconnects_total{role=\"publish\"}"), 0.0);
 }

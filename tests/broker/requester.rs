@@ -119,3 +119,13 @@ pub(crate) async fn assert_silent(replies: &mut Consumer) {
     let more = tokio::time::timeout(Duration::from_millis(500), replies.next()).await;
     assert!(more.is_err(), "one result too many: {more:?}");
 }
+
+/// What else has come, until nothing more does for a moment.
+pub(crate) async fn rest(replies: &mut Consumer) -> HashMap<String, usize> {
+    let mut seen = HashMap::new();
+    while let Ok(message) = tokio::time::timeout(Duration::from_millis(500), replies.next()).await {
+        let body: Value = serde_json::from_slice(&message.unwrap().unwrap().data).unwrap();
+        *seen.entry(body["id"].as_str().unwrap().to_owned()).or_default() += 1;
+    }
+    seen
+}

@@ -3,6 +3,7 @@
 //! The way of one job is [`pipeline`]; how many go it at a time, [`slots`]; how all of it ends, [`drain`].
 //! The main loop takes whatever the broker hands out: the prefetch bounds how much that is.
 
+mod answered;
 mod control;
 mod drain;
 mod health;
@@ -26,6 +27,7 @@ use crate::amqp::{Addresses, Consumer, Publisher};
 use crate::config::Config;
 use crate::ops::metrics::Metrics;
 use crate::sandbox::{Sandbox, StartError};
+use answered::Answered;
 use control::Control;
 use pipeline::Pipeline;
 use running::Running;
@@ -85,6 +87,7 @@ pub async fn serve(
         running,
         sandbox,
         publisher: publisher.clone(),
+        answered: Answered::default(),
         metrics: metrics.clone(),
         kill: kill.clone(),
     });

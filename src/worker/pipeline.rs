@@ -15,6 +15,7 @@ use crate::ops::metrics::{DeadReason, Metrics};
 use crate::retry::Delays;
 use crate::sandbox::Sandbox;
 use crate::script::Payload;
+use crate::worker::answered::{Answer, Answered, Key};
 use crate::worker::live::Live;
 use crate::worker::running::Running;
 use crate::worker::slots::Slots;
@@ -39,6 +40,7 @@ pub(super) struct Pipeline {
     pub(super) running: Running,
     pub(super) sandbox: Sandbox,
     pub(super) publisher: Publisher,
+    pub(super) answered: Answered,
     pub(super) metrics: Metrics,
     /// Ends what still runs when the time for draining is over.
     pub(super) kill: CancellationToken,
@@ -62,9 +64,30 @@ impl Pipeline {
     /// Whether the requester got an answer; else the job comes again.
     pub(super) async fn process(self: Arc<Self>, delivery: Delivery) -> bool {
         let (to, mut context) = (self.address(&delivery), self.context(&delivery));
+        if let (Ok(to), Some(before)) = (&to, self.answered_before(&delivery)) {
+            return self.answer_again(delivery, to.clone(), &before).await;
+        }
         let ended = self.outcome(&delivery, &to, &mut context).await;
         let to = to.unwrap_or_else(|_| self.addresses.results());
         self.conclude(delivery, to, context, ended).await
+    }
+
+    /// The result that this very message got from this worker before; then only its ack was lost.
+    fn answered_before(&self, delivery: &Delivery) -> Option<Arc<Answer>> {
+        delivery.redelivered.then(|| self.answered.find(Key::of(delivery))).flatten()
+    }
+
+    /// Publishes a result once more. The requester may have it already, and knows it by its message id.
+    async fn answer_again(&self, delivery: Delivery, to: Address, before: &Answer) -> bool {
+        tracing::info!(message_id = before.message_id, "a job that came again was answered before");
+        let message =
+            Message::result(to, &delivery.properties, &before.message_id, before.body.clone());
+        let sent = self.kill.run_until_cancelled(self.publisher.publish(&message)).await;
+        match sent {
+            Some(_) => delivery.ack().await,
+            None => delivery.requeue().await,
+        }
+        sent.is_some()
     }
 
     /// The straight way: check, encode, a slot, the sandbox.
@@ -165,9 +188,15 @@ impl Pipeline {
             "job ended"
         );
         let message_id = job::message_id(&context.id).to_string();
+        let ran = outcome.started_at.is_some() && outcome.status != Status::WorkerError;
         let body = Reply::new(context, outcome).encode(self.amqp.max_result_bytes);
+        let kept = ran.then(|| Answer { message_id: message_id.clone(), body: body.clone() });
         let message = Message::result(to, &delivery.properties, &message_id, body);
-        self.kill.run_until_cancelled(self.publisher.publish(&message)).await.map(drop)
+        self.kill.run_until_cancelled(self.publisher.publish(&message)).await?;
+        if let Some(kept) = kept {
+            self.answered.keep(Key::of(delivery), kept);
+        }
+        Some(())
     }
 
     /// Stores a copy with the reason in the dead queue, tells the requester, and lets go of the original. Not

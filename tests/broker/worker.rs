@@ -3,10 +3,14 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::eventually;
 use crate::oracle::Process;
+
+/// Workers that this process has started.
+static WORKERS: AtomicU32 = AtomicU32::new(0);
 
 /// A running worker, killed when this is dropped.
 pub(crate) struct Worker {
@@ -25,6 +29,11 @@ impl Worker {
         command.args(["serve", "--listen", "127.0.0.1:0", "--set", "log.format=json"]);
         // Reconnects in tests shall not wait for half a minute.
         command.args(["--set", "amqp.reconnect_max_ms=2000"]);
+        // Jobs of two workers under one user would share what the kernel counts for it, and any number of tests
+        // may run on this machine.
+        let number = WORKERS.fetch_add(1, Ordering::Relaxed);
+        let uids = 3_000_000 + std::process::id() % 30_000 * 1_000 + number % 60 * 16;
+        command.args(["--set", &format!("sandbox.uid_base={uids}")]);
         for setting in settings {
             command.args(["--set", setting]);
         }

@@ -35,7 +35,9 @@ pub enum ClientError {
         queue: String,
     },
     /// Nobody declared the dead queue.
-    #[error("find {queue}: there is no such queue; start a worker, which declares it, or set amqp.dead_queue")]
+    #[error(
+        "find {queue}: there is no such queue; start a worker, which declares it, or set amqp.dead_queue"
+    )]
     NoDeadQueue {
         /// The dead queue.
         queue: String,

@@ -92,9 +92,7 @@ impl Dialer {
                         }
                         match uri.scheme {
                             AMQPScheme::AMQP => Ok(stream),
-                            AMQPScheme::AMQPS => {
-                                stream.into_tls(&uri.authority.host, tls.as_ref()).await
-                            }
+                            AMQPScheme::AMQPS => stream.into_tls(&uri.authority.host, tls.as_ref()).await,
                         }
                     };
                     let in_time = tokio::time::timeout(timeout, stream).await;
@@ -124,14 +122,20 @@ impl Dialer {
 }
 
 fn failed(broker: &str, tls: bool) -> impl Fn(lapin::Error) -> Error {
-    move |source| Error::Connect { broker: broker.to_owned(), hint: hint(&source, tls), source: Box::new(source) }
+    move |source| Error::Connect {
+        broker: broker.to_owned(),
+        hint: hint(&source, tls),
+        source: Box::new(source),
+    }
 }
 
 /// Two mistakes that a person cannot tell from what the peer says: TLS where there is none, and none where it is.
 fn hint(error: &lapin::Error, tls: bool) -> &'static str {
     let error = match error.kind() {
         ErrorKind::IOError(error) => error,
-        ErrorKind::ParsingError(_) if !tls => return " (it does not speak AMQP there; does it want TLS, amqps://?)",
+        ErrorKind::ParsingError(_) if !tls => {
+            return " (it does not speak AMQP there; does it want TLS, amqps://?)";
+        }
         _ => return "",
     };
     let hung_up = [io::ErrorKind::ConnectionReset, io::ErrorKind::UnexpectedEof, io::ErrorKind::BrokenPipe];

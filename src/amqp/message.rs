@@ -96,7 +96,8 @@ impl Message {
 pub(super) fn revived(raw: &BasicProperties) -> BasicProperties {
     let mut headers = FieldTable::default();
     for (name, value) in copied_headers(raw).inner() {
-        let later = [OURS, "x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count"];
+        let later =
+            [OURS, "x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count"];
         if !later.iter().any(|prefix| name.as_str().starts_with(prefix)) {
             headers.insert(name.clone(), value.clone());
         }

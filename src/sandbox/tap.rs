@@ -105,7 +105,8 @@ mod tests {
             seen[usize::from(stream == Stream::Stderr)].extend(bytes);
         }
         for (first, bytes) in seen.iter().enumerate() {
-            let numbers: Vec<_> = bytes.chunks(4).map(|c| u32::from_be_bytes(c.try_into().unwrap())).collect();
+            let numbers: Vec<_> =
+                bytes.chunks(4).map(|c| u32::from_be_bytes(c.try_into().unwrap())).collect();
             let first = u32::try_from(first).unwrap();
             assert_eq!(numbers, (0..5_000).map(|at| 2 * at + first).collect::<Vec<_>>());
         }

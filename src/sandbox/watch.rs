@@ -106,7 +106,8 @@ pub(super) async fn watch(
         control: Some(ready::readable(ends.control)?),
         listener: None,
         unnamed_kills: false,
-        stdout: Output::new(ends.stdout, terms.limits.output_bytes)?.tapped(terms.tap.clone(), Stream::Stdout),
+        stdout: Output::new(ends.stdout, terms.limits.output_bytes)?
+            .tapped(terms.tap.clone(), Stream::Stdout),
         stderr: Output::new(ends.stderr, terms.limits.output_bytes)?.tapped(terms.tap, Stream::Stderr),
         stdin: Input::new(ends.stdin, terms.stdin)?,
         assignment: None,

@@ -55,7 +55,13 @@ struct State {
 
 impl Live {
     /// Sends what comes through the tap until [`Live::finish`].
-    pub(super) fn start(publisher: Publisher, to: Address, asked: Properties, id: String, attempt: u32) -> Self {
+    pub(super) fn start(
+        publisher: Publisher,
+        to: Address,
+        asked: Properties,
+        id: String,
+        attempt: u32,
+    ) -> Self {
         let sender = Sender { publisher, to, asked, id, attempt, state: State::default() };
         let (tap, over) = (Tap::default(), CancellationToken::new());
         Self { task: tokio::spawn(sender.run(tap.clone(), over.clone())), tap, over }

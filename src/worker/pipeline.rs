@@ -80,8 +80,7 @@ impl Pipeline {
     /// Publishes a result once more. The requester may have it already, and knows it by its message id.
     async fn answer_again(&self, delivery: Delivery, to: Address, before: &Answer) -> bool {
         tracing::info!(message_id = before.message_id, "a job that came again was answered before");
-        let message =
-            Message::result(to, &delivery.properties, &before.message_id, before.body.clone());
+        let message = Message::result(to, &delivery.properties, &before.message_id, before.body.clone());
         let sent = self.kill.run_until_cancelled(self.publisher.publish(&message)).await;
         match sent {
             Some(_) => delivery.ack().await,

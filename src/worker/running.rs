@@ -59,7 +59,10 @@ impl Running {
         }
         let key = jobs.next;
         jobs.next += 1;
-        jobs.here.insert(key, Job { id: id.to_owned(), stop: stop.clone(), since: jiff::Timestamp::now(), due: None });
+        jobs.here.insert(
+            key,
+            Job { id: id.to_owned(), stop: stop.clone(), since: jiff::Timestamp::now(), due: None },
+        );
         Ok(Entry { running: self.clone(), key, stop })
     }
 

@@ -19,9 +19,10 @@ mod oracle;
 mod proxy;
 mod replies;
 mod requester;
+mod shutdown;
+mod soak;
 mod stream;
 mod tls;
-mod shutdown;
 mod traffic;
 mod worker;
 
@@ -127,6 +128,7 @@ async fn workers_come_and_go() {
     stream::output_comes_in_order_before_the_result(&node).await;
     stream::a_flood_is_sent_in_few_pieces(&node).await;
     stream::nobody_listening_delays_nothing(&node).await;
+    soak::faults_by_chance(&node).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

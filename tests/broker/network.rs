@@ -177,13 +177,16 @@ pub(crate) async fn cut_off_at_any_byte_of_the_handshake(node: &Node) {
         let before = worker.metric(reconnects);
         proxy.set(Fault::CutAfter(bytes));
         proxy.reset();
-        eventually("it was cut off and tries again", async || (worker.metric(reconnects) > before).then_some(()))
-            .await;
+        eventually("it was cut off and tries again", async || {
+            (worker.metric(reconnects) > before).then_some(())
+        })
+        .await;
         worker.assert_alive();
     }
     proxy.set(Fault::Refuse);
     let before = worker.metric(reconnects);
-    eventually("it is refused and tries again", async || (worker.metric(reconnects) > before).then_some(())).await;
+    eventually("it is refused and tries again", async || (worker.metric(reconnects) > before).then_some(()))
+        .await;
     proxy.set(Fault::None);
     proxy.reset();
     worker.until_ready().await;

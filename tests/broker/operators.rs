@@ -18,19 +18,26 @@ pub(crate) async fn a_queue_with_other_arguments(node: &Node) {
     let queues = Queues::of("mismatch");
     let requester = Requester::connect(node.url()).await;
     let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-    requester.channel.queue_declare(queues.jobs.as_str().into(), options, FieldTable::default()).await.unwrap();
+    requester
+        .channel
+        .queue_declare(queues.jobs.as_str().into(), options, FieldTable::default())
+        .await
+        .unwrap();
     let mut worker = Worker::start(node.url(), &queues.settings(&[])).await;
-    eventually("it has tried more than once", async || (worker.metric(RECONNECTS) >= 3.0).then_some(())).await;
+    eventually("it has tried more than once", async || (worker.metric(RECONNECTS) >= 3.0).then_some(()))
+        .await;
     worker.assert_alive();
     worker.until_not_ready().await;
     let log = worker.log();
-    let said = log.lines().find(|line| line.contains("x-dead-letter-exchange")).unwrap_or_else(|| panic!("{log}"));
+    let said =
+        log.lines().find(|line| line.contains("x-dead-letter-exchange")).unwrap_or_else(|| panic!("{log}"));
     assert!(said.contains(&queues.jobs) && said.contains("topology"), "no remedy in {said}");
     // Slower each time: at two seconds at most here, half a minute by default.
     let waits: Vec<_> = log.lines().filter(|line| line.contains("\"pause\"")).collect();
     assert!(waits.len() < 20, "it spins: {} tries", waits.len());
 
-    let deleted = requester.channel.queue_delete(queues.jobs.as_str().into(), QueueDeleteOptions::default()).await;
+    let deleted =
+        requester.channel.queue_delete(queues.jobs.as_str().into(), QueueDeleteOptions::default()).await;
     deleted.unwrap();
     worker.until_ready().await;
 }
@@ -45,7 +52,8 @@ pub(crate) async fn the_ack_timeout(node: &Node) {
     let mut replies = requester.replies(&queues.replies).await;
     requester.run(&queues.jobs, "slow", &queues.replies, "import time; time.sleep(4)").await;
     let lost = "sandpiper_deliveries_settled_total{action=\"lost\"}";
-    eventually("the ack that came too late is counted", async || (worker.metric(lost) >= 1.0).then_some(())).await;
+    eventually("the ack that came too late is counted", async || (worker.metric(lost) >= 1.0).then_some(()))
+        .await;
     // Its result came all the same. That it comes again does not count as poison, and once it has a result it is
     // answered with that.
     eventually("it is answered from memory", async || {
@@ -79,7 +87,9 @@ pub(crate) async fn permissions_and_password_are_lost(node: &Node) {
     node.ctl(&["add_user", "worker", SECRETS[0]]);
     let grant = || node.ctl(&["set_permissions", "-p", "tenant", "worker", ".*", ".*", ".*"]);
     grant();
-    let url = |secret: &str| node.url().replace("guest:guest", &format!("worker:{secret}")).replace("%2f", "tenant");
+    let url = |secret: &str| {
+        node.url().replace("guest:guest", &format!("worker:{secret}")).replace("%2f", "tenant")
+    };
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), url(SECRETS[0])).unwrap();
     let from_file = format!("amqp.url_file={}", file.path().display());
@@ -155,9 +165,8 @@ pub(crate) async fn a_long_backlog(node: &Node) {
     let body = json!({"code": format!("# {}", "x".repeat(2_000))}).to_string();
     let mut confirms = Vec::new();
     for _ in 0..WAITING {
-        let properties = BasicProperties::default()
-            .with_reply_to(queues.replies.as_str().into())
-            .with_delivery_mode(2);
+        let properties =
+            BasicProperties::default().with_reply_to(queues.replies.as_str().into()).with_delivery_mode(2);
         let published = requester
             .channel
             .basic_publish(
@@ -181,11 +190,7 @@ pub(crate) async fn a_long_backlog(node: &Node) {
     .await;
     let waiting = requester.waiting(&queues.jobs).await;
     let during = resident(&worker);
-    println!(
-        "{waiting} jobs waiting: {:.1} MiB, {:.1} MiB before there was any",
-        during / MIB,
-        before / MIB
-    );
+    println!("{waiting} jobs waiting: {:.1} MiB, {:.1} MiB before there was any", during / MIB, before / MIB);
     assert!(waiting > 10_000, "only {waiting} are left: this says nothing about a backlog");
     assert!(during < before + 8.0 * MIB && during < 40.0 * MIB, "{during} bytes, {before} before");
     requester.channel.queue_purge(queues.jobs.as_str().into(), QueuePurgeOptions::default()).await.unwrap();

@@ -1,8 +1,10 @@
 //! What must be true after every fault, whatever it was:
 //!
-//! 1. every job has a result; 2. a second one only where the fault may have cost an ack; 3. it carries the same
-//! message id; 4. nothing of a job is left on the machine; 5. nothing waits and nothing is unsettled, and the
-//! workers consume; 6. what workers say of themselves is true.
+//! - every job has a result (I1),
+//! - a second one only where the fault may have cost an ack (I2), with the same message id (I3);
+//! - nothing of a job is left on the machine (I4);
+//! - nothing waits, nothing is unsettled, and the workers consume (I5);
+//! - what workers say of themselves is true (I6).
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -21,7 +23,7 @@ pub(crate) struct Process {
     started: String,
 }
 
-/// Waits until everything of 1 to 3, 5 and 6 holds. `doubled` may have come more than once.
+/// Waits until all of it holds but I4, which is asked where a worker ended. `doubled` may have come more than once.
 pub(crate) async fn holds(
     node: &Node,
     workers: &mut [&mut Worker],
@@ -36,7 +38,11 @@ pub(crate) async fn holds(
         worker.assert_alive();
         for role in ["consume", "publish"] {
             assert_eq!(worker.metric(&format!("sandpiper_connection_up{{role=\"{role}\"}}")), 1.0, "{role}");
-            assert_eq!(worker.metric(&format!("sandpiper_connection_blocked{{role=\"{role}\"}}")), 0.0, "{role}");
+            assert_eq!(
+                worker.metric(&format!("sandpiper_connection_blocked{{role=\"{role}\"}}")),
+                0.0,
+                "{role}"
+            );
         }
     }
     // The broker's own word for it. Results may still come while this is waited for.
@@ -48,13 +54,16 @@ pub(crate) async fn holds(
         lines.any(|line| line == expected).then_some(())
     })
     .await;
+    // A job whose delivery was lost with its channel is not cut off for that.
     for worker in workers.iter() {
-        assert_eq!(worker.metric("sandpiper_jobs_running"), 0.0);
+        eventually("nothing runs", async || (worker.metric("sandpiper_jobs_running") == 0.0).then_some(()))
+            .await;
     }
     for (id, count) in rest(replies).await {
         *seen.get_mut(&id).unwrap_or_else(|| panic!("{id} was never asked for")) += count;
     }
-    let unexpected: Vec<_> = seen.iter().filter(|(id, count)| **count > 1 && !doubled.contains(*id)).collect();
+    let unexpected: Vec<_> =
+        seen.iter().filter(|(id, count)| **count > 1 && !doubled.contains(*id)).collect();
     assert!(unexpected.is_empty(), "these came twice though no ack of theirs was lost: {unexpected:?}");
 }
 
@@ -62,7 +71,9 @@ pub(crate) async fn holds(
 pub(crate) fn descendants(pid: u32) -> Vec<Process> {
     let mut all: Vec<(Process, u32)> = Vec::new();
     for entry in std::fs::read_dir("/proc").unwrap() {
-        let Some(pid) = entry.unwrap().file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let Some(pid) = entry.unwrap().file_name().to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
         if let Some((started, parent)) = stat(pid) {
             all.push((Process { pid, started }, parent));
         }
@@ -70,7 +81,9 @@ pub(crate) fn descendants(pid: u32) -> Vec<Process> {
     let mut family = HashSet::from([pid]);
     loop {
         let before = family.len();
-        family.extend(all.iter().filter(|(_, parent)| family.contains(parent)).map(|(p, _)| p.pid).collect::<Vec<_>>());
+        family.extend(
+            all.iter().filter(|(_, parent)| family.contains(parent)).map(|(p, _)| p.pid).collect::<Vec<_>>(),
+        );
         if family.len() == before {
             break;
         }
@@ -90,7 +103,8 @@ fn stat(pid: u32) -> Option<(String, u32)> {
 /// Waits until none of them is left, not even as a zombie.
 pub(crate) async fn are_gone(processes: &[Process]) {
     eventually("every process of the dead worker's jobs is gone", async || {
-        let left = |process: &&Process| stat(process.pid).is_some_and(|(started, _)| started == process.started);
+        let left =
+            |process: &&Process| stat(process.pid).is_some_and(|(started, _)| started == process.started);
         processes.iter().find(left).is_none().then_some(())
     })
     .await;

@@ -32,9 +32,14 @@ impl Requester {
 
     /// A reply queue of our own that outlives a restart of the broker, and what comes out of it.
     pub(crate) async fn replies(&self, queue: &str) -> Consumer {
+        self.declare(queue).await;
+        self.listen(queue).await
+    }
+
+    /// The same, and nobody reads it yet.
+    pub(crate) async fn declare(&self, queue: &str) {
         let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
         self.channel.queue_declare(queue.into(), options, FieldTable::default()).await.unwrap();
-        self.listen(queue).await
     }
 
     pub(crate) async fn listen(&self, queue: &str) -> Consumer {

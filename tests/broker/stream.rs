@@ -79,7 +79,8 @@ pub(crate) async fn output_comes_in_order_before_the_result(node: &Node) {
         assert_eq!(message.properties.kind().as_ref().unwrap().as_str(), "output", "{body}");
         pieces.push((body["seq"].clone(), body["stream"].clone(), body["data"].clone()));
     }
-    let expected = [(0, "stdout", "caf"), (1, "stdout", "é\n"), (2, "stderr", "aside\n"), (3, "stdout", "//4=")];
+    let expected =
+        [(0, "stdout", "caf"), (1, "stdout", "é\n"), (2, "stderr", "aside\n"), (3, "stdout", "//4=")];
     assert_eq!(pieces, expected.map(|(seq, stream, data)| (json!(seq), json!(stream), json!(data))));
     assert_eq!(worker.metric("sandpiper_jobs_running"), 1.0);
     let amqp = sandpiper::config::Amqp {
@@ -115,7 +116,11 @@ pub(crate) async fn a_flood_is_sent_in_few_pieces(node: &Node) {
     assert_eq!(streamed.result["status"], "output_limit");
     for stream in ["stdout", "stderr"] {
         let whole = streamed.result[stream].as_str().unwrap();
-        assert_eq!(String::from_utf8(streamed.of(stream)).unwrap(), whole, "{stream} differs from the result");
+        assert_eq!(
+            String::from_utf8(streamed.of(stream)).unwrap(),
+            whole,
+            "{stream} differs from the result"
+        );
     }
     assert_eq!(streamed.result["stdout"].as_str().unwrap().len(), 1_000_000);
     let run = streamed.result["timing"]["run_ms"].as_u64().unwrap();

@@ -69,7 +69,16 @@ impl Server {
     fn start(papers: &Papers, certificate: &str, port: u16) -> Self {
         let mut command = Command::new("openssl");
         command
-            .args(["s_server", "-quiet", "-key", "server.key", "-cert", certificate, "-accept", &port.to_string()])
+            .args([
+                "s_server",
+                "-quiet",
+                "-key",
+                "server.key",
+                "-cert",
+                certificate,
+                "-accept",
+                &port.to_string(),
+            ])
             .current_dir(papers.0.path())
             .stdin(Stdio::null())
             .stdout(Stdio::null())

@@ -59,7 +59,10 @@ fn a_worker_says_who_it_is(url: &str) {
     assert!(text.stdout.contains("takes jobs, 0 of 2 slots"), "{text:?}");
     let pongs = pongs(url);
     assert_eq!(pongs.as_array().map(Vec::len), Some(1), "{pongs}");
-    assert_eq!((&pongs[0]["version"], &pongs[0]["jobs"]), (&env!("CARGO_PKG_VERSION").into(), &Value::Array(vec![])));
+    assert_eq!(
+        (&pongs[0]["version"], &pongs[0]["jobs"]),
+        (&env!("CARGO_PKG_VERSION").into(), &Value::Array(vec![]))
+    );
 }
 
 /// Asks until the worker says that it runs the job.
@@ -101,7 +104,10 @@ fn output_is_shown_while_the_job_runs(url: &str) {
     let mut rest = String::new();
     stdout.read_to_string(&mut rest).unwrap();
     let ended = submit.wait_with_output().unwrap();
-    assert_eq!((rest.as_str(), ended.stderr.as_slice(), ended.status.code()), ("lást", &b"aside\n"[..], Some(3)));
+    assert_eq!(
+        (rest.as_str(), ended.stderr.as_slice(), ended.status.code()),
+        ("lást", &b"aside\n"[..], Some(3))
+    );
 }
 
 fn listed(url: &str, more: &[&str]) -> Vec<Value> {

@@ -128,11 +128,7 @@ async fn serve(
         drop(stream.set_zero_linger());
     }
     let cut = if let Fault::CutAfter(bytes) = now { bytes } else { usize::MAX };
-    let shared = Arc::new(Connection {
-        fault,
-        whose: AtomicU8::new(UNKNOWN),
-        left: AtomicUsize::new(cut),
-    });
+    let shared = Arc::new(Connection { fault, whose: AtomicU8::new(UNKNOWN), left: AtomicUsize::new(cut) });
     let (from_worker, to_worker) = worker.into_split();
     let (from_broker, to_broker) = upstream.into_split();
     tokio::select! {
@@ -178,8 +174,7 @@ impl Connection {
 async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, way: Way, connection: Arc<Connection>) {
     let mut fault = connection.fault.clone();
     let mut bytes = vec![0; 64 << 10];
-    loop {
-        let Ok(read @ 1..) = from.read(&mut bytes).await else { break };
+    while let Ok(read @ 1..) = from.read(&mut bytes).await {
         let mut bytes = &bytes[..read];
         if way == Way::ToBroker {
             connection.recognise(bytes);

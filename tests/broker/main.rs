@@ -128,7 +128,6 @@ async fn workers_come_and_go() {
     stream::output_comes_in_order_before_the_result(&node).await;
     stream::a_flood_is_sent_in_few_pieces(&node).await;
     stream::nobody_listening_delays_nothing(&node).await;
-    soak::faults_by_chance(&node).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -141,6 +140,12 @@ async fn what_operators_do_is_survived() {
     operators::a_long_backlog(&node).await;
     // Last: the alarm is the whole node's.
     faults::a_disk_alarm(&node).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_by_chance_lose_nothing() {
+    let node = Node::start();
+    soak::faults_by_chance(&node).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

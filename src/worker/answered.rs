@@ -1,4 +1,5 @@
-//! The last results, so that a job whose ack was lost is answered again and not run again.
+//! The last results, so that a job whose ack was lost is answered again and not run again; and what is under way,
+//! so that one that comes again while it still runs here does not run twice at once.
 //!
 //! Small and bounded: it serves the moments after a lost connection, not duplicates of last week. A result is
 //! found only by the very message that it answered, its body and where the answer goes and under which names:
@@ -7,6 +8,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::amqp::Delivery;
@@ -41,6 +43,18 @@ struct Results {
     /// The oldest first.
     kept: VecDeque<(Key, Arc<Answer>)>,
     bytes: usize,
+    /// Numbered, because nothing keeps two of one key from being under way.
+    under_way: Vec<(u64, Key, CancellationToken)>,
+    next: u64,
+}
+
+/// A message is under way as long as this lives.
+#[derive(Debug)]
+#[must_use = "the message counts as under way only while this lives"]
+pub(super) struct UnderWay {
+    answered: Answered,
+    number: u64,
+    over: CancellationToken,
 }
 
 impl Key {
@@ -84,8 +98,41 @@ impl Answered {
         self.lock().kept.iter().rev().find(|(kept, _)| *kept == key).map(|(_, answer)| Arc::clone(answer))
     }
 
+    /// From here on the message is under way.
+    pub(super) fn begin(&self, key: Key) -> UnderWay {
+        let over = CancellationToken::new();
+        let mut results = self.lock();
+        let number = results.next;
+        results.next += 1;
+        results.under_way.push((number, key, over.clone()));
+        UnderWay { answered: self.clone(), number, over }
+    }
+
+    /// Waits until the same message, which came before, is not under way any more.
+    pub(super) async fn until_over(&self, key: Key) {
+        loop {
+            let twin = self
+                .lock()
+                .under_way
+                .iter()
+                .find(|(_, other, _)| *other == key)
+                .map(|(_, _, over)| over.clone());
+            match twin {
+                Some(over) => over.cancelled().await,
+                None => return,
+            }
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Results> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.answered.lock().under_way.retain(|(number, ..)| *number != self.number);
+        self.over.cancel();
     }
 }
 
@@ -112,6 +159,22 @@ mod tests {
         ] {
             assert_eq!(answered.find(other), None);
         }
+    }
+
+    #[tokio::test]
+    async fn a_twin_waits_for_the_one_that_is_under_way_and_for_no_other() {
+        let answered = Answered::default();
+        let (key, other) = (Key::new(b"body", [None; 3]), Key::new(b"other", [None; 3]));
+        let _other = answered.begin(other);
+        answered.until_over(key).await;
+        let (one, two) = (answered.begin(key), answered.begin(key));
+        let waiting = answered.clone();
+        let twin = tokio::spawn(async move { waiting.until_over(key).await });
+        drop(one);
+        tokio::task::yield_now().await;
+        assert!(!twin.is_finished());
+        drop(two);
+        assert!(twin.await.is_ok());
     }
 
     #[test]

@@ -60,25 +60,34 @@ pub(super) enum Detour {
 }
 
 impl Pipeline {
-    /// All of it.
-    /// Whether the requester got an answer; else the job comes again.
+    /// All of it. True where the requester got an answer; else the job comes again.
     pub(super) async fn process(self: Arc<Self>, delivery: Delivery) -> bool {
         let (to, mut context) = (self.address(&delivery), self.context(&delivery));
-        if let (Ok(to), Some(before)) = (&to, self.answered_before(&delivery)) {
+        let key = Key::of(&delivery);
+        if let (Ok(to), Some(before)) = (&to, self.answered_before(&delivery, key).await) {
             return self.answer_again(delivery, to.clone(), &before).await;
         }
+        let _under_way = self.answered.begin(key);
         let ended = self.outcome(&delivery, &to, &mut context).await;
         let to = to.unwrap_or_else(|_| self.addresses.results());
         self.conclude(delivery, to, context, ended).await
     }
 
-    /// The result that this very message got from this worker before; then only its ack was lost.
-    fn answered_before(&self, delivery: &Delivery) -> Option<Arc<Answer>> {
-        delivery.redelivered.then(|| self.answered.find(Key::of(delivery))).flatten()
+    /// The result that this very message got from this worker before; then only its ack was lost. Where it still
+    /// runs here, because its channel went away under it, that result is waited for.
+    async fn answered_before(&self, delivery: &Delivery, key: Key) -> Option<Arc<Answer>> {
+        if !delivery.redelivered {
+            return None;
+        }
+        self.slots.draining().run_until_cancelled(self.answered.until_over(key)).await?;
+        self.answered.find(key)
     }
 
     /// Publishes a result once more. The requester may have it already, and knows it by its message id.
     async fn answer_again(&self, delivery: Delivery, to: Address, before: &Answer) -> bool {
+        if delivery.is_gone() {
+            return false;
+        }
         tracing::info!(message_id = before.message_id, "a job that came again was answered before");
         let message = Message::result(to, &delivery.properties, &before.message_id, before.body.clone());
         let sent = self.kill.run_until_cancelled(self.publisher.publish(&message)).await;

@@ -60,6 +60,7 @@ pub(crate) async fn the_ack_timeout(node: &Node) {
         worker.log().contains("was answered before").then_some(())
     })
     .await;
+    assert_eq!(worker.metric("sandpiper_jobs_completed_total{status=\"succeeded\"}"), 1.0, "it ran twice");
     node.ctl(&["eval", "application:set_env(rabbit, consumer_timeout, 1800000)."]);
     node.ctl(&["eval", "application:set_env(rabbit, channel_tick_interval, 60000)."]);
     requester.submit(&queues.jobs, "after", &queues.replies).await;

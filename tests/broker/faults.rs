@@ -77,12 +77,17 @@ pub(crate) async fn a_disk_alarm(node: &Node) {
 async fn an_alarm(node: &Node, name: &str, set: &str, on: &[&str], off: &[&str]) {
     let queues = Queues::of(name);
     let mut worker = Worker::ready(node.url(), &queues.settings(&[])).await;
+    let mut leaver = Worker::ready(node.url(), &queues.settings(&["worker.drain_timeout_ms=2000"])).await;
     let requester = Requester::connect(node.url()).await;
     requester.replies(&queues.replies).await;
     let ids = publish(&requester, &queues, "job").await;
     under_way(&worker).await;
     node.ctl(&[&[set], on].concat());
     worker.until_not_ready().await;
+    // One that has to go meanwhile cannot publish what it has done: it gives it back, and goes.
+    leaver.until_not_ready().await;
+    leaver.terminate();
+    assert_eq!(leaver.ended().await.code(), Some(0), "{}", leaver.log());
     worker.assert_alive();
     assert_eq!(worker.metric("sandpiper_connection_up{role=\"publish\"}"), 1.0);
     assert_eq!(worker.metric("sandpiper_connection_blocked{role=\"publish\"}"), 1.0);

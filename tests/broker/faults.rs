@@ -41,7 +41,7 @@ pub(crate) async fn connections_closed_by_an_operator(node: &Node) {
     let queues = Queues::of("closed");
     let mut worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let requester = Requester::connect(node.url()).await;
-    requester.replies(&queues.replies).await;
+    requester.declare(&queues.replies).await;
     let ids = publish(&requester, &queues, "job").await;
     under_way(&worker).await;
     node.ctl(&["close_all_connections", "maintenance"]);
@@ -79,7 +79,7 @@ async fn an_alarm(node: &Node, name: &str, set: &str, on: &[&str], off: &[&str])
     let mut worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let mut leaver = Worker::ready(node.url(), &queues.settings(&["worker.drain_timeout_ms=2000"])).await;
     let requester = Requester::connect(node.url()).await;
-    requester.replies(&queues.replies).await;
+    requester.declare(&queues.replies).await;
     let ids = publish(&requester, &queues, "job").await;
     under_way(&worker).await;
     node.ctl(&[&[set], on].concat());
@@ -109,7 +109,7 @@ pub(crate) async fn restarted_and_killed(node: &Node) {
         // Of its own for each round: a duplicate may come late.
         queues.replies = format!("restarted.replies.{kill}");
         let requester = Requester::connect(node.url()).await;
-        requester.replies(&queues.replies).await;
+        requester.declare(&queues.replies).await;
         let before = worker.metric(SUCCEEDED);
         let ids = publish(&requester, &queues, if kill { "killed" } else { "stopped" }).await;
         eventually("jobs are under way", async || (worker.metric(SUCCEEDED) > before + 2.0).then_some(()))
@@ -140,7 +140,7 @@ pub(crate) async fn not_there_at_the_start(node: &Node) {
     node.start_again();
     worker.until_ready().await;
     let requester = Requester::connect(node.url()).await;
-    requester.replies(&queues.replies).await;
+    requester.declare(&queues.replies).await;
     let ids = publish(&requester, &queues, "job").await;
     all_is_well(node, &mut worker, &queues, &ids).await;
 }

@@ -40,7 +40,7 @@ pub(crate) async fn a_frozen_broker_is_noticed_by_its_heartbeat(node: &Node) {
     let queues = Queues::of("frozen");
     let mut worker = Worker::ready(node.url(), &queues.settings(&HEARTBEAT_ONLY)).await;
     let requester = Requester::connect(node.url()).await;
-    requester.replies(&queues.replies).await;
+    requester.declare(&queues.replies).await;
     let ids = publish(&requester, &queues, "import time; time.sleep(0.5)").await;
     running(&worker).await;
     let begin = Instant::now();

@@ -29,6 +29,12 @@ pub(super) fn print(bytes: &[u8]) -> anyhow::Result<()> {
     }
 }
 
+/// Bytes of the job's on standard error.
+pub(super) fn print_error(bytes: &[u8]) {
+    // Nobody is left to tell where standard error is closed.
+    drop(std::io::stderr().write_all(bytes));
+}
+
 /// One JSON document and a line end.
 pub(super) fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
     let mut text = serde_json::to_vec(value).context("failed to write JSON")?;
@@ -38,10 +44,15 @@ pub(super) fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
 
 /// Prints what a job printed, and the one line that says what became of it where its own exit code does not.
 pub(super) fn show(reply: &Reply) -> anyhow::Result<End> {
-    print(&stream(&reply.stdout, reply.stdout_encoding)?)?;
+    show_rest(reply, [0, 0])
+}
+
+/// The same where so many bytes of both streams were printed before.
+pub(super) fn show_rest(reply: &Reply, shown: [usize; 2]) -> anyhow::Result<End> {
+    let stdout = stream(&reply.stdout, reply.stdout_encoding)?;
+    print(stdout.get(shown[0]..).unwrap_or_default())?;
     let stderr = stream(&reply.stderr, reply.stderr_encoding)?;
-    // Nobody is left to tell where standard error is closed.
-    drop(std::io::stderr().write_all(&stderr));
+    print_error(stderr.get(shown[1]..).unwrap_or_default());
     if !matches!(reply.status, Status::Succeeded | Status::Failed) {
         if stderr.last().is_some_and(|last| *last != b'\n') {
             drop(std::io::stderr().write_all(b"\n"));

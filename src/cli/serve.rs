@@ -26,6 +26,7 @@ Examples:
   sandpiper serve --url amqp://user:password@broker:5672/vhost
   sandpiper serve --config /etc/sandpiper/config.toml --slots 8
   SANDPIPER_AMQP__URL=amqp://… sandpiper serve --set log.format=json
+  sandpiper serve --once 100                    a hundred jobs, then end; it waits for them
 
 SIGTERM drains: no new jobs are taken, running ones get worker.drain_timeout, the rest goes back
 to the queue; exit code 0. A second signal ends at once: exit code 3, and what ran comes again.
@@ -46,6 +47,10 @@ pub(super) struct Args {
     #[arg(long, value_name = "N")]
     slots: Option<NonZeroUsize>,
 
+    /// End after so many jobs have been answered, as after SIGTERM; for batches
+    #[arg(long, value_name = "N")]
+    once: Option<NonZeroUsize>,
+
     /// Where metrics and health are served; short for --set http.listen=ADDRESS:PORT
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Option<SocketAddr>,
@@ -64,14 +69,14 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
     demand(&config, |check| check.required).context("failed to start the worker")?;
     let sandbox = Sandbox::start(&config).context("failed to start the worker")?;
     let runtime = runtime()?;
-    let end = runtime.block_on(serve(&config, sandbox));
+    let end = runtime.block_on(serve(&config, sandbox, args.once));
     // What was cut off is not waited for, but what the sandbox made in the system is removed.
     runtime.shutdown_timeout(CLEANING);
     end
 }
 
 /// The worker, with the operators' port open from before its start until after its drain.
-async fn serve(config: &Config, sandbox: Sandbox) -> anyhow::Result<End> {
+async fn serve(config: &Config, sandbox: Sandbox, once: Option<NonZeroUsize>) -> anyhow::Result<End> {
     let metrics = Metrics::new().context("failed to set up metrics")?;
     let health = Health::new();
     let shutdown = Shutdown::default();
@@ -86,7 +91,7 @@ async fn serve(config: &Config, sandbox: Sandbox) -> anyhow::Result<End> {
         }
         None => None,
     };
-    let ended = worker::serve(config, sandbox, &metrics, &health, &shutdown).await;
+    let ended = worker::serve(config, sandbox, &metrics, &health, &shutdown, once).await;
     closed.cancel();
     if let (Some(port), Ended::Drained) = (port, ended) {
         port.await.context("the port for metrics and health failed")?;

@@ -85,7 +85,7 @@ pub struct Supports {
 impl Default for Supports {
     /// What this worker can carry out.
     fn default() -> Self {
-        Self { files: true, artifacts: true, stream: false }
+        Self { files: true, artifacts: true, stream: true }
     }
 }
 

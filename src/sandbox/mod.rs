@@ -22,6 +22,7 @@ mod plan;
 pub mod policy;
 mod root;
 mod streams;
+mod tap;
 mod verdict;
 mod watch;
 mod zygote;
@@ -50,6 +51,7 @@ use plan::Plan;
 use watch::{Cause, Ends, Terms, Watch};
 
 pub use root::RootError;
+pub use tap::Tap;
 
 /// Runs jobs, each in a process of its own behind both walls. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -232,9 +234,20 @@ impl Sandbox {
     ///
     /// `stop` ends it early as [`Status::Cancelled`].
     pub async fn run(&self, payload: Payload, limits: &Limits, stop: &CancellationToken) -> Outcome {
+        self.run_tapped(payload, limits, stop, None).await
+    }
+
+    /// The same, with its output going through `tap` as it is read.
+    pub async fn run_tapped(
+        &self,
+        payload: Payload,
+        limits: &Limits,
+        stop: &CancellationToken,
+        tap: Option<Tap>,
+    ) -> Outcome {
         let (shared, limits, stop) = (Arc::clone(&self.shared), *limits, stop.clone());
         // A task of its own: a caller that goes away does not leave a job unwatched.
-        let run = tokio::spawn(async move { shared.run(payload, &limits, &stop).await });
+        let run = tokio::spawn(async move { shared.run(payload, &limits, &stop, tap).await });
         match run.await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(error)) => {
@@ -264,6 +277,7 @@ impl Shared {
         mut payload: Payload,
         limits: &Limits,
         stop: &CancellationToken,
+        tap: Option<Tap>,
     ) -> io::Result<Outcome> {
         let taken = Instant::now();
         let Some(environment) = self.environments.get(&payload.environment) else {
@@ -298,6 +312,7 @@ impl Shared {
             assignment: payload.assignment(warm, &proxies),
             stdin: payload.stdin,
             files: payload.files,
+            tap,
         };
         let cause = started.watch.run(terms, stop).await?;
         let mut seen = started.watch.finish(cause, limits, started.lease.group.as_ref()).await?;

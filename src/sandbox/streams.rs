@@ -6,7 +6,8 @@ use std::os::fd::OwnedFd;
 
 use tokio::io::unix::AsyncFd;
 
-use crate::job::Captured;
+use super::tap::Tap;
+use crate::job::{Captured, Stream};
 use crate::sys::{fd, ready};
 
 /// Bytes taken in one read: a pipe's own size.
@@ -18,6 +19,7 @@ pub(super) struct Output {
     pipe: AsyncFd<File>,
     bytes: Vec<u8>,
     state: State,
+    tap: Option<(Tap, Stream)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +33,13 @@ impl Output {
     pub(super) fn new(pipe: OwnedFd) -> io::Result<Self> {
         fd::set_nonblocking(&pipe)?;
         let pipe = ready::readable(File::from(pipe))?;
-        Ok(Self { pipe, bytes: Vec::new(), state: State::Open })
+        Ok(Self { pipe, bytes: Vec::new(), state: State::Open, tap: None })
+    }
+
+    /// From now on whoever holds the tap sees the output as it is read, and first what came before.
+    pub(super) fn tap(&mut self, tap: Option<Tap>, stream: Stream) {
+        self.tap = tap.map(|tap| (tap, stream));
+        self.show(0);
     }
 
     /// There may be more to come.
@@ -46,6 +54,7 @@ impl Output {
 
     /// Waits for output, and takes it.
     pub(super) async fn fill(&mut self, limit: u64) {
+        let held = self.bytes.len();
         match self.pipe.readable().await {
             Ok(mut ready) => {
                 let read = take(ready.get_inner(), &mut self.bytes, limit);
@@ -57,13 +66,23 @@ impl Output {
             }
             Err(_) => self.state = State::Ended,
         }
+        self.show(held);
+    }
+
+    /// Passes on what came after the first `held` bytes.
+    fn show(&self, held: usize) {
+        if let Some((tap, stream)) = &self.tap {
+            tap.add(*stream, &self.bytes[held..]);
+        }
     }
 
     /// Takes what is left once every writer is dead.
     pub(super) fn finish(&mut self, limit: u64) -> Captured {
+        let held = self.bytes.len();
         while self.state == State::Open {
             self.state = take(self.pipe.get_ref(), &mut self.bytes, limit).unwrap_or(State::Ended);
         }
+        self.show(held);
         Captured { bytes: std::mem::take(&mut self.bytes), truncated: self.state == State::Over }
     }
 }

@@ -17,7 +17,8 @@ use super::cgroup::Group;
 use super::files::{self, Unlaid};
 use super::policy::{Judgement, Policy};
 use super::streams::{Input, Output};
-use crate::job::{Captured, InputFile, Limits};
+use super::tap::Tap;
+use crate::job::{Captured, InputFile, Limits, Stream};
 use crate::sys::launch::Launched;
 use crate::sys::notify::{Listener, Question};
 use crate::sys::place::Place;
@@ -98,6 +99,8 @@ pub(super) struct Terms<'a> {
     pub(super) assignment: Vec<u8>,
     pub(super) stdin: Vec<u8>,
     pub(super) files: Vec<InputFile>,
+    /// Shown its output as it is read.
+    pub(super) tap: Option<Tap>,
 }
 
 /// A job's processes, watched from their start until everything is dead. Dropped before that, it takes them
@@ -207,6 +210,8 @@ impl Watch {
             (place, Ok(())) => self.place = Some(place),
             (_, Err(unlaid)) => return Ok(Cause::Unlaid(unlaid)),
         }
+        self.stdout.tap(terms.tap.clone(), Stream::Stdout);
+        self.stderr.tap(terms.tap, Stream::Stderr);
         let mut assignment = Input::new(control.into_inner(), terms.assignment)?;
         let mut stdin = Input::new(stdin, terms.stdin)?;
         let start = Instant::now();

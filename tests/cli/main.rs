@@ -15,6 +15,7 @@ mod exec;
 mod files;
 mod help;
 mod job_document;
+mod operate;
 mod policy;
 mod schema;
 mod serve;

@@ -1,4 +1,4 @@
-//! Runs every fixture of tests/fixtures/{behaviour,hostile}.jsonl through `sandpiper exec --json`: the real
+//! Runs every fixture of tests/fixtures/behaviour.jsonl and tests/fixtures/hostile/ through `sandpiper exec --json`: the real
 //! binary, a cold start, no broker. Each line is a test of its own, named after the file and the case.
 //!
 //! Which processes there are: this binary (one test), itself again as a supervisor (see `supervise`), and under
@@ -28,7 +28,8 @@ fn main() -> ExitCode {
 }
 
 fn trial(name: String, case: &Case, before: Option<&Case>) -> Trial {
-    let ignored = case.requires.is_some();
+    let elsewhere = case.arch.as_ref().is_some_and(|arch| arch != std::env::consts::ARCH);
+    let ignored = case.requires.is_some() || elsewhere;
     let title = match &case.requires {
         Some(what) => format!("{name} (requires {what})"),
         None => name,

@@ -4,11 +4,12 @@
 //! uid is [`INSIDE`] and init's is 0; on the host both are nobody. An ordinary user has only its own uid: each
 //! of its jobs makes a user namespace for itself.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::plan;
 use crate::sys::userns::{self, Mapping};
 
 /// A job's uid and gid as itself sees them, wherever there is a user namespace around it.
@@ -92,6 +93,9 @@ impl Seats {
                             tracing::warn!(%error, "jobs run without a user namespace: it cannot be made");
                         })
                         .ok();
+                    if namespace.as_ref().is_some_and(|namespace| !plan::limit_watches(namespace.as_fd())) {
+                        tracing::warn!("jobs share the inotify instances of the worker's user");
+                    }
                     Seat { outside, init_outside: uid_base, namespace }
                 }
                 Privilege::None => {

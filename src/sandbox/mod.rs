@@ -52,6 +52,7 @@ struct Shared {
     privilege: Privilege,
     landlock: landlock::Support,
     launcher: Launcher,
+    limits_watches: bool,
     start_timeout: Duration,
     proxies: Vec<(&'static str, String)>,
 }
@@ -97,8 +98,10 @@ impl Sandbox {
     pub fn start(config: &Config) -> Result<Self, StartError> {
         let settings = &config.sandbox;
         let privilege = Privilege::of_this_process();
-        let user = privilege == Privilege::None;
-        let proc = probe::proc(user).is_ok();
+        let proc = plan::can_mount_proc(privilege);
+        if !proc {
+            tracing::warn!("jobs run without /proc: it cannot be mounted");
+        }
         let mut environments = BTreeMap::new();
         for (name, environment) in &config.environments {
             let prepared = Environment::prepare(environment, settings, privilege, proc)
@@ -121,6 +124,7 @@ impl Sandbox {
                 privilege,
                 landlock: landlock::Support(probe::landlock_abi()),
                 launcher: Launcher::start(init_program)?,
+                limits_watches: privilege == Privilege::None && plan::can_limit_watches(),
                 start_timeout: settings.start_timeout,
                 proxies: proxies
                     .into_iter()
@@ -184,6 +188,7 @@ impl Shared {
             limits,
             policy: &variant.policy,
             start_by: taken + self.start_timeout,
+            limits_files: plan::open_files(self.privilege, &seat).is_some(),
             assignment: payload.assignment(&proxies),
             stdin: payload.stdin,
         };
@@ -242,7 +247,7 @@ impl Shared {
             },
         });
         let order = Order {
-            origin: plan::origin(self.privilege),
+            origin: plan::origin(self.privilege, self.limits_watches),
             init: plan::init(self.privilege, seat),
             wall,
             program: Arc::clone(&environment.program),

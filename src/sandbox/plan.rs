@@ -14,6 +14,7 @@ use super::identity::{INSIDE, Privilege, Seat};
 use super::landlock;
 use super::root::{Entry, Root};
 use crate::job::Limits;
+use crate::sys::launch;
 
 /// A plan in the making.
 #[derive(Clone, Debug, Default)]
@@ -62,6 +63,10 @@ const PRIVATE: u64 = libc::MS_REC | libc::MS_PRIVATE;
 const BIND: u64 = libc::MS_BIND | libc::MS_REC;
 const NOTHING: &CStr = c"";
 
+/// The job's own processes and nothing about the machine.
+const PROC: u64 = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC | libc::MS_RDONLY;
+const PROC_OPTIONS: &CStr = c"subset=pid,hidepid=invisible";
+
 /// The new root while it is being built, and the host's own meanwhile.
 const NEW: &str = "/new";
 const OLD: &str = "/old";
@@ -73,8 +78,29 @@ const DEVICES: [&CStr; 5] = [c"/dev/null", c"/dev/zero", c"/dev/full", c"/dev/ra
 /// Files of any kind in the writable file system: an inode costs the kernel about a KiB.
 const INODES: u64 = 16_384;
 
+/// Whether an own `/proc` can be mounted here: containers that mask theirs do not allow it.
+pub(super) fn can_mount_proc(privilege: Privilege) -> bool {
+    let mut plan = Plan::default();
+    for step in [
+        Step::Mount { flags: PRIVATE, source: c"none", target: c"/", fstype: NOTHING, options: NOTHING },
+        Step::Mount {
+            flags: PROC,
+            source: c"proc",
+            target: c"/proc",
+            fstype: c"proc",
+            options: PROC_OPTIONS,
+        },
+    ] {
+        plan.push(&step);
+    }
+    let user = if privilege == Privilege::None { libc::CLONE_NEWUSER } else { 0 };
+    launch::can(user | libc::CLONE_NEWNS | libc::CLONE_NEWPID, plan.bytes())
+}
+
 /// What the origin does: an identity to make namespaces with, and the pid namespace.
-pub(super) fn origin(privilege: Privilege) -> Plan {
+///
+/// `limits_watches`: the kernel lets the job's user namespace have limits of its own.
+pub(super) fn origin(privilege: Privilege, limits_watches: bool) -> Plan {
     let mut plan = Plan::default();
     plan.push(&Step::DieWithParent {});
     if privilege == Privilege::None {
@@ -91,8 +117,34 @@ pub(super) fn origin(privilege: Privilege) -> Plan {
             plan.push(&Step::WriteFile { path, content: content.as_bytes() });
         }
     }
+    if privilege == Privilege::None && limits_watches {
+        watches(&mut plan);
+    }
     plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWPID) });
     plan
+}
+
+/// Inotify instances are counted for a user of the host, up through the owners of user namespaces: without a limit
+/// of its own a job uses up the 128 that the worker's user has, root's too.
+fn watches(plan: &mut Plan) {
+    plan.push(&Step::WriteFile { path: c"/proc/sys/user/max_inotify_instances", content: b"4" });
+    plan.push(&Step::WriteFile { path: c"/proc/sys/user/max_inotify_watches", content: b"1024" });
+}
+
+/// Limits the watches of whoever is in this user namespace; false where `/proc/sys` cannot be written.
+pub(super) fn limit_watches(namespace: BorrowedFd<'_>) -> bool {
+    let mut plan = Plan::default();
+    plan.push(&Step::Setns { fd: number(namespace), kind: flag(libc::CLONE_NEWUSER) });
+    watches(&mut plan);
+    launch::can(0, plan.bytes())
+}
+
+/// Whether an ordinary user's jobs can have such limits.
+pub(super) fn can_limit_watches() -> bool {
+    let mut plan = Plan::default();
+    plan.push(&Step::Dumpable { value: 1 });
+    watches(&mut plan);
+    launch::can(libc::CLONE_NEWUSER, plan.bytes())
 }
 
 /// What init does before it becomes its program.
@@ -198,8 +250,7 @@ fn file_system(plan: &mut Plan, job: &Job<'_>) {
         mount(plan, &old, &new, NOTHING, BIND, NOTHING);
     }
     if job.root.entries.contains_key(Path::new("/proc")) {
-        let flags = no_suid | libc::MS_NOEXEC | libc::MS_RDONLY;
-        mount(plan, c"proc", c"/new/proc", c"proc", flags, c"subset=pid,hidepid=invisible");
+        mount(plan, c"proc", c"/new/proc", c"proc", PROC, PROC_OPTIONS);
     }
 
     // One file system for all that the job writes, so that one size holds for it all.
@@ -244,7 +295,7 @@ fn resources(plan: &mut Plan, job: &Job<'_>) {
         (libc::RLIMIT_MEMLOCK, 64 << 10),
         (libc::RLIMIT_MSGQUEUE, 0),
         (libc::RLIMIT_NICE, 0),
-        (libc::RLIMIT_NOFILE, limits.open_files),
+        (libc::RLIMIT_NOFILE, open_files(job.privilege, job.seat).unwrap_or(limits.open_files)),
         (libc::RLIMIT_NPROC, processes),
         (libc::RLIMIT_RTPRIO, 0),
         (libc::RLIMIT_SIGPENDING, 1024),
@@ -256,6 +307,17 @@ fn resources(plan: &mut Plan, job: &Job<'_>) {
     for (resource, value) in values {
         plan.push(&Step::Rlimit { resource: resource.into(), soft: value, hard: value });
     }
+}
+
+/// How many descriptors a process may have until it is locked down; none where that is the job's own limit.
+///
+/// The kernel lets nobody send a descriptor whose user has more of them in flight than this. A job can have as
+/// many in flight as its limit, and where workers or jobs share a uid, the next one could not send its listener.
+/// So the limit comes down afterwards, from outside, which takes power over the job's user namespace.
+pub(super) fn open_files(privilege: Privilege, seat: &Seat) -> Option<u64> {
+    let own_namespace = privilege == Privilege::None || seat.namespace.is_some();
+    let (_, hard) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).ok()?;
+    own_namespace.then_some(hard)
 }
 
 fn number(fd: BorrowedFd<'_>) -> u64 {

@@ -83,6 +83,8 @@ pub(super) struct Terms<'a> {
     pub(super) limits: &'a Limits,
     pub(super) policy: &'a Policy,
     pub(super) start_by: Instant,
+    /// The wall has left the limit of open files to be set once the process is locked down.
+    pub(super) limits_files: bool,
     pub(super) assignment: Vec<u8>,
     pub(super) stdin: Vec<u8>,
 }
@@ -94,7 +96,7 @@ pub(super) struct Terms<'a> {
 pub(super) async fn watch(
     launched: Launched,
     ends: Ends,
-    terms: Terms<'_>,
+    mut terms: Terms<'_>,
     stop: &CancellationToken,
 ) -> io::Result<Observation> {
     let init = ready::readable(launched.init)?;
@@ -106,7 +108,7 @@ pub(super) async fn watch(
         unnamed_kills: false,
         stdout: Output::new(ends.stdout, terms.limits.output_bytes)?,
         stderr: Output::new(ends.stderr, terms.limits.output_bytes)?,
-        stdin: Input::new(ends.stdin, terms.stdin)?,
+        stdin: Input::new(ends.stdin, std::mem::take(&mut terms.stdin))?,
         assignment: None,
         deadline: terms.start_by,
         cpu_check: None,
@@ -116,7 +118,7 @@ pub(super) async fn watch(
         refusals: 0,
         waiting: None,
     };
-    let cause = watch.until_over(terms.limits, terms.policy, terms.assignment, stop).await;
+    let cause = watch.until_over(terms, stop).await;
     // The namespace's first process takes every other with it, and is gone when the last of them is.
     init.get_ref().kill();
     watch.job.get_ref().kill();
@@ -169,21 +171,16 @@ struct Watch {
 }
 
 impl Watch {
-    async fn until_over(
-        &mut self,
-        limits: &Limits,
-        policy: &Policy,
-        assignment: Vec<u8>,
-        stop: &CancellationToken,
-    ) -> io::Result<Cause> {
-        let mut assignment = Some(assignment);
+    async fn until_over(&mut self, terms: Terms<'_>, stop: &CancellationToken) -> io::Result<Cause> {
+        let Terms { limits, policy, limits_files, .. } = terms;
+        let mut assignment = Some(terms.assignment);
         loop {
             // In this order: what happened first is likelier to be seen first, and a flood of output or of calls
             // delays nothing that ends the job.
             tokio::select! {
                 biased;
                 report = receive(&self.control) => {
-                    if let Some(cause) = self.reported(report?, &mut assignment, limits)? {
+                    if let Some(cause) = self.reported(report?, &mut assignment, limits, limits_files)? {
                         return Ok(cause);
                     }
                 }
@@ -224,6 +221,7 @@ impl Watch {
         (report, listener): (Option<Report>, Option<OwnedFd>),
         assignment: &mut Option<Vec<u8>>,
         limits: &Limits,
+        limits_files: bool,
     ) -> io::Result<Option<Cause>> {
         match (report, listener) {
             (Some(Report::Locked), Some(listener)) => {
@@ -238,6 +236,9 @@ impl Watch {
                 return Ok(None);
             }
             _ => return Ok(Some(Cause::Garbled)),
+        }
+        if limits_files {
+            self.job.get_ref().limit_open_files(limits.open_files)?;
         }
         if let (Some(control), Some(assignment)) = (self.control.take(), assignment.take()) {
             self.assignment = Some(Input::new(control.into_inner(), assignment)?);

@@ -57,6 +57,15 @@ impl Child {
         };
     }
 
+    /// Lowers how many descriptors the child may have open.
+    pub fn limit_open_files(&self, count: u64) -> io::Result<()> {
+        let limit = libc::rlimit64 { rlim_cur: count, rlim_max: count };
+        // SAFETY: the structure outlives the call, which only reads it; the old limit is not asked for.
+        let result =
+            unsafe { libc::prlimit64(self.pid, libc::RLIMIT_NOFILE, &raw const limit, std::ptr::null_mut()) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
     /// CPU time of the child itself so far, all its threads together; none once it has ended.
     pub fn cpu_time(&self) -> Option<Duration> {
         let pid = nix::unistd::Pid::from_raw(self.pid);

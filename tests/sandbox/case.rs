@@ -45,6 +45,7 @@ pub(crate) struct Case {
     /// A layer, as doctor names it, without which this case cannot be right; it is skipped where that is not there.
     #[serde(default)]
     pub(crate) needs: Option<String>,
+    #[serde(default)]
     pub(crate) assert: Assert,
 }
 
@@ -151,6 +152,7 @@ impl Fixtures {
         Self(BTreeMap::from([
             ("behaviour", cases(&folder.join("behaviour.jsonl"))),
             ("hostile", hostile_cases),
+            ("twin", cases(&folder.join("twin.jsonl"))),
         ]))
     }
 

@@ -1,5 +1,5 @@
 //! Runs every fixture of tests/fixtures/behaviour.jsonl and tests/fixtures/hostile/ through `sandpiper exec --json`: the real
-//! binary, a cold start, no broker. Each line is a test of its own, named after the file and the case.
+//! binary, a cold start, no broker; those of tests/fixtures/twin.jsonl through a plain python3 as well. Each line is a test of its own, named after the file and the case.
 //!
 //! Which processes there are: this binary (one test), itself again as a supervisor (see `supervise`), and under
 //! that the worker with whatever it starts. The supervisor sees what the worker left behind.
@@ -10,6 +10,7 @@ mod case;
 mod check;
 mod run;
 mod supervise;
+mod twin;
 
 use std::process::ExitCode;
 
@@ -34,6 +35,10 @@ fn trial(name: String, case: &Case, before: Option<&Case>) -> Trial {
         Some(what) => format!("{name} (requires {what})"),
         None => name,
     };
+    if title.starts_with("twin::") {
+        let case = case.clone();
+        return Trial::test(title, move || twin::verify(&case)).with_ignored_flag(ignored);
+    }
     let cases: Vec<Case> = before.into_iter().chain([case]).cloned().collect();
     Trial::test(title, move || cases.iter().try_for_each(verify)).with_ignored_flag(ignored)
 }

@@ -8,6 +8,7 @@
 
 mod case;
 mod check;
+mod fuzz;
 mod run;
 mod supervise;
 mod twin;
@@ -24,7 +25,8 @@ fn main() -> ExitCode {
         return supervise::supervise(args);
     }
     let fixtures = Fixtures::load();
-    let trials = fixtures.cases().map(|(name, case)| trial(name, case, fixtures.before(case))).collect();
+    let trials = fixtures.cases().map(|(name, case)| trial(name, case, fixtures.before(case)));
+    let trials = trials.chain(fuzz::trials()).collect();
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 

@@ -8,6 +8,7 @@
 
 mod case;
 mod check;
+mod ends;
 mod fuzz;
 mod run;
 mod supervise;
@@ -26,7 +27,7 @@ fn main() -> ExitCode {
     }
     let fixtures = Fixtures::load();
     let trials = fixtures.cases().map(|(name, case)| trial(name, case, fixtures.before(case)));
-    let trials = trials.chain(fuzz::trials()).collect();
+    let trials = trials.chain(fuzz::trials()).chain(ends::trials()).collect();
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 

@@ -49,24 +49,60 @@ def sandpiper():
                 trace = trace.tb_next
             error.__traceback__ = trace
             if hook is sys.__excepthook__:
-
-                def show():
-                    # Unlike the interpreter's own, this one shows lines of sources that are not files.
-                    import traceback
-
-                    traceback.print_exception(kind, error, trace)
-
+                show("", lambda: hook(kind, error, trace), kind, error, trace)
+            else:
+                hook(kind, error, trace)
+            if kind is KeyboardInterrupt:
+                # Python then ends by SIGINT, unless a string was evaluated meanwhile, as some imports do.
                 try:
-                    return library(show)
-                except Exception:
+                    eval("interrupt()", {"interrupt": interrupt})
+                except KeyboardInterrupt:
                     pass
-            hook(kind, error, trace)
 
         sys.excepthook = hook
 
+    def interrupt():
+        raise KeyboardInterrupt
+
+    def show(title, hook, kind, error, trace, chain=True):
+        # Unlike the interpreter's own printing, this shows lines of sources that are not files.
+        def text():
+            import traceback
+
+            return "".join(traceback.format_exception(kind, error, trace, chain=chain))
+
+        try:
+            sys.stderr.write(title + library(text))
+            sys.stderr.flush()
+        except Exception:
+            hook()
+
     def remember(name, source, ours):
-        # Shows the source to whoever asks linecache for it: tracebacks, warnings, inspect. It is not imported
-        # for that, since it costs as much as starting python does; it is filled when the job imports it.
+        # Shows the source to whoever asks for it: linecache (tracebacks, warnings, inspect), and what prints the
+        # exceptions of threads and finalizers. No module is imported for that, since linecache alone costs as
+        # much as starting python does; what the job imports is changed then.
+        def hook_unraisable(unraisable, hook=sys.unraisablehook):
+            title = ""
+            if unraisable.object is not None:
+                title = f"{unraisable.err_msg or 'Exception ignored in'}: {unraisable.object!r}\n"
+            elif unraisable.err_msg:
+                title = f"{unraisable.err_msg}:\n"
+            what = unraisable.exc_type, unraisable.exc_value, unraisable.exc_traceback
+            show(title, lambda: hook(unraisable), *what, chain=False)
+
+        sys.unraisablehook = hook_unraisable
+
+        def hook_threads(module):
+            def excepthook(arguments, hook=module.excepthook):
+                if arguments.exc_type is SystemExit or sys.stderr is None:
+                    return hook(arguments)
+                thread = arguments.thread
+                title = f"Exception in thread {thread.name if thread else module.get_ident()}:\n"
+                what = arguments.exc_type, arguments.exc_value, arguments.exc_traceback
+                show(title, lambda: hook(arguments), *what)
+
+            module.excepthook = excepthook
+
         def fill(module):
             import io
 
@@ -84,10 +120,13 @@ def sandpiper():
 
             return library(detect)
 
+        changes = {"linecache": fill, "threading": hook_threads}
+
         class Finder:
             @staticmethod
             def find_spec(fullname, path=None, target=None):
-                if fullname != "linecache":
+                change = changes.pop(fullname, None)
+                if change is None:
                     return None
                 for finder in sys.meta_path:
                     spec = finder is not Finder and finder.find_spec(fullname, path, target)
@@ -95,33 +134,42 @@ def sandpiper():
                         break
                 else:
                     return None
-                if spec.origin != os.path.join(os.path.dirname(os.__file__), "linecache.py"):
+                if not changes:
+                    sys.meta_path.remove(Finder)
+                if spec.origin != os.path.join(os.path.dirname(os.__file__), f"{fullname}.py"):
                     return None  # the job's own
-                sys.meta_path.remove(Finder)
                 execute = spec.loader.exec_module
 
                 def exec_module(module):
                     execute(module)
                     try:
-                        fill(module)
+                        change(module)
                     except Exception:
                         pass  # a source that cannot be decoded has no lines to show
 
                 spec.loader.exec_module = exec_module
                 return spec
 
-        if "linecache" in sys.modules:
-            fill(sys.modules["linecache"])
+        for loaded in [loaded for loaded in changes if loaded in sys.modules]:
+            changes.pop(loaded)(sys.modules[loaded])
         # A job's file wins over a module that only we needed, or the operator's imports.
         files = {file.partition(".")[0] for file in os.listdir("/work")}
         for module in [module for module in ours if module.partition(".")[0] in files]:
             del sys.modules[module]
-        if "linecache" not in sys.modules:
+        if changes:
             sys.meta_path.insert(0, Finder)
 
     def run(name, source):
         try:
-            exec(compile(source, name, "exec", dont_inherit=True), main)
+            try:
+                code = compile(source, name, "exec", dont_inherit=True)
+            except SyntaxError as error:
+                # Some of these errors look for their line in a file.
+                if error.text is None and error.lineno:
+                    line = source.splitlines(True)[error.lineno - 1 : error.lineno]
+                    error.text = b"".join(line).decode("utf-8", "replace")
+                raise
+            exec(code, main)
         except BaseException:
             strip(name)
             raise
@@ -202,6 +250,7 @@ def sandpiper():
     os.dup2(4, 0)
     os.close(4)
     sys.stdin = sys.__stdin__ = open(0, encoding=sys.stdin.encoding, errors=sys.stdin.errors, closefd=False)
+    sys.stdin.buffer.raw.name = "<stdin>"
     os.chdir("/work")
     sys.argv[:] = ["<job>", *map(os.fsdecode, arguments)]
     for variable in environment:
@@ -222,4 +271,5 @@ def sandpiper():
     run("<job>", source)
 
 
-sandpiper()
+# In a namespace of its own: what is left of it must not keep the job's alive when python ends.
+type(sandpiper)(sandpiper.__code__, {"__builtins__": __builtins__})()

@@ -211,10 +211,13 @@ fn signal(number: c_int, action: libc::sighandler_t) -> Result<(), Errno> {
 
 /// Ignored signals stay ignored over exec, and Rust's runtime ignores SIGPIPE.
 fn default_signals() -> Result<(), Errno> {
-    const LAST_SIGNAL: c_int = 64;
+    const LAST_SIGNAL: usize = 64;
+    // The kernel's `sigaction`: SIG_DFL, no flags, no restorer, an empty mask.
+    let default = [0_u64; 4];
     for number in 1..=LAST_SIGNAL {
-        // SIGKILL and SIGSTOP cannot be set, and glibc keeps 32 and 33 for itself.
-        let _ = signal(number, libc::SIG_DFL);
+        // Past glibc, which keeps 32 and 33 for itself. SIGKILL and SIGSTOP cannot be set.
+        // SAFETY: the call reads the structure, which is live; no code of ours will run in a handler.
+        let _ = unsafe { syscall(libc::SYS_rt_sigaction, [number, &raw const default as usize, 0, 8, 0]) };
     }
     sys::unblock_signals()
 }

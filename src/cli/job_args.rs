@@ -34,7 +34,7 @@ pub(super) struct JobArgs {
     #[arg(value_name = "FILE")]
     file: Option<PathBuf>,
 
-    /// The program's arguments, sys.argv[1:]; put -- before those that begin with a dash
+    /// The program's arguments, `sys.argv[1:]`; put -- before those that begin with a dash
     #[arg(value_name = "ARGS", requires = "file")]
     args: Vec<String>,
 

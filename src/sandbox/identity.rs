@@ -4,12 +4,13 @@
 //! uid is [`INSIDE`] and init's is 0; on the host both are nobody. An ordinary user has only its own uid: each
 //! of its jobs makes a user namespace for itself.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::cgroup::Group;
+use super::plan;
 use crate::sys::userns::{self, Mapping};
 
 /// A job's uid and gid as itself sees them, wherever there is a user namespace around it.
@@ -111,7 +112,8 @@ impl Seats {
                         .inspect_err(|error| {
                             tracing::warn!(%error, "jobs run without a user namespace: it cannot be made");
                         })
-                        .ok();
+                        .ok()
+                        .inspect(limit_watches);
                     Seat { outside, init_outside: uid_base, namespace, group }
                 }
                 Privilege::None => {
@@ -158,5 +160,12 @@ impl std::ops::DerefMut for Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         self.seats.free.lock().unwrap_or_else(PoisonError::into_inner).extend(self.seat.take());
+    }
+}
+
+/// Jobs must not use up what the worker's user may watch.
+pub(super) fn limit_watches(namespace: &OwnedFd) {
+    if !plan::limit_watches(namespace.as_fd()) {
+        tracing::warn!("jobs share the inotify instances of the worker's user");
     }
 }

@@ -16,6 +16,7 @@ use super::identity::{INSIDE, Privilege, Seat};
 use super::landlock;
 use super::root::{Entry, Root};
 use crate::job::Limits;
+use crate::sys::launch;
 
 /// A plan in the making.
 #[derive(Clone, Debug, Default)]
@@ -79,12 +80,46 @@ pub(super) const INODES: u64 = 16_384;
 /// Descriptors that may be under way in a user's sockets while one of its jobs starts: far more than jobs have.
 const ROOM_TO_SEND: u64 = 1 << 16;
 
-/// What the origin does: an identity to make namespaces with, and the pid namespace.
-pub(super) fn origin(privilege: Privilege) -> Plan {
-    origin_as(privilege, INSIDE)
+/// Whether an own `/proc` can be mounted here: containers that mask theirs do not allow it.
+pub(super) fn can_mount_proc(privilege: Privilege) -> bool {
+    let mut plan = Plan::default();
+    mount(&mut plan, [c"none", c"/", NOTHING], PRIVATE, NOTHING);
+    mount_proc(&mut plan, c"/proc", true);
+    let user = if privilege == Privilege::None { libc::CLONE_NEWUSER } else { 0 };
+    launch::can(user | libc::CLONE_NEWNS | libc::CLONE_NEWPID, plan.bytes())
 }
 
-fn origin_as(privilege: Privilege, inside: u32) -> Plan {
+/// Inotify instances are counted for a user of the host, up through the owners of user namespaces: without a
+/// limit of its own a job uses up the 128 that the worker's user has, root's too.
+fn watches(plan: &mut Plan) {
+    plan.push(&Step::WriteFile { path: c"/proc/sys/user/max_inotify_instances", content: b"4" });
+    plan.push(&Step::WriteFile { path: c"/proc/sys/user/max_inotify_watches", content: b"1024" });
+}
+
+/// Limits the watches of every user of this namespace; false where `/proc/sys` cannot be written.
+pub(super) fn limit_watches(namespace: BorrowedFd<'_>) -> bool {
+    let mut plan = Plan::default();
+    plan.push(&Step::Setns { fd: number(namespace), kind: flag(libc::CLONE_NEWUSER) });
+    watches(&mut plan);
+    launch::can(0, plan.bytes())
+}
+
+/// Whether an ordinary user's jobs can have such limits.
+pub(super) fn can_limit_watches() -> bool {
+    let mut plan = Plan::default();
+    plan.push(&Step::Dumpable { value: 1 });
+    watches(&mut plan);
+    launch::can(libc::CLONE_NEWUSER, plan.bytes())
+}
+
+/// What the origin does: an identity to make namespaces with, and the pid namespace.
+///
+/// `limits_watches`: the kernel lets the job's user namespace have limits of its own.
+pub(super) fn origin(privilege: Privilege, limits_watches: bool) -> Plan {
+    origin_as(privilege, INSIDE, limits_watches)
+}
+
+fn origin_as(privilege: Privilege, inside: u32, limits_watches: bool) -> Plan {
     let mut plan = Plan::default();
     plan.push(&Step::DieWithParent {});
     if privilege == Privilege::None {
@@ -92,6 +127,9 @@ fn origin_as(privilege: Privilege, inside: u32) -> Plan {
         plan.push(&Step::Chdir { path: c"/proc" });
         own_user_namespace(&mut plan, inside, [uid, gid]);
         plan.push(&Step::Chdir { path: c"/" });
+    }
+    if privilege == Privilege::None && limits_watches {
+        watches(&mut plan);
     }
     plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWPID) });
     plan
@@ -179,7 +217,7 @@ pub(super) fn warm(job: &Job<'_>, has_proc: bool) -> Plan {
 pub(super) fn zygote_origin(privilege: Privilege, namespace: Option<&OwnedFd>, root: &Root) -> Plan {
     if namespace.is_none() {
         // As any other user it would lose its privilege over its namespaces when it becomes python.
-        return origin_as(privilege, 0);
+        return origin_as(privilege, 0, false);
     }
     let mut plan = Plan::default();
     plan.push(&Step::DieWithParent {});

@@ -18,7 +18,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("config", &["job"]),
     ("script", &["job"]),
     ("ops", &["job", "config"]),
-    ("sandbox", &["job", "config", "script", "sys", "ops"]),
+    ("sandbox", &["job", "config", "script", "sys", "ops", "retry"]),
     ("amqp", &["job", "config", "retry", "ops"]),
     ("worker", &["job", "config", "script", "sys", "ops", "retry", "sandbox", "amqp"]),
 ];

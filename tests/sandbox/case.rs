@@ -1,7 +1,7 @@
 //! A fixture line: a program, how it is run, and what must be true of its result. tests/README.md has the format.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -18,6 +18,12 @@ pub(crate) struct Case {
     #[serde(default, rename = "expect")]
     _expect: String,
     code: String,
+    /// A file beside the fixtures, without its ending, that is put before the code.
+    #[serde(default)]
+    uses: Option<String>,
+    /// The only machine that it makes sense on.
+    #[serde(default)]
+    pub(crate) arch: Option<String>,
     /// Further fields of the job.
     #[serde(default)]
     job: Map<String, Value>,
@@ -39,6 +45,7 @@ pub(crate) struct Case {
     /// A layer, as doctor names it, without which this case cannot be right; it is skipped where that is not there.
     #[serde(default)]
     pub(crate) needs: Option<String>,
+    #[serde(default)]
     pub(crate) assert: Assert,
 }
 
@@ -63,6 +70,11 @@ pub(crate) struct Assert {
     pub(crate) stdout_contains: Option<OneOrMany>,
     pub(crate) stdout_not_contains: Option<OneOrMany>,
     pub(crate) stdout_len: Option<usize>,
+    pub(crate) stderr_len: Option<usize>,
+    pub(crate) stdout_encoding: Option<String>,
+    pub(crate) stderr_encoding: Option<String>,
+    /// Calls that were refused and counted.
+    pub(crate) blocked: Option<OneOrMany>,
     pub(crate) stdout_truncated: Option<bool>,
     pub(crate) stderr: Option<String>,
     pub(crate) stderr_contains: Option<OneOrMany>,
@@ -128,24 +140,25 @@ impl Case {
     }
 }
 
-/// All fixtures, by file.
+/// All fixtures, by the first word of their tests' names.
 pub(crate) struct Fixtures(BTreeMap<&'static str, Vec<Case>>);
 
 impl Fixtures {
     pub(crate) fn load() -> Self {
         let folder = std::env::var_os("SP_TEST_FIXTURES")
             .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"), PathBuf::from);
-        let file = |name: &'static str| {
-            let path = folder.join(format!("{name}.jsonl"));
-            let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-            let parse = |(n, line): (usize, &str)| {
-                serde_json::from_str(line).unwrap_or_else(|e| panic!("{}:{}: {e}", path.display(), n + 1))
-            };
-            let cases: Vec<Case> = text.lines().enumerate().map(parse).collect();
-            assert!(!cases.is_empty(), "{} is empty", path.display());
-            (name, cases)
-        };
-        Self(["behaviour", "files", "hostile"].into_iter().map(file).collect())
+        let hostile = folder.join("hostile");
+        let mut files: Vec<PathBuf> =
+            std::fs::read_dir(&hostile).unwrap().map(|entry| entry.unwrap().path()).collect();
+        files.retain(|path| path.extension().is_some_and(|ending| ending == "jsonl"));
+        files.sort();
+        let hostile_cases = files.iter().flat_map(|path| cases(path)).collect();
+        Self(BTreeMap::from([
+            ("behaviour", cases(&folder.join("behaviour.jsonl"))),
+            ("files", cases(&folder.join("files.jsonl"))),
+            ("hostile", hostile_cases),
+            ("twin", cases(&folder.join("twin.jsonl"))),
+        ]))
     }
 
     /// Every case with its full name.
@@ -159,4 +172,22 @@ impl Fixtures {
         let found = self.0.values().flatten().find(|c| c.name == *name);
         Some(found.unwrap_or_else(|| panic!("{}: no case {name} to run after", case.name)))
     }
+}
+
+/// The cases of one file, with what they use put before them.
+fn cases(path: &Path) -> Vec<Case> {
+    let read = |path: &Path| {
+        std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    };
+    let parse = |(at, line): (usize, &str)| {
+        let mut case: Case = serde_json::from_str(line)
+            .unwrap_or_else(|error| panic!("{}:{}: {error}", path.display(), at + 1));
+        if let Some(name) = &case.uses {
+            case.code = format!("{}{}", read(&path.with_file_name(name).with_extension("py")), case.code);
+        }
+        case
+    };
+    let cases: Vec<Case> = read(path).lines().enumerate().map(parse).collect();
+    assert!(!cases.is_empty(), "{} is empty", path.display());
+    cases
 }

@@ -168,8 +168,24 @@ fn asserted(assert: &Assert, result: &Value) -> Vec<String> {
             format!("stdout has none of {:?}", words.as_slice()),
         );
     }
-    if let Some(len) = assert.stdout_len {
-        must(text("stdout").len() == len, format!("stdout has {len} bytes, not {}", text("stdout").len()));
+    for (field, len) in [("stdout", assert.stdout_len), ("stderr", assert.stderr_len)] {
+        if let Some(len) = len {
+            must(text(field).len() == len, format!("{field} has {len} bytes, not {}", text(field).len()));
+        }
+    }
+    let encodings =
+        [("stdout_encoding", &assert.stdout_encoding), ("stderr_encoding", &assert.stderr_encoding)];
+    for (field, wanted) in encodings {
+        if let Some(wanted) = wanted {
+            must(text(field) == wanted, format!("{field} is {wanted}"));
+        }
+    }
+    if let Some(calls) = &assert.blocked {
+        let blocked: Vec<&Value> = result["blocked_syscalls"].as_array().into_iter().flatten().collect();
+        must(
+            all(calls, &|call| blocked.iter().any(|entry| entry["syscall"] == call)),
+            format!("blocked_syscalls names {:?}", calls.as_slice()),
+        );
     }
     if let Some(most) = assert.stderr_len_max {
         must(

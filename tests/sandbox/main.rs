@@ -1,5 +1,6 @@
-//! Runs every fixture of tests/fixtures/{behaviour,files,hostile}.jsonl through `sandpiper exec --json`: the real
-//! binary, a cold start, no broker. Each line is a test of its own, named after the file and the case.
+//! Runs every fixture of tests/fixtures/{behaviour,files}.jsonl and tests/fixtures/hostile/ through
+//! `sandpiper exec --json`: the real binary, no broker; those of tests/fixtures/twin.jsonl through a plain python3
+//! as well. Each line is a test of its own, named after the file and the case.
 //!
 //! Which processes there are: this binary (one test), itself again as a supervisor (see `supervise`), and under
 //! that the worker with whatever it starts. The supervisor sees what the worker left behind.
@@ -8,8 +9,11 @@
 
 mod case;
 mod check;
+mod ends;
+mod fuzz;
 mod run;
 mod supervise;
+mod twin;
 
 use std::process::ExitCode;
 
@@ -23,16 +27,22 @@ fn main() -> ExitCode {
         return supervise::supervise(args);
     }
     let fixtures = Fixtures::load();
-    let trials = fixtures.cases().map(|(name, case)| trial(name, case, fixtures.before(case))).collect();
+    let trials = fixtures.cases().map(|(name, case)| trial(name, case, fixtures.before(case)));
+    let trials = trials.chain(fuzz::trials()).chain(ends::trials()).collect();
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
 fn trial(name: String, case: &Case, before: Option<&Case>) -> Trial {
-    let ignored = case.requires.is_some();
+    let elsewhere = case.arch.as_ref().is_some_and(|arch| arch != std::env::consts::ARCH);
+    let ignored = case.requires.is_some() || elsewhere;
     let title = match &case.requires {
         Some(what) => format!("{name} (requires {what})"),
         None => name,
     };
+    if title.starts_with("twin::") {
+        let case = case.clone();
+        return Trial::test(title, move || twin::verify(&case)).with_ignored_flag(ignored);
+    }
     let cases: Vec<Case> = before.into_iter().chain([case]).cloned().collect();
     Trial::test(title, move || cases.iter().try_for_each(verify)).with_ignored_flag(ignored)
 }

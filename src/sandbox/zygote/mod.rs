@@ -201,6 +201,8 @@ async fn keep(zygote: Weak<Zygote>, shared: Weak<Shared>, name: String) {
                     () = tokio::time::sleep(LONGEST_DELAY) => {}
                 }
             }
+            // What was cut off is no fault.
+            Err(_) if zygote.ended.is_cancelled() => return,
             Err(error) => {
                 let delay = delays.next_delay();
                 let retry_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);

@@ -186,7 +186,11 @@ mod tests {
         }
         assert_eq!((answered.find(key(9)), answered.find(key(10)).is_some()), (None, true));
         answered.keep(key(999), answer(BYTES));
-        assert_eq!((answered.lock().kept.len(), answered.lock().bytes), (1, BYTES));
+        let (kept, bytes) = {
+            let results = answered.lock();
+            (results.kept.len(), results.bytes)
+        };
+        assert_eq!((kept, bytes), (1, BYTES));
         answered.keep(key(1_000), answer(BYTES + 1));
         assert_eq!(answered.find(key(1_000)), None);
     }

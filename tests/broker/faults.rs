@@ -12,9 +12,15 @@ const SUCCEEDED: &str = "sandpiper_jobs_completed_total{status=\"succeeded\"}";
 
 /// Publishes jobs that take a moment, so that some are under way when the fault comes.
 async fn publish(requester: &Requester, queues: &Queues, name: &str) -> Vec<String> {
+    publish_lasting(requester, queues, name, 0.1).await
+}
+
+async fn publish_lasting(requester: &Requester, queues: &Queues, name: &str, seconds: f64) -> Vec<String> {
     let ids: Vec<String> = (0..JOBS).map(|at| format!("{name}-{at}")).collect();
     for id in &ids {
-        requester.run(&queues.jobs, id, &queues.replies, "import time; time.sleep(0.1)").await;
+        requester
+            .run(&queues.jobs, id, &queues.replies, &format!("import time; time.sleep({seconds})"))
+            .await;
     }
     ids
 }
@@ -80,7 +86,9 @@ async fn an_alarm(node: &Node, name: &str, set: &str, on: &[&str], off: &[&str])
     let mut leaver = Worker::ready(node.url(), &queues.settings(&["worker.drain_timeout_ms=2000"])).await;
     let requester = Requester::connect(node.url()).await;
     requester.declare(&queues.replies).await;
-    let ids = publish(&requester, &queues, "job").await;
+    // Long enough for results to be written while the alarm is on: the broker blocks whoever publishes, and
+    // tells nobody else.
+    let ids = publish_lasting(&requester, &queues, "job", 0.5).await;
     under_way(&worker).await;
     node.ctl(&[&[set], on].concat());
     worker.until_not_ready().await;

@@ -8,8 +8,18 @@ pub const CONTROL_FD: i32 = 3;
 pub const STDIN_FD: i32 = 4;
 /// The compiled policy, as [`PolicyHeader`] describes it.
 pub const POLICY_FD: i32 = 5;
+/// The working directory, as a place and nothing more (`O_PATH`). It goes to the worker beside the report, so
+/// that files come and go without a path that the job could bend.
+pub const WORK_FD: i32 = 6;
 /// The first descriptor that must not be open when python starts.
-pub const FIRST_CLOSED_FD: i32 = 6;
+pub const FIRST_CLOSED_FD: i32 = 7;
+
+/// Where the first descriptor of an order lies in the zygote, the job's control socket; the others follow it.
+pub const ORDER_FD: i32 = 32;
+/// Most descriptors that come with an order.
+pub const ORDER_FDS: usize = 12;
+/// Longest plan in an order, in bytes.
+pub const MAX_ORDER: usize = 16 << 10;
 
 /// Where the shim is seen from inside the sandbox.
 pub const SHIM_PATH: &str = "/run/sandpiper/shim.so";
@@ -22,10 +32,15 @@ pub const REPORT_LEN: usize = 16;
 /// What a starting process tells the worker, once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Report {
-    /// Every wall is up. The filter's listener travels with this report as a descriptor.
+    /// Every wall is up. Two descriptors travel with this report: the filter's listener, then [`WORK_FD`].
     Locked,
-    /// Every wall is up, but the kernel gives no listener: forbidden calls kill without a name.
+    /// Every wall is up, but the kernel gives no listener: forbidden calls kill without a name. [`WORK_FD`]
+    /// travels alone.
     LockedWithoutListener,
+    /// A zygote has done its imports and waits for orders.
+    Ready,
+    /// A zygote has carried out an order. The pidfds of init and of the job travel with this report.
+    Forked,
     /// A step failed; the process ends before it has seen any code.
     Failed {
         /// Which part of the start it was.
@@ -51,11 +66,13 @@ pub enum Stage {
     Exec = 4,
     /// The inner wall.
     Lockdown = 5,
+    /// What a zygote does for a warm start.
+    Zygote = 6,
 }
 
 impl Stage {
     fn from_number(number: u32) -> Option<Self> {
-        [Self::Origin, Self::Init, Self::Wall, Self::Exec, Self::Lockdown]
+        [Self::Origin, Self::Init, Self::Wall, Self::Exec, Self::Lockdown, Self::Zygote]
             .into_iter()
             .find(|stage| *stage as u32 == number)
     }
@@ -64,6 +81,8 @@ impl Stage {
 const LOCKED: u32 = 0x5350_0001;
 const LOCKED_WITHOUT_LISTENER: u32 = 0x5350_0002;
 const FAILED: u32 = 0x5350_0003;
+const READY: u32 = 0x5350_0004;
+const FORKED: u32 = 0x5350_0005;
 
 impl Report {
     /// The bytes on the wire: four little-endian numbers (kind, stage, step, errno).
@@ -72,6 +91,8 @@ impl Report {
         let (kind, stage, step, errno) = match self {
             Self::Locked => (LOCKED, 0, 0, 0),
             Self::LockedWithoutListener => (LOCKED_WITHOUT_LISTENER, 0, 0, 0),
+            Self::Ready => (READY, 0, 0, 0),
+            Self::Forked => (FORKED, 0, 0, 0),
             Self::Failed { stage, step, errno } => (FAILED, stage as u32, step, errno),
         };
         let mut bytes = [0; REPORT_LEN];
@@ -89,6 +110,8 @@ impl Report {
         match number(0) {
             LOCKED => Some(Self::Locked),
             LOCKED_WITHOUT_LISTENER => Some(Self::LockedWithoutListener),
+            READY => Some(Self::Ready),
+            FORKED => Some(Self::Forked),
             FAILED => Some(Self::Failed {
                 stage: Stage::from_number(number(4))?,
                 step: number(8),
@@ -134,6 +157,8 @@ mod tests {
         let all = [
             Report::Locked,
             Report::LockedWithoutListener,
+            Report::Ready,
+            Report::Forked,
             Report::Failed { stage: Stage::Wall, step: 7, errno: 13 },
             Report::Failed { stage: Stage::Lockdown, step: u32::MAX, errno: -1 },
         ];

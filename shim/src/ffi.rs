@@ -2,7 +2,10 @@
 
 use core::ffi::{c_int, c_uint};
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use crate::lockdown;
+use crate::zygote::Zygote;
 
 /// Locks this process down. Returns 0; or the step that failed in the upper 16 bits and its errno in the lower
 /// ones, and then the process must end at once. The worker has been told either way.
@@ -16,4 +19,42 @@ pub extern "C" fn lockdown(uid: c_uint, gid: c_uint, enable_network: c_int) -> c
         Ok(()) => 0,
         Err((step, errno)) => ((step as c_uint).cast_signed() << 16) | (errno & 0xffff),
     }
+}
+
+static ZYGOTE: Mutex<Zygote> = Mutex::new(Zygote::new());
+
+/// Never waits: a zygote has one thread. The job's process inherits the lock as it was at the fork, held by
+/// itself, and lets go of it when it returns.
+fn zygote() -> MutexGuard<'static, Zygote> {
+    ZYGOTE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes this process a zygote and tells the worker that it is one. Returns 0, or an errno; then the process
+/// must end.
+#[unsafe(no_mangle)]
+pub extern "C" fn zygote_ready() -> c_int {
+    zygote().ready().err().unwrap_or(0)
+}
+
+/// Waits for an order. Returns 1 when there is one, 0 when the worker has gone, and a negative errno when the
+/// order cannot be read; then the process must end.
+#[unsafe(no_mangle)]
+pub extern "C" fn zygote_next() -> c_int {
+    zygote().next_order().map_or_else(|errno| -errno, c_int::from)
+}
+
+/// Makes the order's processes. Returns 1 in the job's process, 0 in the zygote, and a negative errno in the
+/// zygote when the worker cannot be told; then the process must end.
+///
+/// To be called with the interpreter's lock held, between `PyOS_BeforeFork` and the function for each side.
+#[unsafe(no_mangle)]
+pub extern "C" fn zygote_fork() -> c_int {
+    zygote().fork().map_or_else(|errno| -errno, c_int::from)
+}
+
+/// Raises the outer wall of the order around this process. Returns 0; otherwise the process must end, and the
+/// worker has been told.
+#[unsafe(no_mangle)]
+pub extern "C" fn zygote_enter() -> c_int {
+    zygote().enter().map_or_else(|failure| failure.errno, |()| 0)
 }

@@ -9,11 +9,14 @@
 //!   that a zygote forks (warm).
 //! - [`lockdown`]: the inner wall, raised from inside python: identity and capabilities verified, then the
 //!   filter.
+//! - [`zygote`]: makes a job's processes out of a python that has done its imports.
 //! - [`abi`]: what both sides agree on: descriptor numbers, the report, the layout of a policy.
 
 pub mod abi;
 pub mod ffi;
 pub mod lockdown;
 pub mod plan;
+mod report;
 mod sys;
 pub mod wall;
+pub mod zygote;

@@ -7,9 +7,10 @@
 use core::ffi::c_int;
 
 use crate::abi::{
-    CONTROL_FD, MAX_INSTRUCTIONS, POLICY_FD, POLICY_HEADER_LEN, POLICY_MAGIC, PolicyHeader, REPORT_LEN,
-    Report, Stage,
+    CONTROL_FD, MAX_INSTRUCTIONS, POLICY_FD, POLICY_HEADER_LEN, POLICY_MAGIC, PolicyHeader, Report, Stage,
+    WORK_FD,
 };
+use crate::report;
 use crate::sys::{self, Errno};
 
 /// The steps of the lockdown, in order.
@@ -26,7 +27,7 @@ pub enum Step {
     Policy = 4,
     /// Installing the filter.
     Filter = 5,
-    /// Sending the listener to the worker.
+    /// Sending the report with its descriptors to the worker.
     Report = 6,
 }
 
@@ -40,7 +41,7 @@ impl Step {
             3 => "set no_new_privs",
             4 => "read policy",
             5 => "install filter",
-            6 => "send listener",
+            6 => "send report",
             _ => "unknown step",
         }
     }
@@ -55,7 +56,7 @@ pub fn lockdown(uid: u32, gid: u32, enable_network: bool) -> Result<(), (Step, E
     if let Err((step, errno)) = result {
         let report = Report::Failed { stage: Stage::Lockdown, step: step as u32, errno };
         // Where even this fails, the worker sees the process end without a report.
-        let _ = sys::write_once(CONTROL_FD, &report.encode());
+        let _ = report::send(CONTROL_FD, report, &[]);
     }
     result
 }
@@ -73,11 +74,17 @@ fn lock(uid: u32, gid: u32, enable_network: bool) -> Result<(), (Step, Errno)> {
     let listener = policy.install().map_err(at(Step::Filter))?;
 
     let report = if listener.is_some() { Report::Locked } else { Report::LockedWithoutListener };
-    let sent = send(report, listener).map_err(at(Step::Report));
+    // The filter is on: this is the first call that it lets through.
+    let sent = with_room_to_send(|| match listener {
+        Some(listener) => report::send(CONTROL_FD, report, &[listener, WORK_FD]),
+        None => report::send(CONTROL_FD, report, &[WORK_FD]),
+    });
+    let sent = sent.map_err(at(Step::Report));
     if let Some(listener) = listener {
         sys::close(listener);
     }
     sys::close(POLICY_FD);
+    sys::close(WORK_FD);
     sent
 }
 
@@ -195,33 +202,14 @@ fn size_of_file(fd: c_int) -> Result<usize, Errno> {
     usize::try_from(stat.st_size).map_err(|_| libc::EFBIG)
 }
 
-/// Sends the report with the listener beside it. The filter is on: this is the first call that it lets through.
-fn send(report: Report, listener: Option<c_int>) -> Result<(), Errno> {
-    let mut bytes: [u8; REPORT_LEN] = report.encode();
-    let Some(listener) = listener else {
-        return sys::write_once(CONTROL_FD, &bytes);
-    };
-    let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
-    // Room for one descriptor, in the alignment that a control message needs.
-    let mut control = [0_u64; 4];
-    // SAFETY: `msghdr` is plain numbers and pointers: all zero is a value of it.
-    let mut message: libc::msghdr = unsafe { core::mem::zeroed() };
-    message.msg_iov = &raw mut part;
-    message.msg_iovlen = 1;
-    message.msg_control = control.as_mut_ptr().cast();
-    const DESCRIPTOR: u32 = 4; // bytes of a `c_int`
-    // SAFETY: pure arithmetic.
-    let (space, length) = unsafe { (libc::CMSG_SPACE(DESCRIPTOR), libc::CMSG_LEN(DESCRIPTOR)) };
-    message.msg_controllen = space as _;
-    // SAFETY: the control buffer is live and holds at least one header: 32 bytes for the 24 that it needs.
-    unsafe {
-        let head = libc::CMSG_FIRSTHDR(&raw const message);
-        (*head).cmsg_level = libc::SOL_SOCKET;
-        (*head).cmsg_type = libc::SCM_RIGHTS;
-        (*head).cmsg_len = length as _;
-        libc::CMSG_DATA(head).cast::<c_int>().write_unaligned(listener);
-    }
-    // SAFETY: every pointer in the message is live until the call returns.
-    let sent = unsafe { libc::sendmsg(CONTROL_FD, &raw const message, libc::MSG_NOSIGNAL) };
-    if sent < 0 { Err(sys::errno()) } else { Ok(()) }
+/// Nothing can be sent while descriptors of this user are under way in larger number than this process may have
+/// open. Another job may be of the same user and flood its own sockets. So the wall leaves more room than any
+/// job gets, and here it is taken away.
+fn with_room_to_send(send: impl FnOnce() -> Result<(), Errno>) -> Result<(), Errno> {
+    let resource = libc::RLIMIT_NOFILE.into();
+    let libc::rlimit64 { rlim_cur: own, rlim_max: room } = sys::limit(resource, None)?;
+    sys::limit(resource, Some(&libc::rlimit64 { rlim_cur: room, rlim_max: room }))?;
+    let sent = send();
+    sys::limit(resource, Some(&libc::rlimit64 { rlim_cur: own, rlim_max: own }))?;
+    sent
 }

@@ -126,6 +126,10 @@ steps! {
     30 "close_range" CloseFrom { numbers: first; }
     /// `chdir(path)`.
     31 "chdir" Chdir { strings: path; }
+    /// No signal blocked; their actions stay.
+    32 "unblock signals" UnblockSignals {}
+    /// Opens a directory as a place (`O_PATH`), under this number, which no later step may read.
+    33 "open directory" OpenDirectory { numbers: to; strings: path; }
 }
 
 impl<'a> Step<'a> {
@@ -140,6 +144,7 @@ impl<'a> Step<'a> {
             | Self::WriteFile { path, .. }
             | Self::Chown { path, .. }
             | Self::Chdir { path }
+            | Self::OpenDirectory { path, .. }
             | Self::LandlockAllow { path, .. } => Some(path),
             Self::PivotRoot { new, .. } | Self::EnterRoot { new } => Some(new),
             _ => None,

@@ -55,6 +55,17 @@ pub(crate) fn write_once(fd: c_int, bytes: &[u8]) -> Result<(), Errno> {
     if written.cast_unsigned() == bytes.len() { Ok(()) } else { Err(libc::EIO) }
 }
 
+/// This process's limit on a resource, and sets a new one where one is given.
+pub(crate) fn limit(resource: u64, new: Option<&libc::rlimit64>) -> Result<libc::rlimit64, Errno> {
+    let mut old = libc::rlimit64 { rlim_cur: 0, rlim_max: 0 };
+    let new = new.map_or(core::ptr::null(), core::ptr::from_ref);
+    #[allow(clippy::cast_possible_truncation, reason = "usize has 64 bits on every supported architecture")]
+    let resource = resource as usize;
+    // SAFETY: both structures are live; the call reads the one, if there is one, and writes the other.
+    unsafe { syscall(libc::SYS_prlimit64, [0, resource, new as usize, &raw mut old as usize, 0]) }?;
+    Ok(old)
+}
+
 const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 
 #[repr(C)]
@@ -142,4 +153,20 @@ pub(crate) fn install_filter(instructions: &[u8], flags: usize) -> Result<usize,
     // SAFETY: the kernel copies `count` instructions out of the live slice, which needs no alignment for that,
     // and checks every one of them.
     unsafe { syscall(libc::SYS_seccomp, [SECCOMP_SET_MODE_FILTER, flags, &raw const program as usize, 0, 0]) }
+}
+
+/// Blocks every signal that can be.
+pub(crate) fn block_signals() -> Result<(), Errno> {
+    set_signal_mask(u64::MAX)
+}
+
+/// Blocks no signal.
+pub(crate) fn unblock_signals() -> Result<(), Errno> {
+    set_signal_mask(0)
+}
+
+fn set_signal_mask(mask: u64) -> Result<(), Errno> {
+    let set = libc::SIG_SETMASK.cast_unsigned() as usize;
+    // SAFETY: the kernel's signal set is 64 bits; the call reads it.
+    unsafe { syscall(libc::SYS_rt_sigprocmask, [set, &raw const mask as usize, 0, 8, 0]) }.map(drop)
 }

@@ -78,6 +78,8 @@ fn carry_out(step: &Step<'_>, ruleset: &mut Ruleset) -> Result<(), Errno> {
         Step::Duplicate { from, to } => numeric(libc::SYS_dup3, [from, to]),
         Step::CloseFrom { first } => numeric(libc::SYS_close_range, [first, u32::MAX.into()]),
         Step::Chdir { path } => chdir(path),
+        Step::OpenDirectory { to, path } => open_directory(path, to),
+        Step::UnblockSignals {} => sys::unblock_signals(),
     }
 }
 
@@ -127,6 +129,25 @@ fn hostname(name: &CStr) -> Result<(), Errno> {
 fn chdir(path: &CStr) -> Result<(), Errno> {
     // SAFETY: the path ends in NUL and outlives the call.
     unsafe { syscall(libc::SYS_chdir, [address(path), 0, 0, 0, 0]) }.map(drop)
+}
+
+fn open_directory(path: &CStr, to: u64) -> Result<(), Errno> {
+    let fd = sys::open(path, libc::O_PATH | libc::O_DIRECTORY, 0)?;
+    if u64::from(fd.unsigned_abs()) == to {
+        // Already the right number, but it would not outlive the exec.
+        const KEEP: u64 = 0;
+        return fcntl(fd, libc::F_SETFD, KEEP);
+    }
+    let moved = numeric(libc::SYS_dup3, [fd.unsigned_abs().into(), to]);
+    sys::close(fd);
+    moved
+}
+
+/// A command of `fcntl` that takes a number.
+fn fcntl(fd: c_int, command: c_int, value: u64) -> Result<(), Errno> {
+    let (fd, command) = (fd.unsigned_abs() as usize, command.unsigned_abs() as usize);
+    // SAFETY: the callers name only commands that take a number.
+    unsafe { syscall(libc::SYS_fcntl, [fd, command, number(value), 0, 0]) }.map(drop)
 }
 
 fn mount(paths: [&CStr; 3], flags: usize, options: &CStr) -> Result<(), Errno> {
@@ -180,9 +201,7 @@ fn drop_bounding() -> Result<(), Errno> {
 }
 
 fn rlimit(resource: u64, soft: u64, hard: u64) -> Result<(), Errno> {
-    let limit = libc::rlimit64 { rlim_cur: soft, rlim_max: hard };
-    // SAFETY: the structure outlives the call, which only reads it; the old limit is not asked for.
-    unsafe { syscall(libc::SYS_prlimit64, [0, number(resource), &raw const limit as usize, 0, 0]) }.map(drop)
+    sys::limit(resource, Some(&libc::rlimit64 { rlim_cur: soft, rlim_max: hard })).map(drop)
 }
 
 fn signal(number: c_int, action: libc::sighandler_t) -> Result<(), Errno> {
@@ -200,10 +219,7 @@ fn default_signals() -> Result<(), Errno> {
         // SAFETY: the call reads the structure, which is live; no code of ours will run in a handler.
         let _ = unsafe { syscall(libc::SYS_rt_sigaction, [number, &raw const default as usize, 0, 8, 0]) };
     }
-    let none = 0_u64;
-    let set_mask = libc::SIG_SETMASK.cast_unsigned() as usize;
-    // SAFETY: the kernel's signal set is 64 bits; the call reads it.
-    unsafe { syscall(libc::SYS_rt_sigprocmask, [set_mask, &raw const none as usize, 0, 8, 0]) }.map(drop)
+    sys::unblock_signals()
 }
 
 /// A Landlock ruleset in the making. The calls are made raw: the ruleset names directories that exist only in

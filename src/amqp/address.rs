@@ -78,17 +78,33 @@ impl Addresses {
             Some(name) if name == self.results => return Ok(self.results()),
             Some(name) => name,
         };
-        if name.len() > NAME_MAX {
-            return Err(AddressError::TooLong);
-        }
-        if name.chars().any(char::is_control) {
-            return Err(AddressError::ControlCharacter);
-        }
         if self.own.iter().any(|own| own == name) {
             return Err(AddressError::Own);
         }
         if !self.allow.as_ref().is_some_and(|allow| allow.is_match(name)) {
             return Err(AddressError::NotAllowed);
+        }
+        Self::form(name)
+    }
+
+    /// Where an answer to an operator's question goes. The pattern is for publishers of jobs.
+    ///
+    /// # Errors
+    /// The address is none that can be answered.
+    pub fn of_operator(&self, reply_to: &str) -> Result<Address, AddressError> {
+        if reply_to.is_empty() || reply_to == self.results || self.own.iter().any(|own| own == reply_to) {
+            return Err(AddressError::Own);
+        }
+        Self::form(reply_to)
+    }
+
+    /// What can be told from the name alone.
+    fn form(name: &str) -> Result<Address, AddressError> {
+        if name.len() > NAME_MAX {
+            return Err(AddressError::TooLong);
+        }
+        if name.chars().any(char::is_control) {
+            return Err(AddressError::ControlCharacter);
         }
         match name.strip_prefix(DIRECT) {
             None => Ok(Address::Queue(name.to_owned())),
@@ -193,6 +209,16 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn an_operator_is_answered_anywhere_but_on_the_workers_own_queues() {
+        let addresses = addresses("replies.*");
+        assert_eq!(addresses.of_operator("amq.gen-1"), Ok(Address::Queue("amq.gen-1".into())));
+        for own in ["", "sandpiper.results", "sandpiper.jobs", "sandpiper.dead"] {
+            assert_eq!(addresses.of_operator(own), Err(AddressError::Own), "{own}");
+        }
+        assert!(addresses.of_operator("amq.rabbitmq.reply-to.bogus.bogus").is_err());
     }
 
     #[test]

@@ -11,6 +11,7 @@ use lapin::{BasicProperties, Channel, Confirmation};
 
 use crate::amqp::connection::{Dialer, Link};
 use crate::amqp::message::now;
+use crate::amqp::publisher::is_not_found;
 use crate::amqp::{Command, Error, chain, short, topology};
 use crate::config;
 
@@ -33,6 +34,17 @@ pub enum ClientError {
         /// The jobs queue.
         queue: String,
     },
+    /// Nobody declared the dead queue.
+    #[error(
+        "find {queue}: there is no such queue; start a worker, which declares it, or set amqp.dead_queue"
+    )]
+    NoDeadQueue {
+        /// The dead queue.
+        queue: String,
+    },
+    /// Nobody listens to commands.
+    #[error("reach a worker: none listens on the exchange sandpiper.control; start one")]
+    NoWorker,
 }
 
 /// A message on our reply queue.
@@ -40,7 +52,7 @@ pub enum ClientError {
 pub struct Answer {
     /// The id under which the job was submitted; empty where the message carries none.
     pub id: String,
-    /// `result`, or `output` while a job runs.
+    /// `result`, `output` while a job runs, or `pong`.
     pub kind: String,
     /// JSON.
     pub body: Vec<u8>,
@@ -116,11 +128,32 @@ impl Client {
     /// Asks every worker to end the job of that id. Nobody says whether one had it.
     ///
     /// # Errors
-    /// The broker could not be told.
+    /// The broker could not be told, or no worker listens.
     pub async fn cancel(&self, id: &str) -> Result<(), ClientError> {
-        let body = Command::Cancel(id.to_owned()).to_body();
-        let properties = BasicProperties::default().with_content_type("application/json".into());
-        self.publish(topology::CONTROL, "", &body, properties).await.map(drop)
+        self.command(&Command::Cancel(id.to_owned())).await
+    }
+
+    /// Asks every worker who it is and what it does. Each answers with a `pong`, a [`crate::amqp::Pong`] as JSON.
+    ///
+    /// # Errors
+    /// The broker could not be told, or no worker listens.
+    pub async fn ping(&self) -> Result<(), ClientError> {
+        self.command(&Command::Ping {}).await
+    }
+
+    async fn command(&self, command: &Command) -> Result<(), ClientError> {
+        let properties = BasicProperties::default()
+            .with_content_type("application/json".into())
+            .with_reply_to(self.0.reply_to.clone());
+        match self.publish(topology::CONTROL, "", &command.to_body(), properties).await {
+            Ok(Confirmation::Ack(None)) => Ok(()),
+            Ok(_) => Err(ClientError::NoWorker),
+            // The first worker declares the exchange.
+            Err(ClientError::Broker(Error::Operation { source, .. })) if is_not_found(&source) => {
+                Err(ClientError::NoWorker)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// The next message on our reply queue.
@@ -161,9 +194,7 @@ impl Client {
     ) -> Result<Confirmation, ClientError> {
         let channel = self.channel().await?;
         let (exchange, key) = (short(exchange)?, short(key)?);
-        // A cancellation that nobody hears is no fault: only jobs need a queue.
-        let mandatory = exchange.as_str().is_empty();
-        let options = BasicPublishOptions { mandatory, ..BasicPublishOptions::default() };
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
         let publishing =
             async { channel.basic_publish(exchange, key, options, body, properties).await?.await };
         let answer = self.0.link.ask("have a message confirmed", publishing).await?;

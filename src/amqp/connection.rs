@@ -3,6 +3,7 @@
 //! Dialling again after a loss is the supervisor's business.
 
 use std::future::Future;
+use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,8 +11,8 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use lapin::tcp::{AsyncTcpStream, OwnedTLSConfig};
-use lapin::uri::AMQPUri;
-use lapin::{Connection, ConnectionProperties, ConnectionStatus, Event};
+use lapin::uri::{AMQPScheme, AMQPUri};
+use lapin::{Connection, ConnectionProperties, ConnectionStatus, ErrorKind, Event};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -70,13 +71,14 @@ impl Dialer {
             Error::Url { position, reason: if quoted { "not an address".into() } else { reason } }
         })?;
         let broker = format!("{}:{}", uri.authority.host, uri.authority.port);
+        let failed = failed(&broker, uri.scheme == AMQPScheme::AMQPS);
         uri.query.heartbeat = Some(u16::try_from(self.config.heartbeat.as_secs()).unwrap_or(u16::MAX));
 
         let socket = Socket::default();
         let timeout = self.config.connect_timeout;
         let connecting = Connection::connector(
             uri,
-            lapin::runtime::default_runtime().map_err(failed(&broker))?,
+            lapin::runtime::default_runtime().map_err(&failed)?,
             {
                 let socket = socket.clone();
                 async move |uri: AMQPUri, runtime| {
@@ -89,10 +91,8 @@ impl Dialer {
                             socket.keep(stream.get_ref());
                         }
                         match uri.scheme {
-                            lapin::uri::AMQPScheme::AMQP => Ok(stream),
-                            lapin::uri::AMQPScheme::AMQPS => {
-                                stream.into_tls(&uri.authority.host, tls.as_ref()).await
-                            }
+                            AMQPScheme::AMQP => Ok(stream),
+                            AMQPScheme::AMQPS => stream.into_tls(&uri.authority.host, tls.as_ref()).await,
                         }
                     };
                     let in_time = tokio::time::timeout(timeout, stream).await;
@@ -108,8 +108,8 @@ impl Dialer {
                 socket.shut();
                 Error::Timeout { what: format!("connect to {broker}"), after: timeout }
             })?
-            .map_err(failed(&broker))?;
-        Ok(Link::new(connection, broker, socket, self.config.operation_timeout))
+            .map_err(&failed)?;
+        Ok(Link::new(connection, broker.clone(), socket, self.config.operation_timeout))
     }
 
     fn properties(&self) -> ConnectionProperties {
@@ -121,8 +121,31 @@ impl Dialer {
     }
 }
 
-fn failed(broker: &str) -> impl Fn(lapin::Error) -> Error {
-    move |source| Error::Connect { broker: broker.to_owned(), source: Box::new(source) }
+fn failed(broker: &str, tls: bool) -> impl Fn(lapin::Error) -> Error {
+    move |source| Error::Connect {
+        broker: broker.to_owned(),
+        hint: hint(&source, tls),
+        source: Box::new(source),
+    }
+}
+
+/// Two mistakes that a person cannot tell from what the peer says: TLS where there is none, and none where it is.
+fn hint(error: &lapin::Error, tls: bool) -> &'static str {
+    let error = match error.kind() {
+        ErrorKind::IOError(error) => error,
+        ErrorKind::ParsingError(_) if !tls => {
+            return " (it does not speak AMQP there; does it want TLS, amqps://?)";
+        }
+        _ => return "",
+    };
+    let hung_up = [io::ErrorKind::ConnectionReset, io::ErrorKind::UnexpectedEof, io::ErrorKind::BrokenPipe];
+    if tls && error.to_string().contains("InvalidContentType") {
+        " (it does not speak TLS there; is amqp:// meant?)"
+    } else if !tls && hung_up.contains(&error.kind()) {
+        " (it hung up at once; does it want TLS there, amqps://?)"
+    } else {
+        ""
+    }
 }
 
 /// A handle on the socket under a connection, to end it where lapin would wait on.
@@ -201,6 +224,15 @@ impl Link {
     pub(super) fn give_up(&self) {
         self.lost.cancel();
         self.socket.shut();
+    }
+
+    /// How many bytes of headers a message may carry here: one frame has to hold them, beside everything else
+    /// of its properties.
+    pub(super) fn headers_room(&self) -> usize {
+        /// Eight short strings of 255 bytes, and the frame around them.
+        const OTHERS: usize = 2_200;
+        let frame = usize::try_from(self.connection.configuration().frame_max()).unwrap_or(usize::MAX);
+        frame.saturating_sub(OTHERS)
     }
 
     /// A new channel.

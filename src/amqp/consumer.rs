@@ -14,8 +14,8 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::amqp::connection::{Dialer, Link};
-use crate::amqp::control::Command;
-use crate::amqp::delivery::Delivery;
+use crate::amqp::control::{Command, Heard};
+use crate::amqp::delivery::{Delivery, Properties};
 use crate::amqp::supervisor::{LinkState, Session, State, Supervisor};
 use crate::amqp::{Error, short, topology};
 use crate::config;
@@ -31,7 +31,7 @@ const COMMANDS: usize = 64;
 #[derive(Debug)]
 pub struct Consumer {
     deliveries: mpsc::Receiver<Delivery>,
-    commands: Option<mpsc::Receiver<Command>>,
+    commands: Option<mpsc::Receiver<Heard>>,
     state: watch::Receiver<LinkState>,
     closing: CancellationToken,
     task: JoinHandle<()>,
@@ -77,7 +77,7 @@ impl Consumer {
     }
 
     /// The stream of commands; the first caller gets it.
-    pub fn commands(&mut self) -> Option<mpsc::Receiver<Command>> {
+    pub fn commands(&mut self) -> Option<mpsc::Receiver<Heard>> {
         self.commands.take()
     }
 
@@ -101,7 +101,7 @@ struct Consuming {
     metrics: Metrics,
     /// None once drained, so that the reader sees the end.
     sender: Option<mpsc::Sender<Delivery>>,
-    commands: mpsc::Sender<Command>,
+    commands: mpsc::Sender<Heard>,
     drain: CancellationToken,
     closing: CancellationToken,
 }
@@ -127,16 +127,7 @@ impl Session for Consuming {
                 biased;
                 () = self.drain.cancelled() => break,
                 () = link.lost() => return Err(Error::Lost),
-                command = commands.next() => match command {
-                    Some(Ok(message)) => {
-                        if let Some(command) = Command::parse(&message.data) {
-                            // A full channel: the requester sees no effect and asks again.
-                            let _ = self.commands.try_send(command);
-                        }
-                    }
-                    Some(Err(source)) => return Err(broken("listen for commands", source)),
-                    None => return Err(Error::ConsumerEnded),
-                },
+                command = commands.next() => self.hear(command)?,
                 // The place first: a delivery in our hands must have somewhere to go.
                 job = async { (sender.reserve().await, jobs.next().await) } => match job {
                     (Ok(place), Some(Ok(job))) => {
@@ -152,9 +143,14 @@ impl Session for Consuming {
         }
         self.sender = None;
         self.stop(link, &channel, jobs).await?;
-        tokio::select! {
-            () = self.closing.cancelled() => {}
-            () = link.lost() => return Err(Error::Lost),
+        // What still runs can still be cancelled.
+        loop {
+            tokio::select! {
+                biased;
+                () = self.closing.cancelled() => break,
+                () = link.lost() => return Err(Error::Lost),
+                command = commands.next() => self.hear(command)?,
+            }
         }
         link.close().await;
         Ok(())
@@ -162,6 +158,18 @@ impl Session for Consuming {
 }
 
 impl Consuming {
+    /// Passes a command on.
+    fn hear(&self, message: Option<lapin::Result<lapin::message::Delivery>>) -> Result<(), Error> {
+        let message = message.ok_or(Error::ConsumerEnded)?;
+        let message = message.map_err(|source| broken("listen for commands", source))?;
+        if let Some(command) = Command::parse(&message.data) {
+            let properties = Properties::new(message.properties);
+            // A full channel: the requester sees no effect and asks again.
+            let _ = self.commands.try_send(Heard { command, properties });
+        }
+        Ok(())
+    }
+
     /// Takes no more jobs, and gives back those that came in but were not taken.
     async fn stop(&self, link: &Link, channel: &Channel, mut jobs: lapin::Consumer) -> Result<(), Error> {
         let cancelling = channel.basic_cancel(TAG.into(), BasicCancelOptions::default());

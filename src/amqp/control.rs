@@ -1,6 +1,8 @@
-//! What every worker hears at once: messages of the control exchange.
+//! What every worker hears at once: messages of the control exchange, and what it says back.
 
 use serde::{Deserialize, Serialize};
+
+use crate::amqp::Properties;
 
 /// A message to all workers: a JSON object with one field.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -8,6 +10,47 @@ use serde::{Deserialize, Serialize};
 pub enum Command {
     /// `{"cancel": "ID"}`: end the job of that id, wherever it waits or runs. Workers without it do nothing.
     Cancel(String),
+    /// `{"ping": {}}`: say who you are and what you do, in a [`Pong`] to the message's `reply_to`.
+    Ping {},
+}
+
+/// A command as it came.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Heard {
+    /// What to do.
+    pub command: Command,
+    /// Where an answer is wanted, and what it has to carry.
+    pub properties: Properties,
+}
+
+/// What a worker says of itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pong {
+    /// Its name, as in its results.
+    pub worker: String,
+    /// The version of the worker.
+    pub version: String,
+    /// When it started.
+    pub since: jiff::Timestamp,
+    /// Jobs it runs at one time.
+    pub slots: usize,
+    /// The queue that it takes them from.
+    pub queue: String,
+    /// It takes no more jobs and ends when those that run have ended.
+    pub draining: bool,
+    /// The jobs that it holds, in the order in which they came.
+    pub jobs: Vec<Held>,
+}
+
+/// A job that a worker holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// Its id.
+    pub id: String,
+    /// When it came to the worker.
+    pub since: jiff::Timestamp,
+    /// It runs; else it waits for a slot.
+    pub running: bool,
 }
 
 impl Command {
@@ -29,11 +72,15 @@ mod tests {
 
     #[test]
     fn a_command_survives_its_way_and_the_unknown_is_none() {
-        let cancel = Command::Cancel("job-1".into());
-        assert_eq!(cancel.to_body(), br#"{"cancel":"job-1"}"#);
-        assert_eq!(Command::parse(&cancel.to_body()), Some(cancel));
-        for body in [&b"{}"[..], b"", b"{\"reboot\":\"now\"}", b"\xff", b"[]"] {
-            assert_eq!(Command::parse(body), None);
+        for (command, body) in [
+            (Command::Cancel("job-1".into()), &br#"{"cancel":"job-1"}"#[..]),
+            (Command::Ping {}, br#"{"ping":{}}"#),
+        ] {
+            assert_eq!(command.to_body(), body);
+            assert_eq!(Command::parse(body), Some(command));
+        }
+        for body in [&b"{}"[..], b"", b"{\"reboot\":\"now\"}", b"\xff", b"[]", b"\"ping\""] {
+            assert_eq!(Command::parse(body), None, "{body:?}");
         }
     }
 }

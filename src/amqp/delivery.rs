@@ -55,7 +55,7 @@ pub struct Properties {
 }
 
 impl Properties {
-    fn new(raw: BasicProperties) -> Self {
+    pub(super) fn new(raw: BasicProperties) -> Self {
         let text = |property: &Option<lapin::types::ShortString>| property.as_ref().map(ToString::to_string);
         Self {
             reply_to: text(raw.reply_to()),

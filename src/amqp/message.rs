@@ -8,6 +8,12 @@ use crate::amqp::{Address, Delivery, Properties, short};
 /// A message that survives a restart of the broker.
 const PERSISTENT: u8 = 2;
 
+/// One that need not.
+const TRANSIENT: u8 = 1;
+
+/// What the headers of our own begin with.
+pub(super) const OURS: &str = "x-sandpiper-";
+
 /// Most bytes of a header that is passed on or written: one frame has to hold all of them.
 const HEADER_MAX: usize = 1_024;
 
@@ -29,6 +35,27 @@ impl Message {
     /// The result of a job, as an answer to the message that `asked` for it. `message_id` is the same for
     /// every duplicate.
     pub fn result(to: Address, asked: &Properties, message_id: &str, body: Vec<u8>) -> Self {
+        Self::answer("result", PERSISTENT, to, asked, message_id, body)
+    }
+
+    /// Output of a job that still runs. All of it stands in the result as well: no disk has to keep it.
+    pub fn output(to: Address, asked: &Properties, message_id: &str, body: Vec<u8>) -> Self {
+        Self::answer("output", TRANSIENT, to, asked, message_id, body)
+    }
+
+    /// What a worker says of itself when it is asked.
+    pub fn pong(to: Address, asked: &Properties, message_id: &str, body: Vec<u8>) -> Self {
+        Self::answer("pong", TRANSIENT, to, asked, message_id, body)
+    }
+
+    fn answer(
+        kind: &str,
+        delivery_mode: u8,
+        to: Address,
+        asked: &Properties,
+        message_id: &str,
+        body: Vec<u8>,
+    ) -> Self {
         let mut headers = FieldTable::default();
         for (name, value) in [("traceparent", &asked.traceparent), ("tracestate", &asked.tracestate)] {
             if let Some(value) = value.as_ref().filter(|value| value.len() <= HEADER_MAX) {
@@ -37,8 +64,8 @@ impl Message {
         }
         let mut properties = BasicProperties::default()
             .with_content_type("application/json".into())
-            .with_type("result".into())
-            .with_delivery_mode(PERSISTENT)
+            .with_type(kind.into())
+            .with_delivery_mode(delivery_mode)
             .with_timestamp(now())
             .with_headers(headers);
         if let Ok(message_id) = short(message_id) {
@@ -58,9 +85,39 @@ impl Message {
         headers.insert("x-sandpiper-reason".into(), AMQPValue::LongString(reason.into()));
         headers.insert("x-sandpiper-attempt".into(), AMQPValue::LongLongInt(delivery.attempt.into()));
         headers.insert("x-sandpiper-worker".into(), AMQPValue::LongString(worker.into()));
+        let at = format!("{:.3}", jiff::Timestamp::now());
+        headers.insert("x-sandpiper-at".into(), AMQPValue::LongString(at.into()));
         let properties = copied_properties(raw).with_headers(headers).with_delivery_mode(PERSISTENT);
         Self { to: Address::Queue(dead_queue.to_owned()), body: delivery.body.clone(), properties }
     }
+}
+
+/// A dead message as it was when it was a job: without what was written on it since.
+pub(super) fn revived(raw: &BasicProperties) -> BasicProperties {
+    let mut headers = FieldTable::default();
+    for (name, value) in copied_headers(raw).inner() {
+        let later =
+            [OURS, "x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count"];
+        if !later.iter().any(|prefix| name.as_str().starts_with(prefix)) {
+            headers.insert(name.clone(), value.clone());
+        }
+    }
+    copied_properties(raw).with_headers(headers).with_delivery_mode(PERSISTENT)
+}
+
+/// The properties with headers that one frame of `room` bytes can hold: where a stranger's fill it, ours alone.
+pub(super) fn fitting(properties: &BasicProperties, room: usize) -> BasicProperties {
+    let headers = properties.headers().iter().flat_map(|headers| headers.inner());
+    if headers.map(|(name, value)| name.as_str().len() + weight(value)).sum::<usize>() <= room {
+        return properties.clone();
+    }
+    let mut ours = FieldTable::default();
+    for (name, value) in properties.headers().iter().flat_map(|headers| headers.inner()) {
+        if name.as_str().starts_with(OURS) {
+            ours.insert(name.clone(), value.clone());
+        }
+    }
+    properties.clone().with_headers(ours)
 }
 
 /// Headers that do no harm in another's hands: `CC` and `BCC` would have the broker send copies wherever a

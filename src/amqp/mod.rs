@@ -14,6 +14,7 @@ pub mod client;
 mod connection;
 mod consumer;
 mod control;
+pub mod dead;
 mod delivery;
 mod message;
 mod publisher;
@@ -25,10 +26,10 @@ use std::time::Duration;
 
 pub use address::{Address, AddressError, Addresses};
 pub use consumer::Consumer;
-pub use control::Command;
+pub use control::{Command, Heard, Held, Pong};
 pub use delivery::{Delivery, Properties};
 pub use message::Message;
-pub use publisher::{Publisher, Sent};
+pub use publisher::{Publisher, Sent, Told};
 pub use supervisor::LinkState;
 
 /// What the broker, or the way to it, made impossible.
@@ -63,10 +64,12 @@ pub enum Error {
         reason: String,
     },
     /// The broker could not be reached, or did not let us in.
-    #[error("connect to {broker}")]
+    #[error("connect to {broker}{hint}")]
     Connect {
         /// Host and port.
         broker: String,
+        /// What may be behind it, where that is likely.
+        hint: &'static str,
         /// What lapin said.
         source: Box<lapin::Error>,
     },
@@ -116,8 +119,12 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
+        let said = error.to_string();
+        // Some repeat their cause in their own words.
+        if !text.ends_with(&said) {
+            text.push_str(": ");
+            text.push_str(&said);
+        }
         cause = error.source();
     }
     text

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::amqp::connection::{Dialer, Link};
+use crate::amqp::message::fitting;
 use crate::amqp::supervisor::{LinkState, Session, State, Supervisor};
 use crate::amqp::{Address, Error, Message, chain, short, topology};
 use crate::config;
@@ -48,6 +49,17 @@ pub enum Sent {
     Dropped,
 }
 
+/// What became of a message that is published once only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// The broker has it for whoever asked.
+    Heard,
+    /// Nobody listens at that address any more.
+    NobodyThere,
+    /// It may or may not have arrived.
+    Failed,
+}
+
 /// Publishes messages, across all connections that it takes. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Publisher(Arc<Inner>);
@@ -60,6 +72,11 @@ struct Inner {
     state: watch::Receiver<LinkState>,
     closing: CancellationToken,
     task: Mutex<Option<JoinHandle<()>>>,
+    /// Direct reply-to addresses travel over a connection of their own, dialled when the first one comes. What a
+    /// stranger writes can look like an address of the broker's and still make it fail: some versions then close
+    /// the connection that asked.
+    direct: tokio::sync::Mutex<Option<Arc<Outlet>>>,
+    dialer: Dialer,
 }
 
 /// A connection with its idle channels.
@@ -97,6 +114,8 @@ impl Publisher {
             state: subscription,
             closing,
             task: Mutex::new(Some(task)),
+            direct: tokio::sync::Mutex::default(),
+            dialer: Dialer::new(config, format!("sandpiper {name} direct results")),
         }))
     }
 
@@ -114,11 +133,14 @@ impl Publisher {
         let mut delays = Delays::new(FIRST_DELAY, LONGEST_DELAY);
         let (mut refused_since, mut failures) = (None, 0);
         loop {
-            let answer = self.attempt(message, &to).await;
+            // After a fault a direct address gets a connection for itself, so that innocents share no second one.
+            let answer = self.attempt(message, &to, failures > 0).await;
             self.count(&answer, &to);
             match answer {
-                Ok(Answer::Confirmed) if to == message.to => return Sent::Delivered,
-                Ok(Answer::Confirmed) => return Sent::Redirected,
+                Ok(Answer::Confirmed) => {
+                    self.0.metrics.body(Body::Result, message.body.len());
+                    return if to == message.to { Sent::Delivered } else { Sent::Redirected };
+                }
                 Ok(Answer::Returned) if matches!(to, Address::Direct(_)) => return Sent::Dropped,
                 Ok(Answer::Returned) if to != results => {
                     self.redirect("is gone", &mut to, &results);
@@ -145,6 +167,19 @@ impl Publisher {
         }
     }
 
+    /// Publishes once, for what is worth nothing later or is said again in the result. Never to another queue.
+    pub async fn tell(&self, message: &Message) -> Told {
+        match self.attempt(message, &message.to, false).await {
+            Ok(Answer::Confirmed) => Told::Heard,
+            Ok(Answer::Returned) => Told::NobodyThere,
+            Ok(Answer::Nacked) => Told::Failed,
+            Err(error) => {
+                tracing::debug!(error = chain(&error), "a message that is not repeated was not confirmed");
+                Told::Failed
+            }
+        }
+    }
+
     fn redirect(&self, why: &str, to: &mut Address, results: &Address) {
         tracing::info!("a reply queue {why}: its result goes to the results queue");
         self.0.metrics.redirected();
@@ -163,12 +198,11 @@ impl Publisher {
     }
 
     /// One attempt, on a channel that has nothing else under way.
-    async fn attempt(&self, message: &Message, to: &Address) -> Result<Answer, Error> {
-        let outlet = self.outlet().await?;
-        let (name, mandatory) = match to {
-            Address::Queue(name) => (name, true),
+    async fn attempt(&self, message: &Message, to: &Address, alone: bool) -> Result<Answer, Error> {
+        let (name, mandatory, outlet) = match to {
+            Address::Queue(name) => (name, true, self.outlet().await?),
             // Delivered past the queues: the broker would call it unroutable though it arrived.
-            Address::Direct(name) => (name, false),
+            Address::Direct(name) => (name, false, self.direct(alone).await?),
         };
         if !mandatory && !outlet.listens(name).await? {
             return Ok(Answer::Returned);
@@ -177,7 +211,7 @@ impl Publisher {
         let start = Instant::now();
         let publishing = async {
             let options = BasicPublishOptions { mandatory, ..BasicPublishOptions::default() };
-            let properties = message.properties.clone();
+            let properties = fitting(&message.properties, outlet.link.headers_room());
             channel
                 .basic_publish("".into(), short(name).unwrap_or_default(), options, &message.body, properties)
                 .await?
@@ -186,7 +220,6 @@ impl Publisher {
         match outlet.link.ask("have a result confirmed", publishing).await? {
             Confirmation::Ack(None) => {
                 self.0.metrics.confirm(start.elapsed());
-                self.0.metrics.body(Body::Result, message.body.len());
                 outlet.give_back(channel);
                 Ok(Answer::Confirmed)
             }
@@ -208,6 +241,24 @@ impl Publisher {
         outlet.clone().ok_or(Error::Lost)
     }
 
+    /// The connection for direct reply-to addresses, or a new one for this attempt `alone`.
+    async fn direct(&self, alone: bool) -> Result<Arc<Outlet>, Error> {
+        let dial = async || {
+            let link = Arc::new(self.0.dialer.dial().await?);
+            Ok(Arc::new(Outlet { link, idle: Mutex::default() }))
+        };
+        if alone {
+            return dial().await;
+        }
+        let mut direct = self.0.direct.lock().await;
+        if let Some(outlet) = direct.as_ref().filter(|outlet| !outlet.link.is_lost()) {
+            return Ok(outlet.clone());
+        }
+        let outlet = dial().await?;
+        *direct = Some(outlet.clone());
+        Ok(outlet)
+    }
+
     /// Ends the connection, after everything was published.
     pub async fn close(&self) {
         self.0.closing.cancel();
@@ -215,6 +266,9 @@ impl Publisher {
         if let Some(task) = task {
             // It cannot be aborted by anybody else, and a panic in it was reported by the runtime.
             let _ = task.await;
+        }
+        if let Some(outlet) = self.0.direct.lock().await.take() {
+            outlet.link.close().await;
         }
     }
 }
@@ -254,7 +308,7 @@ impl Outlet {
     }
 }
 
-fn is_not_found(error: &lapin::Error) -> bool {
+pub(super) fn is_not_found(error: &lapin::Error) -> bool {
     const NOT_FOUND: u16 = 404;
     matches!(error.kind(), ErrorKind::ProtocolError(refused) if refused.get_id() == NOT_FOUND)
 }

@@ -16,11 +16,16 @@ pub(super) async fn ensure(link: &Link, channel: &Channel, config: &config::Amqp
         ("x-dead-letter-routing-key", AMQPValue::LongString(config.dead_queue.as_str().into())),
     ];
     // The dead queue first: what the jobs queue lets go must have a place to go to.
-    queue(link, channel, config.topology, &config.dead_queue, &[]).await?;
+    let dead = [("x-delivery-limit", AMQPValue::LongLongInt(DEAD_LIMIT))];
+    queue(link, channel, config.topology, &config.dead_queue, &dead).await?;
     queue(link, channel, config.topology, &config.results_queue, &[]).await?;
     queue(link, channel, config.topology, &config.jobs_queue, &jobs).await?;
     control(link, channel, config.topology).await
 }
+
+/// Looking at the dead queue takes its messages and puts them back. Newer brokers would drop them after twenty
+/// times; older ones do not know "no limit". Nobody looks so often.
+const DEAD_LIMIT: i64 = 1_000_000_000;
 
 /// The exchange by which every worker hears of cancelled jobs.
 pub(super) const CONTROL: &str = "sandpiper.control";

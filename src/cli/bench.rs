@@ -26,6 +26,7 @@ const EXAMPLES: &str = "\
 Examples:
   sandpiper bench --local -n 200
   sandpiper bench --local --concurrency 4 --json
+  sandpiper bench --local --cold                      a new interpreter for every job
   sandpiper bench job.py -n 1000 --concurrency 16     through the broker, to a running worker
 
 Times run from a job being accepted to everything of it being dead; through the broker, from
@@ -51,6 +52,10 @@ pub(super) struct Args {
     /// How many of them run at one time
     #[arg(long, value_name = "N", default_value = "1")]
     concurrency: NonZeroUsize,
+
+    /// With --local: start a new interpreter for every job
+    #[arg(long, requires = "local")]
+    cold: bool,
 
     /// Print the figures as one JSON document
     #[arg(long)]
@@ -84,6 +89,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
     let mut config = args.config.load()?;
     // Each job that runs at one time needs an identity of its own.
     config.worker.slots = args.concurrency.get();
+    config.environments.values_mut().for_each(|environment| environment.warm &= !args.cold);
     let code = match &args.file {
         Some(file) => {
             std::fs::read_to_string(file).with_context(|| format!("failed to read {}", file.display()))?
@@ -91,9 +97,12 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
         None => "print(1)".into(),
     };
     let body = serde_json::to_vec(&json!({ "code": code })).context("failed to write the job as JSON")?;
-    let (samples, wall) = runtime()?.block_on(async {
-        if args.local { measure(body, config, args).await } else { measure_remote(body, &config, args).await }
-    })?;
+    let (samples, wall) = if args.local {
+        let sandbox = local::start(&config)?;
+        runtime()?.block_on(measure(body, config, sandbox, args))?
+    } else {
+        runtime()?.block_on(measure_remote(body, &config, args))?
+    };
     let figures = figures(&samples, wall);
     if args.json {
         output::print_json(&figures)?;
@@ -107,14 +116,21 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
     Ok(End::Unsatisfied)
 }
 
-async fn measure(body: Vec<u8>, config: Config, args: &Args) -> anyhow::Result<(Vec<Sample>, Duration)> {
-    let runner = Arc::new(Runner {
-        sandbox: Sandbox::start(&config).context("failed to start the sandbox")?,
-        config,
-        body,
-        stop: CancellationToken::new(),
-    });
+async fn measure(
+    body: Vec<u8>,
+    config: Config,
+    sandbox: Sandbox,
+    args: &Args,
+) -> anyhow::Result<(Vec<Sample>, Duration)> {
+    let runner = Arc::new(Runner { sandbox, config, body, stop: CancellationToken::new() });
     Signals::listen()?.cancel(runner.stop.clone());
+    for (name, environment) in &runner.config.environments {
+        if environment.warm
+            && let Err(why) = runner.sandbox.warmed_up(name).await
+        {
+            bail!("environment {name} does not start warm: {why}; --cold measures cold starts");
+        }
+    }
     runner.one().await;
     let mut samples = Vec::with_capacity(args.jobs.get());
     let mut running = JoinSet::new();
@@ -133,6 +149,7 @@ async fn measure(body: Vec<u8>, config: Config, args: &Args) -> anyhow::Result<(
             bail!("interrupted after {} of {} jobs", samples.len(), args.jobs);
         }
     }
+    runner.sandbox.close().await;
     Ok((samples, begin.elapsed()))
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::args::ConfigArgs;
@@ -10,7 +10,6 @@ use crate::cli::job_args::JobArgs;
 use crate::cli::local;
 use crate::cli::signals::Signals;
 use crate::cli::{End, output, runtime};
-use crate::config::Config;
 use crate::job::{Job, Reply};
 use crate::sandbox::Sandbox;
 
@@ -59,13 +58,18 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<End> {
-    if args.warm {
-        bail!("--warm: this build starts every job in a new interpreter; run it without --warm");
+    let mut config = args.config.load()?;
+    config.worker.slots = 1;
+    for environment in config.environments.values_mut() {
+        environment.warm &= args.warm;
+        environment.standby = 1;
     }
-    let config = args.config.load()?;
     let asked = args.job.read(config.amqp.max_body_bytes)?;
     let reply = match local::admit(asked, &config) {
-        Ok(job) => runtime()?.block_on(run_to_end(job, &config))?,
+        Ok(job) => {
+            let sandbox = local::start(&config)?;
+            runtime()?.block_on(run_to_end(job, sandbox, args.warm))?
+        }
         Err(refused) => *refused,
     };
     if let Some(directory) = &args.artifacts_to {
@@ -79,9 +83,13 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
 }
 
 /// Runs the job, until its end or until we are told to stop: then everything of it is killed first.
-async fn run_to_end(job: Job, config: &Config) -> anyhow::Result<Reply> {
+async fn run_to_end(job: Job, sandbox: Sandbox, warm: bool) -> anyhow::Result<Reply> {
     let stop = CancellationToken::new();
     Signals::listen()?.cancel(stop.clone());
-    let sandbox = Sandbox::start(config).context("failed to start the sandbox")?;
-    Ok(local::run(&sandbox, job, &stop).await)
+    if warm && let Err(why) = sandbox.warmed_up(&job.environment).await {
+        bail!("--warm: environment {} does not start warm: {why}", job.environment);
+    }
+    let reply = local::run(&sandbox, job, &stop).await;
+    sandbox.close().await;
+    Ok(reply)
 }

@@ -1,8 +1,10 @@
 //! Jobs that run in this process, without a broker: what `exec` and `bench --local` share.
 
+use anyhow::Context as _;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::job_args::Asked;
+use crate::cli::signals::Signals;
 use crate::config::Config;
 use crate::job::{self, Context, Job, Limits, Outcome, Refusal, Reply, Status};
 use crate::sandbox::Sandbox;
@@ -10,6 +12,12 @@ use crate::script::Payload;
 
 /// The worker's name in a result that no worker made.
 const WORKER: &str = "local";
+
+/// Starts the sandbox: before there is a runtime, and with signals held back until somebody listens in it.
+pub(super) fn start(config: &Config) -> anyhow::Result<Sandbox> {
+    Signals::hold()?;
+    Sandbox::start(config).context("failed to start the sandbox")
+}
 
 /// The same checks that a job from the queue goes through. One that fails them has its result.
 pub(super) fn admit(asked: Asked, config: &Config) -> Result<Job, Box<Reply>> {

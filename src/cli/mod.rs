@@ -5,11 +5,14 @@
 
 mod args;
 mod bench;
+mod cancel;
+mod dead;
 mod doctor;
 mod exec;
 mod job_args;
 mod local;
 mod output;
+mod ping;
 mod policy;
 mod remote;
 mod schema;
@@ -45,6 +48,9 @@ enum Verb {
     Serve(serve::Args),
     Exec(Box<exec::Args>),
     Submit(Box<submit::Args>),
+    Cancel(cancel::Args),
+    Dead(dead::Args),
+    Ping(ping::Args),
     Policy(policy::Args),
     Schema(schema::Args),
     Bench(bench::Args),
@@ -143,6 +149,9 @@ pub fn run(command_line: impl IntoIterator<Item = OsString>) -> Result<End, Fail
         Verb::Serve(args) => serve::run(&args),
         Verb::Exec(args) => exec::run(&args),
         Verb::Submit(args) => submit::run(&args),
+        Verb::Cancel(args) => cancel::run(&args),
+        Verb::Dead(args) => dead::run(&args),
+        Verb::Ping(args) => ping::run(&args),
         Verb::Policy(args) => policy::run(&args),
         Verb::Schema(args) => schema::run(&args),
         Verb::Bench(args) => bench::run(&args),

@@ -9,6 +9,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 
 use crate::cli::End;
 use crate::job::{Encoding, Reply, Status};
+use crate::sys::place::write_below;
 
 /// One line on standard error, opened by our name so that it is not taken for the job's.
 pub(super) fn complain(message: &str) {
@@ -28,6 +29,12 @@ pub(super) fn print(bytes: &[u8]) -> anyhow::Result<()> {
     }
 }
 
+/// Bytes of the job's on standard error.
+pub(super) fn print_error(bytes: &[u8]) {
+    // Nobody is left to tell where standard error is closed.
+    drop(std::io::stderr().write_all(bytes));
+}
+
 /// One JSON document and a line end.
 pub(super) fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
     let mut text = serde_json::to_vec(value).context("failed to write JSON")?;
@@ -37,15 +44,23 @@ pub(super) fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
 
 /// Prints what a job printed, and the one line that says what became of it where its own exit code does not.
 pub(super) fn show(reply: &Reply) -> anyhow::Result<End> {
-    print(&stream(&reply.stdout, reply.stdout_encoding)?)?;
+    show_rest(reply, [0, 0])
+}
+
+/// The same where so many bytes of both streams were printed before.
+pub(super) fn show_rest(reply: &Reply, shown: [usize; 2]) -> anyhow::Result<End> {
+    let stdout = stream(&reply.stdout, reply.stdout_encoding)?;
+    print(stdout.get(shown[0]..).unwrap_or_default())?;
     let stderr = stream(&reply.stderr, reply.stderr_encoding)?;
-    // Nobody is left to tell where standard error is closed.
-    drop(std::io::stderr().write_all(&stderr));
+    print_error(stderr.get(shown[1]..).unwrap_or_default());
     if !matches!(reply.status, Status::Succeeded | Status::Failed) {
         if stderr.last().is_some_and(|last| *last != b'\n') {
             drop(std::io::stderr().write_all(b"\n"));
         }
         complain(&verdict(reply));
+    } else if let (Status::Succeeded, Some(note)) = (reply.status, &reply.error) {
+        // What of the result had to be left out.
+        complain(note);
     }
     Ok(End::Job {
         status: reply.status,
@@ -61,19 +76,20 @@ pub(super) fn verdict(reply: &Reply) -> String {
     format!("{}: {}", reply.status.as_str(), error.join(" "))
 }
 
-/// Writes the returned files below `directory`. Their names come from the job: none leads out of it.
+/// Writes the returned files below `directory`, which is made where it is missing. Their names come from the job:
+/// none leads out of it, by its parts or through a link.
 pub(super) fn save(reply: &Reply, directory: &Path) -> anyhow::Result<()> {
+    let failed = || format!("failed to write the returned files to {}", directory.display());
+    std::fs::create_dir_all(directory).with_context(failed)?;
+    let below = std::fs::File::open(directory).with_context(failed)?;
     for artifact in &reply.artifacts {
-        let inside = Path::new(&artifact.path);
-        if !inside.components().all(|part| matches!(part, Component::Normal(_))) {
-            bail!("the job returned a file under a path that leads elsewhere: {:?}", artifact.path);
+        let path = &artifact.path;
+        if path.is_empty() || !Path::new(path).components().all(|part| matches!(part, Component::Normal(_))) {
+            bail!("the job returned a file under a path that leads elsewhere: {path:?}");
         }
-        let path = directory.join(inside);
         let content = BASE64.decode(&artifact.base64).context("a returned file is not base64")?;
-        path.parent()
-            .map_or(Ok(()), std::fs::create_dir_all)
-            .and_then(|()| std::fs::write(&path, content))
-            .with_context(|| format!("failed to write {}", path.display()))?;
+        write_below(&below, path, &content)
+            .with_context(|| format!("failed to write {path:?} below {}", directory.display()))?;
     }
     Ok(())
 }

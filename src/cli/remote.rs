@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 use crate::amqp::client::Client;
 use crate::cli::signals::Signals;
 use crate::config::Config;
-use crate::job::Reply;
+use crate::job::{Chunk, Reply};
 
 /// Jobs that wait for their confirm at one time.
 const PUBLISHING: usize = 32;
@@ -45,10 +45,22 @@ pub(super) async fn connect(config: &Config) -> anyhow::Result<Client> {
 /// Publishes `jobs` as they come, at most `window` ahead of their results, and hands each result on.
 pub(super) async fn collect(
     client: &Client,
+    jobs: mpsc::Receiver<Vec<u8>>,
+    window: usize,
+    patience: Duration,
+    arrived: impl FnMut(Arrived) -> anyhow::Result<()>,
+) -> anyhow::Result<Over> {
+    collect_live(client, jobs, window, patience, arrived, |_| Ok(())).await
+}
+
+/// The same, with what jobs write while they run.
+pub(super) async fn collect_live(
+    client: &Client,
     mut jobs: mpsc::Receiver<Vec<u8>>,
     window: usize,
     patience: Duration,
     mut arrived: impl FnMut(Arrived) -> anyhow::Result<()>,
+    mut written: impl FnMut(Chunk) -> anyhow::Result<()>,
 ) -> anyhow::Result<Over> {
     let mut signals = Signals::listen()?;
     let mut pending: HashMap<String, Instant> = HashMap::new();
@@ -72,7 +84,10 @@ pub(super) async fn collect(
             }
             answer = client.next() => {
                 let answer = answer.context("failed to wait for results")?;
-                // Output of a job that streams is in its result as well; and a second result is a duplicate.
+                if answer.kind == "output" && pending.contains_key(&answer.id) {
+                    written(serde_json::from_slice(&answer.body).context("output cannot be understood")?)?;
+                }
+                // A second result is a duplicate.
                 let Some(published) = (answer.kind == "result").then(|| pending.remove(&answer.id)).flatten() else {
                     continue;
                 };

@@ -10,11 +10,11 @@ Examples:
   sandpiper schema job > job.schema.json
   sandpiper schema result | jq '.properties.status'";
 
-/// Print the JSON Schema of a job or of a result
+/// Print the JSON Schema of a job, of its output or of its result
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Args {
-    /// Which of the two
+    /// Which of them
     #[arg(value_name = "WHAT")]
     what: What,
 }
@@ -23,6 +23,8 @@ pub(super) struct Args {
 enum What {
     /// What publishers send
     Job,
+    /// What they get before it, of a job with `stream`
+    Output,
     /// What they get back
     Result,
 }
@@ -30,6 +32,7 @@ enum What {
 pub(super) fn run(args: &Args) -> anyhow::Result<End> {
     let schema = match args.what {
         What::Job => schema::job(),
+        What::Output => schema::output(),
         What::Result => schema::result(),
     };
     output::print(format!("{schema:#}\n").as_bytes())?;

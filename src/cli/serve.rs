@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use tokio_util::sync::CancellationToken;
@@ -13,13 +14,19 @@ use crate::cli::{End, runtime};
 use crate::config::Config;
 use crate::ops::http::{Probes, Server};
 use crate::ops::metrics::Metrics;
+use crate::sandbox::Sandbox;
+use crate::sandbox::doctor::demand;
 use crate::worker::{self, Ended, Health, Shutdown};
+
+/// Far more than it takes to kill what runs and to remove its control groups.
+const CLEANING: Duration = Duration::from_secs(2);
 
 const EXAMPLES: &str = "\
 Examples:
   sandpiper serve --url amqp://user:password@broker:5672/vhost
   sandpiper serve --config /etc/sandpiper/config.toml --slots 8
   SANDPIPER_AMQP__URL=amqp://… sandpiper serve --set log.format=json
+  sandpiper serve --once 100                    a hundred jobs, then end; it waits for them
 
 SIGTERM drains: no new jobs are taken, running ones get worker.drain_timeout, the rest goes back
 to the queue; exit code 0. A second signal ends at once: exit code 3, and what ran comes again.
@@ -40,6 +47,10 @@ pub(super) struct Args {
     #[arg(long, value_name = "N")]
     slots: Option<NonZeroUsize>,
 
+    /// End after so many jobs have been answered, as after SIGTERM; for batches
+    #[arg(long, value_name = "N")]
+    once: Option<NonZeroUsize>,
+
     /// Where metrics and health are served; short for --set http.listen=ADDRESS:PORT
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Option<SocketAddr>,
@@ -54,15 +65,18 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
         ("worker.slots", args.slots.map(|slots| slots.to_string())),
         ("http.listen", args.listen.map(|listen| listen.to_string())),
     ])?;
+    Signals::hold()?;
+    demand(&config, |check| check.required).context("failed to start the worker")?;
+    let sandbox = Sandbox::start(&config).context("failed to start the worker")?;
     let runtime = runtime()?;
-    let end = runtime.block_on(serve(&config));
-    // What was cut off is not waited for.
-    runtime.shutdown_background();
+    let end = runtime.block_on(serve(&config, sandbox, args.once));
+    // What was cut off is not waited for, but what the sandbox made in the system is removed.
+    runtime.shutdown_timeout(CLEANING);
     end
 }
 
 /// The worker, with the operators' port open from before its start until after its drain.
-async fn serve(config: &Config) -> anyhow::Result<End> {
+async fn serve(config: &Config, sandbox: Sandbox, once: Option<NonZeroUsize>) -> anyhow::Result<End> {
     let metrics = Metrics::new().context("failed to set up metrics")?;
     let health = Health::new();
     let shutdown = Shutdown::default();
@@ -77,8 +91,7 @@ async fn serve(config: &Config) -> anyhow::Result<End> {
         }
         None => None,
     };
-    let ended =
-        worker::serve(config, &metrics, &health, &shutdown).await.context("failed to start the worker")?;
+    let ended = worker::serve(config, sandbox, &metrics, &health, &shutdown, once).await;
     closed.cancel();
     if let (Some(port), Ended::Drained) = (port, ended) {
         port.await.context("the port for metrics and health failed")?;

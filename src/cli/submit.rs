@@ -17,12 +17,13 @@ use crate::cli::job_args::{Asked, JobArgs};
 use crate::cli::remote::{self, Arrived, Over};
 use crate::cli::{End, output, runtime};
 use crate::config::Config;
-use crate::job::Reply;
+use crate::job::{Chunk, Reply, Stream};
 
 const EXAMPLES: &str = "\
 Examples:
   echo 'print(6 * 7)' | sandpiper submit -
   sandpiper submit job.py --timeout-ms 2000 --json
+  sandpiper submit long.py --stream             show what it prints while it runs
   sandpiper submit --batch jobs.ndjson > results.ndjson
   sandpiper submit job.py --no-wait             the result goes to the results queue
 
@@ -48,6 +49,10 @@ pub(super) struct Args {
     /// Write the returned files below this directory
     #[arg(long, value_name = "DIR", conflicts_with = "batch")]
     artifacts_to: Option<PathBuf>,
+
+    /// Show what the job prints while it runs
+    #[arg(long, conflicts_with_all = ["batch", "no_wait", "json"])]
+    stream: bool,
 
     /// Only publish; results go to the results queue
     #[arg(long)]
@@ -93,11 +98,20 @@ async fn single(body: Vec<u8>, args: &Args, config: &Config) -> anyhow::Result<E
         client.close().await;
         return Ok(End::Done);
     }
+    let body = if args.stream { streaming(body) } else { body };
     let mut result: Option<Arrived> = None;
-    let over = remote::collect(&client, remote::repeated(&body, 1), 1, patience(args), |arrived| {
-        result = Some(arrived);
-        Ok(())
-    });
+    let mut live = Live { to_terminal: !args.json, ..Live::default() };
+    let over = remote::collect_live(
+        &client,
+        remote::repeated(&body, 1),
+        1,
+        patience(args),
+        |arrived| {
+            result = Some(arrived);
+            Ok(())
+        },
+        |chunk| live.show(&chunk),
+    );
     let over = over.await?;
     client.close().await;
     let Some(Arrived { reply, .. }) = result else {
@@ -110,7 +124,49 @@ async fn single(body: Vec<u8>, args: &Args, config: &Config) -> anyhow::Result<E
         output::print_json(&reply)?;
         return Ok(End::Printed(reply.status));
     }
-    output::show(&reply)
+    output::show_rest(&reply, live.shown)
+}
+
+/// The job with `stream` set. What is no job is left as it is, for the worker to say so.
+fn streaming(body: Vec<u8>) -> Vec<u8> {
+    let Ok(mut job) = serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&body) else {
+        return body;
+    };
+    job.insert("stream".into(), true.into());
+    serde_json::to_vec(&job).unwrap_or(body)
+}
+
+/// What has been printed of a job that still runs.
+#[derive(Default)]
+struct Live {
+    to_terminal: bool,
+    next: u64,
+    /// Bytes of standard output, and of standard error.
+    shown: [usize; 2],
+}
+
+impl Live {
+    /// A piece that came twice, or out of turn because the job was delivered again, is not shown: the result has
+    /// all that is missing.
+    fn show(&mut self, chunk: &Chunk) -> anyhow::Result<()> {
+        if chunk.seq != self.next || !self.to_terminal {
+            return Ok(());
+        }
+        self.next += 1;
+        let bytes = chunk.bytes().context("output is not what it says it is")?;
+        let [stdout, stderr] = &mut self.shown;
+        match chunk.stream {
+            Stream::Stdout => {
+                *stdout += bytes.len();
+                output::print(&bytes)
+            }
+            Stream::Stderr => {
+                *stderr += bytes.len();
+                output::print_error(&bytes);
+                Ok(())
+            }
+        }
+    }
 }
 
 async fn batch(Batch { mut jobs, refused }: Batch, args: &Args, config: &Config) -> anyhow::Result<End> {

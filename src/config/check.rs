@@ -18,6 +18,8 @@ use crate::job::{Bounds, Limits};
 const ACK_TIMEOUT_MS: u64 = 30 * 60 * 1_000;
 /// More concurrent jobs than any machine serves well; catches a slip of the finger.
 const SLOTS_MAX: usize = 1_024;
+/// More children than that stand by for nothing: each keeps a process and its memory.
+const MAX_STANDBY: usize = 256;
 /// The longest duration taken for a timeout of ours.
 const DAY_MS: u64 = 24 * 60 * 60 * 1_000;
 /// RabbitMQ's own bound on a message, up to 3.13.
@@ -252,7 +254,17 @@ impl Checker {
             let python = absolute("python", raw.python)?;
             let mounts =
                 raw.mounts.into_iter().map(|mount| absolute("mounts", mount)).collect::<Result<_, _>>()?;
-            environments.insert(name, Environment { python, mounts, allow_exec: raw.allow_exec });
+            let module = |name: &&String| !name.split('.').all(is_identifier);
+            if let Some(name) = raw.imports.iter().find(module) {
+                let problem = format!("must hold names of modules, as in `import a.b`; `{name}` is none");
+                return self.fail(&format!("{key}.imports"), &problem);
+            }
+            if raw.standby > MAX_STANDBY {
+                let problem = format!("must be at most {MAX_STANDBY}");
+                return self.fail(&format!("{key}.standby"), &problem);
+            }
+            let RawEnvironment { allow_exec, warm, imports, standby, .. } = raw;
+            environments.insert(name, Environment { python, mounts, allow_exec, warm, imports, standby });
         }
         Ok(environments)
     }
@@ -312,4 +324,10 @@ impl Checker {
 
 fn optional_path(text: &str) -> Option<PathBuf> {
     (!text.is_empty()).then(|| PathBuf::from(text))
+}
+
+/// Whether this is one part of a Python module's name, in ASCII.
+fn is_identifier(name: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    name.bytes().all(plain) && !name.is_empty() && !name.as_bytes()[0].is_ascii_digit()
 }

@@ -213,6 +213,12 @@ pub struct Environment {
     pub mounts: Vec<PathBuf>,
     /// Its jobs may execute programs (what their root holds: the interpreter).
     pub allow_exec: bool,
+    /// Its jobs start as forks of a python that has done the imports already.
+    pub warm: bool,
+    /// Modules that this python imports once.
+    pub imports: Vec<String>,
+    /// Forks that stand ready before their jobs come.
+    pub standby: usize,
 }
 
 /// The port for metrics and health.
@@ -307,6 +313,13 @@ impl Default for Config {
 
 impl Default for Environment {
     fn default() -> Self {
-        Self { python: "/usr/bin/python3".into(), mounts: Vec::new(), allow_exec: false }
+        Self {
+            python: "/usr/bin/python3".into(),
+            mounts: Vec::new(),
+            allow_exec: false,
+            warm: true,
+            imports: Vec::new(),
+            standby: 2,
+        }
     }
 }

@@ -99,6 +99,9 @@ pub(super) struct RawEnvironment {
     pub(super) python: String,
     pub(super) mounts: Vec<String>,
     pub(super) allow_exec: bool,
+    pub(super) warm: bool,
+    pub(super) imports: Vec<String>,
+    pub(super) standby: usize,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -182,6 +185,9 @@ impl From<Environment> for RawEnvironment {
             python: text(&environment.python),
             mounts: environment.mounts.iter().map(|mount| text(mount)).collect(),
             allow_exec: environment.allow_exec,
+            warm: environment.warm,
+            imports: environment.imports,
+            standby: environment.standby,
         }
     }
 }

@@ -72,7 +72,7 @@ pub struct Admission {
 
 /// Parts of the contract that a worker may not be able to carry out. Such a field is read and checked in full
 /// all the same, and the job is then rejected if it really asks for it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Supports {
     /// `files`
     pub files: bool,
@@ -80,6 +80,13 @@ pub struct Supports {
     pub artifacts: bool,
     /// `stream`
     pub stream: bool,
+}
+
+impl Default for Supports {
+    /// What this worker can carry out.
+    fn default() -> Self {
+        Self { files: true, artifacts: true, stream: true }
+    }
 }
 
 impl Default for Admission {

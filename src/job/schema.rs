@@ -4,6 +4,7 @@ use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
 use serde_json::Value;
 
+use super::output::Chunk;
 use super::raw::RawJob;
 use super::reply::Reply;
 
@@ -15,6 +16,11 @@ pub fn job() -> Value {
 /// The schema of a result, as the worker writes it.
 pub fn result() -> Value {
     of::<Reply>(SchemaSettings::draft2020_12().for_serialize())
+}
+
+/// The schema of a piece of output, as the worker writes it for a job with `stream`.
+pub fn output() -> Value {
+    of::<Chunk>(SchemaSettings::draft2020_12().for_serialize())
 }
 
 fn of<T: JsonSchema>(settings: SchemaSettings) -> Value {

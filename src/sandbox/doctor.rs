@@ -2,13 +2,13 @@
 //!
 //! Nothing here decides how a job is run; it answers the question of an operator before the first one is.
 
-mod cgroups;
 mod interpreter;
 
 use std::path::PathBuf;
 
 use serde::Serialize;
 
+use super::{StartError, cgroup};
 use crate::config::Config;
 use crate::sys::probe::{self, Failed, Namespace};
 
@@ -141,6 +141,14 @@ const OPENAT2: Layer = Layer::needed(
     "Linux 5.6 or later; in a container, a seccomp profile that allows openat2",
 );
 
+const CGROUPS: Layer = Layer::welcome(
+    "cgroups",
+    "memory, CPU time and processes are limited by rlimits, one process at a time instead of the job as a whole",
+    "version 2: delegate a subtree with memory and pids, in which the worker is alone (systemd: Delegate=yes; a \
+     container: its own cgroup namespace, writable); version 1: run as root with the memory, pids and cpuacct \
+     hierarchies mounted writable",
+);
+
 /// Tries everything. To be called from a process that has one thread: probes fork.
 pub fn examine(config: &Config) -> Vec<Check> {
     let user = probe::user_namespace();
@@ -164,13 +172,36 @@ pub fn examine(config: &Config) -> Vec<Check> {
         LANDLOCK_NEWER.check(config, at_least(abi, LANDLOCK_SCOPES)),
         PIDFD.check(config, told(probe::pidfd())),
         OPENAT2.check(config, told(probe::openat2_beneath())),
-        cgroups::LAYER.check(config, cgroups::examine()),
+        CGROUPS.check(config, cgroups(config)),
     ]);
     checks.push(shim(config));
     for (name, environment) in &config.environments {
         checks.push(interpreter::examine(name, environment));
     }
     checks
+}
+
+/// Insists on those layers that `wanted` picks. To be called from a process that has one thread.
+///
+/// # Errors
+/// The first of them that is not there, or a name in `sandbox.require` that no layer has.
+pub fn demand(config: &Config, wanted: impl Fn(&Check) -> bool) -> Result<(), StartError> {
+    let checks = examine(config);
+    let known = |name: &&String| checks.iter().any(|check| check.name == **name);
+    if let Some(name) = config.sandbox.require.iter().find(|name| !known(name)) {
+        let names: Vec<&str> = checks.iter().map(|check| check.name.as_str()).collect();
+        return Err(StartError::UnknownLayer { name: name.clone(), known: names.join(", ") });
+    }
+    match checks.into_iter().find(|check| !check.ok && wanted(check)) {
+        Some(Check { name, detail, .. }) => Err(StartError::Required { name, detail }),
+        None => Ok(()),
+    }
+}
+
+/// Makes control groups as the sandbox does, and removes them.
+fn cgroups(config: &Config) -> Result<String, String> {
+    let groups = cgroup::start(1, &config.limits.default).map_err(|error| error.to_string())?;
+    Ok(groups.first().map(cgroup::Group::describe).unwrap_or_default())
 }
 
 fn told(tried: Result<(), Failed>) -> Result<String, String> {

@@ -13,6 +13,7 @@ use super::StartError;
 use super::identity::{INSIDE, Privilege};
 use super::policy::{Options, Policy, PolicyError, Program as Filter};
 use super::root::{Root, RootError};
+use super::zygote::Zygote;
 use crate::config;
 use crate::sys::fd;
 use crate::sys::launch::Program;
@@ -20,7 +21,15 @@ use crate::sys::launch::Program;
 /// Everything of an environment that its jobs share.
 #[derive(Debug)]
 pub(super) struct Environment {
+    pub(super) name: String,
     pub(super) program: Arc<Program>,
+    pub(super) zygote_program: Arc<Program>,
+    /// What a zygote imports.
+    pub(super) imports: Vec<String>,
+    /// Children that are to stand by.
+    pub(super) standby: usize,
+    /// None where every job starts cold.
+    pub(super) zygote: Option<Arc<Zygote>>,
     offline: Variant,
     online: Variant,
 }
@@ -33,6 +42,7 @@ pub(super) struct Variant {
     /// The compiled policy as the shim maps it.
     pub(super) policy_file: OwnedFd,
     pub(super) coarse: Vec<u8>,
+    pub(super) coarse_zygote: Vec<u8>,
 }
 
 /// Why an environment could not be prepared.
@@ -58,25 +68,36 @@ impl PrepareError {
 
 impl Environment {
     pub(super) fn prepare(
+        name: &str,
         environment: &config::Environment,
         sandbox: &config::Sandbox,
-        privilege: Privilege,
-        proc: bool,
+        machine: &Machine,
     ) -> Result<Self, PrepareError> {
         let shim = find_shim(sandbox.shim.as_deref())?;
         let variant = |network| {
-            let mut root = Root::of(environment, network, INSIDE).map_err(PrepareError::Root)?;
+            let mut root =
+                Root::of(environment, network, INSIDE..INSIDE + machine.seats).map_err(PrepareError::Root)?;
             root.place(Path::new(SHIM_PATH), &shim);
-            if !proc {
+            if !machine.proc {
                 root.without_proc();
             }
             let options = Options { network, exec: environment.allow_exec, extra: &sandbox.allow_syscalls };
             let policy = Policy::compile(&options).map_err(PrepareError::Policy)?;
-            let file = policy_file(&policy, network, privilege).map_err(PrepareError::Io)?;
+            let file = policy_file(&policy, network, machine.privilege).map_err(PrepareError::Io)?;
             let coarse = policy.coarse().bytes();
-            Ok(Variant { root, policy, policy_file: file, coarse })
+            let coarse_zygote = policy.coarse_before_wall().bytes();
+            Ok(Variant { root, policy, policy_file: file, coarse, coarse_zygote })
         };
-        Ok(Self { offline: variant(false)?, online: variant(true)?, program: Arc::new(program(environment)) })
+        Ok(Self {
+            name: name.to_owned(),
+            program: Arc::new(program(environment, false)),
+            zygote_program: Arc::new(program(environment, true)),
+            imports: environment.imports.clone(),
+            standby: environment.standby,
+            zygote: (environment.warm && machine.can_start_warm).then(|| Arc::new(Zygote::new())),
+            offline: variant(false)?,
+            online: variant(true)?,
+        })
     }
 
     pub(super) fn variant(&self, network: bool) -> &Variant {
@@ -84,14 +105,31 @@ impl Environment {
     }
 }
 
+/// What an environment needs to know of the machine and the worker.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Machine {
+    pub(super) privilege: Privilege,
+    /// An own `/proc` can be mounted.
+    pub(super) proc: bool,
+    /// Jobs that there may be at one time, those that stand by included.
+    pub(super) seats: u32,
+    /// There is a user namespace for zygotes: what runs an operator's imports is never root of the host.
+    pub(super) can_start_warm: bool,
+}
+
 /// Python reads the prescript as its standard input: no path that another could see, and an empty command line.
-fn program(environment: &config::Environment) -> Program {
+fn program(environment: &config::Environment, zygote: bool) -> Program {
     let string = |bytes: &[u8]| CString::new(bytes).unwrap_or_default();
     let python = string(environment.python.as_os_str().as_bytes());
     // Isolated: neither variables nor the working directory nor a user's own packages have a say.
     let arguments = vec![python.clone(), c"-I".into(), c"-".into()];
-    let variables =
+    let mut variables: Vec<CString> =
         vec![c"HOME=/tmp".into(), c"PATH=/usr/local/bin:/usr/bin:/bin".into(), c"LANG=C.UTF-8".into()];
+    if zygote {
+        // A library that starts threads when it is imported would lose them in every fork.
+        let pools = ["MKL", "NUMEXPR", "OMP", "OPENBLAS", "VECLIB"];
+        variables.extend(pools.iter().map(|pool| string(format!("{pool}_NUM_THREADS=1").as_bytes())));
+    }
     Program::new(python, arguments, variables)
 }
 

@@ -4,12 +4,12 @@
 //! uid is [`INSIDE`] and init's is 0; on the host both are nobody. An ordinary user has only its own uid: each
 //! of its jobs makes a user namespace for itself.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::plan;
+use super::cgroup::Group;
 use crate::sys::userns::{self, Mapping};
 
 /// A job's uid and gid as itself sees them, wherever there is a user namespace around it.
@@ -50,9 +50,19 @@ pub(super) struct Seat {
     pub(super) init_outside: u32,
     /// The user namespace to join; none where the job makes its own, or where there are none.
     pub(super) namespace: Option<OwnedFd>,
+    /// What limits all of the job's processes together; none where there are no control groups.
+    pub(super) group: Option<Group>,
 }
 
 impl Seat {
+    /// The uid and gid that a job sees that a zygote started: all jobs of a zygote share its namespace.
+    pub(super) fn inside_warm(&self, privilege: Privilege) -> u32 {
+        match privilege {
+            Privilege::Full => INSIDE + (self.outside - self.init_outside - 1),
+            Privilege::None => INSIDE,
+        }
+    }
+
     /// The uid and gid that the job sees.
     pub(super) fn inside(&self, privilege: Privilege) -> u32 {
         match (privilege, &self.namespace) {
@@ -79,37 +89,53 @@ pub(super) struct Lease {
 
 impl Seats {
     /// Prepares one seat for every job that may run at one time.
-    pub(super) fn prepare(count: usize, privilege: Privilege, uid_base: u32) -> Arc<Self> {
+    pub(super) fn prepare(
+        count: usize,
+        privilege: Privilege,
+        uid_base: u32,
+        groups: Vec<Group>,
+    ) -> Arc<Self> {
+        let mut groups = groups.into_iter();
         let seats = (0..count).map(|at| {
+            let group = groups.next();
             // The first id of the range is that of every init; each is alone in its own namespaces.
             let number = u32::try_from(at).unwrap_or(u32::MAX).saturating_add(1);
             match privilege {
                 Privilege::Full => {
                     let outside = uid_base.saturating_add(number);
-                    let mappings =
-                        [Mapping { inside: 0, outside: uid_base }, Mapping { inside: INSIDE, outside }];
+                    let mappings = [
+                        Mapping { inside: 0, outside: uid_base, count: 1 },
+                        Mapping { inside: INSIDE, outside, count: 1 },
+                    ];
                     let namespace = userns::make(&mappings)
                         .inspect_err(|error| {
                             tracing::warn!(%error, "jobs run without a user namespace: it cannot be made");
                         })
                         .ok();
-                    if namespace.as_ref().is_some_and(|namespace| !plan::limit_watches(namespace.as_fd())) {
-                        tracing::warn!("jobs share the inotify instances of the worker's user");
-                    }
-                    Seat { outside, init_outside: uid_base, namespace }
+                    Seat { outside, init_outside: uid_base, namespace, group }
                 }
                 Privilege::None => {
                     let own = nix::unistd::getuid().as_raw();
-                    Seat { outside: own, init_outside: own, namespace: None }
+                    Seat { outside: own, init_outside: own, namespace: None, group }
                 }
             }
         });
         Arc::new(Self { free: Mutex::new(seats.collect()), count: Arc::new(Semaphore::new(count)) })
     }
 
+    /// A seat, where one is free.
+    pub(super) fn try_take(self: &Arc<Self>) -> Option<Lease> {
+        let permit = Arc::clone(&self.count).try_acquire_owned().ok()?;
+        self.lease(permit)
+    }
+
     /// Waits for a free seat.
     pub(super) async fn take(self: &Arc<Self>) -> Option<Lease> {
         let permit = Arc::clone(&self.count).acquire_owned().await.ok()?;
+        self.lease(permit)
+    }
+
+    fn lease(self: &Arc<Self>, permit: OwnedSemaphorePermit) -> Option<Lease> {
         let seat = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop()?;
         Some(Lease { seat: Some(seat), seats: Arc::clone(self), _permit: permit })
     }
@@ -120,6 +146,12 @@ impl std::ops::Deref for Lease {
 
     fn deref(&self) -> &Seat {
         self.seat.as_ref().expect("a lease has its seat until it is dropped")
+    }
+}
+
+impl std::ops::DerefMut for Lease {
+    fn deref_mut(&mut self) -> &mut Seat {
+        self.seat.as_mut().expect("a lease has its seat until it is dropped")
     }
 }
 

@@ -3,10 +3,17 @@
 //! Around every job stand two walls. The outer one, namespaces and an own root and identity, is written down as
 //! a [`plan`] and raised by the shim before python starts; the inner one, the [`policy`], is set from inside
 //! python by the shim, which sends the filter's listener here. Only then does [`watch`] hand over the key to the
-//! code. When `run` returns, nothing of the job is alive.
+//! code, and before that lays the job's [`files`] into its working directory, of which the shim has sent a
+//! descriptor along; through the same one [`artifacts`] come back at the end. When `run` returns, nothing of the
+//! job is alive.
+//!
+//! A job's process comes from a new python (cold) or from a [`zygote`] (warm). All the rest is one way.
 
+mod artifacts;
+mod cgroup;
 pub mod doctor;
 mod environment;
+mod files;
 mod identity;
 mod init;
 mod landlock;
@@ -15,8 +22,10 @@ mod plan;
 pub mod policy;
 mod root;
 mod streams;
+mod tap;
 mod verdict;
 mod watch;
+mod zygote;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -31,13 +40,18 @@ use tokio_util::sync::CancellationToken;
 use crate::config::Config;
 use crate::job::{Limits, Outcome, Status};
 use crate::script::Payload;
+use crate::sys::userns::{self, Mapping};
 use crate::sys::{fd, probe};
-use environment::{Environment, Variant};
-use identity::{Privilege, Seats};
+use artifacts::Patterns;
+use cgroup::Group;
+use environment::{Environment, Machine, Variant};
+use identity::{INSIDE, Lease, Privilege, Seats};
 use launcher::{Launcher, Order};
-use watch::{Cause, Ends, Terms};
+use plan::Plan;
+use watch::{Cause, Ends, Terms, Watch};
 
 pub use root::RootError;
+pub use tap::Tap;
 
 /// Runs jobs, each in a process of its own behind both walls. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -52,9 +66,13 @@ struct Shared {
     privilege: Privilege,
     landlock: landlock::Support,
     launcher: Launcher,
-    limits_watches: bool,
     start_timeout: Duration,
+    default_limits: Limits,
+    /// In which zygotes run where the worker may choose uids.
+    zygote_namespace: Option<OwnedFd>,
     proxies: Vec<(&'static str, String)>,
+    /// Bytes of artifacts that a result can hold, whatever else is in it.
+    artifacts_max: u64,
 }
 
 /// Why the sandbox could not be set up.
@@ -88,23 +106,61 @@ pub enum StartError {
         /// What was found.
         detail: String,
     },
+    /// `sandbox.require` names something that there is not.
+    #[error("sandbox.require: there is no layer {name}; the layers are {known}")]
+    UnknownLayer {
+        /// As it was written.
+        name: String,
+        /// Every name that there is.
+        known: String,
+    },
     /// A descriptor or a thread could not be had.
     #[error("set up the sandbox: {0}")]
     Io(#[from] io::Error),
 }
 
 impl Sandbox {
-    /// Prepares all that jobs share: policy, shim, environments, one identity a slot.
+    /// Prepares all that jobs share: policy, shim, environments, one identity and one control group a seat.
+    ///
+    /// To be called before the process has more than one thread: what this system gives is tried in children.
     pub fn start(config: &Config) -> Result<Self, StartError> {
         let settings = &config.sandbox;
-        let privilege = Privilege::of_this_process();
-        let proc = plan::can_mount_proc(privilege);
-        if !proc {
-            tracing::warn!("jobs run without /proc: it cannot be mounted");
+        if !settings.require.is_empty() {
+            doctor::demand(config, |check| settings.require.contains(&check.name))?;
         }
+        fd::allow_more()?;
+        let privilege = Privilege::of_this_process();
+        let user = privilege == Privilege::None;
+        let proc = probe::proc(user).is_ok();
+        let standby: usize = config.environments.values().filter(|one| one.warm).map(|one| one.standby).sum();
+        // A child that stands by holds a seat, so there are more seats than slots.
+        let seats = config.worker.slots.saturating_add(standby);
+        let groups = cgroup::start(seats, &config.limits.default).unwrap_or_else(|error| {
+            tracing::info!(%error, "there are no cgroups: limits hold for each process of a job alone");
+            Vec::new()
+        });
+        let seat_count = u32::try_from(seats).unwrap_or(u32::MAX);
+        let zygote_namespace = match privilege {
+            Privilege::Full => {
+                let (inside, outside) = (INSIDE, settings.uid_base.saturating_add(1));
+                userns::make(&[
+                    Mapping { inside: 0, outside: settings.uid_base, count: 1 },
+                    Mapping { inside, outside, count: seat_count },
+                ])
+                .inspect_err(|error| tracing::warn!(%error, "every job starts cold: no user namespace"))
+                .ok()
+            }
+            Privilege::None => None,
+        };
+        let machine = Machine {
+            privilege,
+            proc,
+            seats: seat_count,
+            can_start_warm: privilege == Privilege::None || zygote_namespace.is_some(),
+        };
         let mut environments = BTreeMap::new();
         for (name, environment) in &config.environments {
-            let prepared = Environment::prepare(environment, settings, privilege, proc)
+            let prepared = Environment::prepare(name, environment, settings, &machine)
                 .map_err(|error| error.of(name))?;
             environments.insert(name.clone(), prepared);
         }
@@ -120,12 +176,15 @@ impl Sandbox {
         Ok(Self {
             shared: Arc::new(Shared {
                 environments,
-                seats: Seats::prepare(config.worker.slots, privilege, settings.uid_base),
+                seats: Seats::prepare(seats, privilege, settings.uid_base, groups),
                 privilege,
                 landlock: landlock::Support(probe::landlock_abi()),
                 launcher: Launcher::start(init_program)?,
-                limits_watches: privilege == Privilege::None && plan::can_limit_watches(),
                 start_timeout: settings.start_timeout,
+                default_limits: config.limits.default,
+                zygote_namespace,
+                // Base64 makes four bytes of three.
+                artifacts_max: (config.amqp.max_result_bytes as u64) / 4 * 3,
                 proxies: proxies
                     .into_iter()
                     .filter_map(|(name, value)| Some((name, value.clone()?)))
@@ -134,13 +193,61 @@ impl Sandbox {
         })
     }
 
+    /// Starts the zygotes of warm environments, and keeps them. Jobs start cold until their zygote is there.
+    ///
+    /// Must be called inside a tokio runtime.
+    pub fn warm_up(&self) {
+        for (name, environment) in &self.shared.environments {
+            if let Some(zygote) = &environment.zygote {
+                zygote.keep(&self.shared, name);
+            }
+        }
+    }
+
+    /// Waits until `environment` starts its jobs warm.
+    ///
+    /// # Errors
+    /// Why it does not.
+    pub async fn warmed_up(&self, environment: &str) -> Result<(), String> {
+        self.warm_up();
+        let environment = self.shared.environments.get(environment);
+        match environment.map(|environment| &environment.zygote) {
+            Some(Some(zygote)) => zygote.ready().await,
+            Some(None) => {
+                Err("it starts every job cold: `warm` is off, or there is no user namespace".into())
+            }
+            None => Err("there is no such environment".into()),
+        }
+    }
+
+    /// Ends the zygotes and all that stands by; jobs that still run are not touched. Without it they are killed
+    /// when the process ends, and left for whoever collects them.
+    pub async fn close(&self) {
+        for environment in self.shared.environments.values() {
+            if let Some(zygote) = &environment.zygote {
+                zygote.end(&self.shared.default_limits).await;
+            }
+        }
+    }
+
     /// Runs one job to its end. When this returns, nothing of it is alive.
     ///
     /// `stop` ends it early as [`Status::Cancelled`].
     pub async fn run(&self, payload: Payload, limits: &Limits, stop: &CancellationToken) -> Outcome {
+        self.run_tapped(payload, limits, stop, None).await
+    }
+
+    /// The same, with its output going through `tap` as it is read.
+    pub async fn run_tapped(
+        &self,
+        payload: Payload,
+        limits: &Limits,
+        stop: &CancellationToken,
+        tap: Option<Tap>,
+    ) -> Outcome {
         let (shared, limits, stop) = (Arc::clone(&self.shared), *limits, stop.clone());
         // A task of its own: a caller that goes away does not leave a job unwatched.
-        let run = tokio::spawn(async move { shared.run(payload, &limits, &stop).await });
+        let run = tokio::spawn(async move { shared.run(payload, &limits, &stop, tap).await });
         match run.await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(error)) => {
@@ -155,29 +262,43 @@ impl Sandbox {
     }
 }
 
+/// A job's process, both walls up, waiting for its assignment.
+#[derive(Debug)]
+struct Started {
+    watch: Watch,
+    lease: Lease,
+    /// The zygote's namespace, which must outlive the job.
+    _generation: Option<Arc<zygote::Generation>>,
+}
+
 impl Shared {
-    async fn run(&self, payload: Payload, limits: &Limits, stop: &CancellationToken) -> io::Result<Outcome> {
+    async fn run(
+        &self,
+        mut payload: Payload,
+        limits: &Limits,
+        stop: &CancellationToken,
+        tap: Option<Tap>,
+    ) -> io::Result<Outcome> {
         let taken = Instant::now();
         let Some(environment) = self.environments.get(&payload.environment) else {
             let error = format!("there is no environment {}", payload.environment);
             return Ok(Outcome::not_run(Status::WorkerError, error));
         };
         let variant = environment.variant(payload.network);
-        let Some(seat) = self.seats.take().await else {
-            return Ok(Outcome::not_run(Status::WorkerError, "the sandbox has been shut down"));
-        };
-        let (order, ends) = self.prepare(&payload, limits, environment, variant, &seat)?;
-        let plans = (order.origin.clone(), order.init.clone(), order.wall.clone());
-        let explain = |report| verdict::failed_step(report, &plans.0, &plans.1, &plans.2);
-
-        let launched = match self.launcher.launch(order).await {
-            Ok(launched) => launched,
+        let wanted = std::mem::take(&mut payload.artifacts);
+        let patterns = match Patterns::compile(wanted).await? {
+            Ok(patterns) => patterns,
             Err(error) => {
-                let report = watch::read_report(&ends.control).ok().and_then(|(report, _)| report);
-                let error = report.map_or_else(|| error.to_string(), explain);
-                tracing::error!(%error, "a job could not be started");
-                return Ok(Outcome::not_run(Status::WorkerError, error));
+                let error = format!("`artifacts` cannot be matched: {error}; give fewer or plainer patterns");
+                return Ok(Outcome::not_run(Status::Rejected, error));
             }
+        };
+        let (mut started, warm) = match self.start_warm(&payload, environment, limits).await {
+            Some(started) => (started, true),
+            None => match self.start_cold(&payload, environment, limits, stop, taken).await? {
+                Ok(started) => (started, false),
+                Err(outcome) => return Ok(*outcome),
+            },
         };
         let proxies: Vec<(&str, &str)> = if payload.network {
             self.proxies.iter().map(|(name, value)| (*name, value.as_str())).collect()
@@ -187,24 +308,108 @@ impl Shared {
         let terms = Terms {
             limits,
             policy: &variant.policy,
-            start_by: taken + self.start_timeout,
-            limits_files: plan::open_files(self.privilege, &seat).is_some(),
-            assignment: payload.assignment(&proxies),
+            group: started.lease.group.as_ref(),
+            assignment: payload.assignment(warm, &proxies),
             stdin: payload.stdin,
+            files: payload.files,
+            tap,
         };
-        let seen = watch::watch(launched, ends, terms, stop).await?;
-        let failed = match seen.cause {
-            Cause::StartFailed(report) => Some(explain(report)),
+        let cause = started.watch.run(terms, stop).await?;
+        let mut seen = started.watch.finish(cause, limits, started.lease.group.as_ref()).await?;
+        let place = seen.place.take();
+        let mut outcome = verdict::judge(seen, limits, payload.has_preload, taken);
+        if let Some(place) = place {
+            artifacts::take(place, patterns, self.artifacts_max, &mut outcome).await?;
+        }
+        Ok(outcome)
+    }
+
+    /// A process out of a zygote, where there is one and the job can go there.
+    async fn start_warm(
+        &self,
+        payload: &Payload,
+        environment: &Environment,
+        limits: &Limits,
+    ) -> Option<Started> {
+        let zygote = environment.zygote.as_ref()?;
+        // A zygote has no network, and what a preload does must not come after the imports.
+        if payload.network || payload.has_preload {
+            return None;
+        }
+        let standby = match zygote.take(&self.default_limits, limits) {
+            Some(mut standby) => {
+                let begun = standby.lease.group.as_mut().map_or(Ok(()), |group| group.go_on(limits));
+                begun.inspect_err(|error| tracing::warn!(%error, "a job starts cold")).ok()?;
+                standby
+            }
+            None => {
+                let lease = self.seats.take().await?;
+                let made = zygote.make(self, environment, lease, limits).await;
+                made.inspect_err(|error| tracing::debug!(%error, "a job starts cold")).ok()?
+            }
+        };
+        let zygote::Standby { watch, lease, generation } = standby;
+        Some(Started { watch, lease, _generation: Some(generation) })
+    }
+
+    /// A new python. The inner error is the outcome of a job whose start failed.
+    async fn start_cold(
+        &self,
+        payload: &Payload,
+        environment: &Environment,
+        limits: &Limits,
+        stop: &CancellationToken,
+        taken: Instant,
+    ) -> io::Result<Result<Started, Box<Outcome>>> {
+        let failed = |error: String| {
+            tracing::error!(%error, "a job could not be started");
+            Ok(Err(Box::new(Outcome::not_run(Status::WorkerError, error))))
+        };
+        let Some(mut lease) = self.seats.take().await else {
+            return failed("the sandbox has been shut down".into());
+        };
+        if let Some(group) = &mut lease.group {
+            group.begin(limits).map_err(io::Error::other)?;
+        }
+        let variant = environment.variant(payload.network);
+        let (order, ends) = self.prepare(payload, limits, environment, variant, &lease)?;
+        let plans = [order.origin.clone(), order.init.clone(), order.wall.clone()];
+        let launched = match self.launcher.launch(order).await {
+            Ok(launched) => launched,
+            Err(error) => {
+                let report = watch::read_report(&ends.control).ok().and_then(|(report, _)| report);
+                return failed(
+                    report.map_or_else(|| error.to_string(), |report| verdict::failed_step(report, &plans)),
+                );
+            }
+        };
+        let mut watch = Watch::new(launched, ends, lease.outside)?;
+        let Some(cause) = watch.start(taken + self.start_timeout, limits, stop).await? else {
+            return Ok(Ok(Started { watch, lease, _generation: None }));
+        };
+        let explained = match cause {
+            Cause::StartFailed(report) => Some(verdict::failed_step(report, &plans)),
             _ => None,
         };
+        let seen = watch.finish(cause, limits, lease.group.as_ref()).await?;
         let mut outcome = verdict::judge(seen, limits, payload.has_preload, taken);
         if outcome.status == Status::WorkerError {
-            outcome.error = failed.or(outcome.error);
+            outcome.error = explained.or(outcome.error);
             let error = outcome.error.as_deref();
             let said = String::from_utf8_lossy(&outcome.stderr.bytes);
             tracing::error!(error, said = %said.trim_end(), "a job could not be started");
         }
-        Ok(outcome)
+        Ok(Err(Box::new(outcome)))
+    }
+
+    /// Why a warm start failed, for a person.
+    fn explain(&self, cause: &Cause, plan: &Plan) -> String {
+        match cause {
+            Cause::StartFailed(report) => {
+                verdict::failed_step(*report, &[Plan::default(), Plan::default(), plan.clone()])
+            }
+            other => format!("a child of the zygote was not ready: {other:?}"),
+        }
     }
 
     /// Everything that a launch needs, and the worker's ends of it.
@@ -214,7 +419,7 @@ impl Shared {
         limits: &Limits,
         environment: &Environment,
         variant: &Variant,
-        seat: &identity::Seat,
+        seat: &Lease,
     ) -> io::Result<(Order, Ends)> {
         let inside = seat.inside(self.privilege);
         let script = fd::sealed_file(c"script", payload.render(inside, inside).as_bytes())?;
@@ -227,28 +432,28 @@ impl Shared {
         let [script, stdin, stdout, stderr, control, policy] = &kept[..] else {
             return Err(io::Error::other("a descriptor is missing"));
         };
-        let wall = plan::wall(&plan::Job {
+        let doors: Vec<u64> = seat.group.iter().flat_map(Group::doors).map(plan::number).collect();
+        let job = plan::Job {
             privilege: self.privilege,
             seat,
-            root: &variant.root,
             network: payload.network,
             limits,
-            memory_by_cgroup: false,
-            cgroups: &[],
-            coarse: &variant.coarse,
+            memory_by_cgroup: seat.group.is_some(),
+            cgroups: &doors,
             landlock: self.landlock,
-            descriptors: plan::Descriptors {
-                script: script.as_fd(),
-                stdin: stdin.as_fd(),
-                stdout: stdout.as_fd(),
-                stderr: stderr.as_fd(),
-                control: control.as_fd(),
-                policy: policy.as_fd(),
-            },
-        });
+        };
+        let descriptors = plan::Descriptors {
+            script: script.as_fd(),
+            stdin: stdin.as_fd(),
+            stdout: stdout.as_fd(),
+            stderr: stderr.as_fd(),
+            control: control.as_fd(),
+            policy: policy.as_fd(),
+        };
+        let wall = plan::cold(&job, &variant.root, &variant.coarse, &descriptors);
         let order = Order {
-            origin: plan::origin(self.privilege, self.limits_watches),
-            init: plan::init(self.privilege, seat),
+            origin: plan::origin(self.privilege),
+            init: plan::init(self.privilege, seat.namespace.as_ref(), seat.init_outside),
             wall,
             program: Arc::clone(&environment.program),
             control: fd::out_of_the_way(control)?,

@@ -1,12 +1,14 @@
 //! The outer wall of one job, written down before any of its processes exists.
 //!
-//! Read the steps of [`wall`] from top to bottom: that is what happens around a job, in that order.
+//! Read the steps of [`cold`] or [`warm`] from top to bottom: that is what happens around a job, in that order.
+//! Both end in the same [`confine`]; they differ in where the process comes from.
 
 use std::ffi::{CStr, CString};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use nix::sys::resource::{Resource, getrlimit};
 use sandpiper_shim::abi;
 use sandpiper_shim::plan::Step;
 
@@ -14,7 +16,6 @@ use super::identity::{INSIDE, Privilege, Seat};
 use super::landlock;
 use super::root::{Entry, Root};
 use crate::job::Limits;
-use crate::sys::launch;
 
 /// A plan in the making.
 #[derive(Clone, Debug, Default)]
@@ -46,147 +47,243 @@ pub(super) struct Descriptors<'a> {
 pub(super) struct Job<'a> {
     pub(super) privilege: Privilege,
     pub(super) seat: &'a Seat,
-    pub(super) root: &'a Root,
     pub(super) network: bool,
     pub(super) limits: &'a Limits,
     /// The memory limit is kept by a cgroup; else by the size of each process's address space.
     pub(super) memory_by_cgroup: bool,
-    /// Open `cgroup.procs` files to enter.
-    pub(super) cgroups: &'a [BorrowedFd<'a>],
-    pub(super) coarse: &'a [u8],
+    /// Open `cgroup.procs` files to enter, as they are numbered in the process that enters.
+    pub(super) cgroups: &'a [u64],
     pub(super) landlock: landlock::Support,
-    pub(super) descriptors: Descriptors<'a>,
 }
 
 const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
 const PRIVATE: u64 = libc::MS_REC | libc::MS_PRIVATE;
 const BIND: u64 = libc::MS_BIND | libc::MS_REC;
+const NO_SUID: u64 = libc::MS_NOSUID | libc::MS_NODEV;
 const NOTHING: &CStr = c"";
-
-/// The job's own processes and nothing about the machine.
-const PROC: u64 = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC | libc::MS_RDONLY;
-const PROC_OPTIONS: &CStr = c"subset=pid,hidepid=invisible";
 
 /// The new root while it is being built, and the host's own meanwhile.
 const NEW: &str = "/new";
 const OLD: &str = "/old";
 
-/// Where a job may write; all three lie in one small file system.
-const WRITABLE: [&CStr; 3] = [c"/work", c"/tmp", c"/dev/shm"];
+/// The working directory.
+const WORK: &CStr = c"/work";
+/// Where a job may write, and the part of one small file system that lies there. `/tmp` comes last.
+const WRITABLE: [(&CStr, &CStr); 3] =
+    [(WORK, c"/tmp/work"), (c"/dev/shm", c"/tmp/shm"), (c"/tmp", c"/tmp/tmp")];
 /// The devices that there are.
 const DEVICES: [&CStr; 5] = [c"/dev/null", c"/dev/zero", c"/dev/full", c"/dev/random", c"/dev/urandom"];
 /// Files of any kind in the writable file system: an inode costs the kernel about a KiB.
-const INODES: u64 = 16_384;
+pub(super) const INODES: u64 = 16_384;
 
-/// Whether an own `/proc` can be mounted here: containers that mask theirs do not allow it.
-pub(super) fn can_mount_proc(privilege: Privilege) -> bool {
-    let mut plan = Plan::default();
-    for step in [
-        Step::Mount { flags: PRIVATE, source: c"none", target: c"/", fstype: NOTHING, options: NOTHING },
-        Step::Mount {
-            flags: PROC,
-            source: c"proc",
-            target: c"/proc",
-            fstype: c"proc",
-            options: PROC_OPTIONS,
-        },
-    ] {
-        plan.push(&step);
-    }
-    let user = if privilege == Privilege::None { libc::CLONE_NEWUSER } else { 0 };
-    launch::can(user | libc::CLONE_NEWNS | libc::CLONE_NEWPID, plan.bytes())
-}
+/// Descriptors that may be under way in a user's sockets while one of its jobs starts: far more than jobs have.
+const ROOM_TO_SEND: u64 = 1 << 16;
 
 /// What the origin does: an identity to make namespaces with, and the pid namespace.
-///
-/// `limits_watches`: the kernel lets the job's user namespace have limits of its own.
-pub(super) fn origin(privilege: Privilege, limits_watches: bool) -> Plan {
+pub(super) fn origin(privilege: Privilege) -> Plan {
+    origin_as(privilege, INSIDE)
+}
+
+fn origin_as(privilege: Privilege, inside: u32) -> Plan {
     let mut plan = Plan::default();
     plan.push(&Step::DieWithParent {});
     if privilege == Privilege::None {
-        let map = |id: u32| format!("{INSIDE} {id} 1\n");
         let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
-        // Its own maps are another user's files to a process that is not dumpable.
-        plan.push(&Step::Dumpable { value: 1 });
-        plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWUSER) });
-        for (path, content) in [
-            (c"/proc/self/setgroups", "deny".to_owned()),
-            (c"/proc/self/gid_map", map(gid)),
-            (c"/proc/self/uid_map", map(uid)),
-        ] {
-            plan.push(&Step::WriteFile { path, content: content.as_bytes() });
-        }
-    }
-    if privilege == Privilege::None && limits_watches {
-        watches(&mut plan);
+        plan.push(&Step::Chdir { path: c"/proc" });
+        own_user_namespace(&mut plan, inside, [uid, gid]);
+        plan.push(&Step::Chdir { path: c"/" });
     }
     plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWPID) });
     plan
 }
 
-/// Inotify instances are counted for a user of the host, up through the owners of user namespaces: without a limit
-/// of its own a job uses up the 128 that the worker's user has, root's too.
-fn watches(plan: &mut Plan) {
-    plan.push(&Step::WriteFile { path: c"/proc/sys/user/max_inotify_instances", content: b"4" });
-    plan.push(&Step::WriteFile { path: c"/proc/sys/user/max_inotify_watches", content: b"1024" });
-}
-
-/// Limits the watches of whoever is in this user namespace; false where `/proc/sys` cannot be written.
-pub(super) fn limit_watches(namespace: BorrowedFd<'_>) -> bool {
-    let mut plan = Plan::default();
-    plan.push(&Step::Setns { fd: number(namespace), kind: flag(libc::CLONE_NEWUSER) });
-    watches(&mut plan);
-    launch::can(0, plan.bytes())
-}
-
-/// Whether an ordinary user's jobs can have such limits.
-pub(super) fn can_limit_watches() -> bool {
-    let mut plan = Plan::default();
-    plan.push(&Step::Dumpable { value: 1 });
-    watches(&mut plan);
-    launch::can(libc::CLONE_NEWUSER, plan.bytes())
-}
-
-/// What init does before it becomes its program.
-pub(super) fn init(privilege: Privilege, seat: &Seat) -> Plan {
+/// What init does before it becomes its program: with full privilege it becomes `outside`, which is 0 in the
+/// namespace.
+pub(super) fn init(privilege: Privilege, namespace: Option<&OwnedFd>, outside: u32) -> Plan {
     let mut plan = Plan::default();
     if privilege == Privilege::Full {
-        let mut id = seat.init_outside;
-        if let Some(namespace) = &seat.namespace {
-            let fd = namespace.as_raw_fd().unsigned_abs().into();
-            plan.push(&Step::Setns { fd, kind: flag(libc::CLONE_NEWUSER) });
-            id = 0;
-        }
-        plan.push(&Step::Identity { uid: id.into(), gid: id.into(), keeps_groups: 0 });
+        join(&mut plan, namespace);
+        let id = if namespace.is_some() { 0 } else { outside.into() };
+        plan.push(&Step::Identity { uid: id, gid: id, keeps_groups: 0 });
     }
+    wait_for_ever(&mut plan);
+    plan
+}
+
+fn wait_for_ever(plan: &mut Plan) {
     plan.push(&Step::Setsid {});
     plan.push(&Step::DefaultSignals {});
     plan.push(&Step::IgnoreChildren {});
     plan.push(&Step::DieWithParent {});
+}
+
+/// The outer wall of a job that starts cold.
+pub(super) fn cold(job: &Job<'_>, root: &Root, coarse: &[u8], descriptors: &Descriptors<'_>) -> Plan {
+    let mut plan = Plan::default();
+    enter_cgroups(&mut plan, job);
+    namespaces(&mut plan, job.network);
+    file_system(&mut plan, root, true);
+    let owner = match job.privilege {
+        Privilege::Full => job.seat.outside,
+        Privilege::None => INSIDE,
+    };
+    writable(&mut plan, owner, job.limits.disk_bytes);
+    join(&mut plan, job.seat.namespace.as_ref());
+    plan.push(&Step::DropBounding {});
+    confine(&mut plan, job, job.seat.inside(job.privilege));
+    plan.push(&Step::Filter { instructions: coarse });
+    plan.push(&Step::DefaultSignals {});
+    plan.push(&Step::DieWithParent {});
+    start_python(&mut plan, descriptors, abi::FIRST_CLOSED_FD);
     plan
 }
 
-/// The job's outer wall.
-pub(super) fn wall(job: &Job<'_>) -> Plan {
+/// The outer wall of a job that a zygote starts, which stands behind one already.
+pub(super) fn warm(job: &Job<'_>, has_proc: bool) -> Plan {
     let mut plan = Plan::default();
-    for cgroup in job.cgroups {
-        plan.push(&Step::WriteFd { fd: number(*cgroup), content: b"0" });
+    enter_cgroups(&mut plan, job);
+    // The network is the zygote's own, which has none.
+    let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWCGROUP;
+    plan.push(&Step::Unshare { flags: flag(namespaces) });
+    let inside = job.seat.inside_warm(job.privilege);
+    let owner = match job.privilege {
+        Privilege::Full => inside,
+        // The one user of the zygote's namespace, and soon of the job's own.
+        Privilege::None => 0,
+    };
+    writable(&mut plan, owner, job.limits.disk_bytes);
+    // From inside of the zygote's `/proc`, in which maps can be written, while the job's own comes to lie on it.
+    plan.push(&Step::Chdir { path: if has_proc { c"/proc" } else { c"/" } });
+    if has_proc {
+        mount_proc(&mut plan, c"/proc", true);
     }
-    let network = if job.network { 0 } else { libc::CLONE_NEWNET };
-    let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP;
-    plan.push(&Step::Unshare { flags: flag(namespaces | network) });
-    plan.push(&Step::Hostname { name: c"sandpiper" });
-    file_system(&mut plan, job);
-    identity(&mut plan, job);
-    resources(&mut plan, job);
+    if job.privilege == Privilege::None {
+        own_user_namespace(&mut plan, INSIDE, [0; 2]);
+    }
+    plan.push(&Step::Chdir { path: c"/" });
+    confine(&mut plan, job, inside);
+    // Changing its identity took the process out of its own reach.
+    plan.push(&Step::Dumpable { value: 1 });
+    plan.push(&Step::UnblockSignals {});
+    plan.push(&Step::DieWithParent {});
+    for (at, to) in [(0, abi::CONTROL_FD), (1, abi::STDIN_FD), (2, 1), (3, 2)] {
+        plan.push(&Step::Duplicate { from: place(at), to: flag(to) });
+    }
+    plan.push(&Step::CloseFrom { first: flag(abi::FIRST_CLOSED_FD) });
+    plan
+}
+
+/// What the origin of a zygote does. With full privilege it is the origin that builds the root: a zygote can
+/// only come back to its own pid namespace if that belongs to its user namespace, so this has to be joined
+/// before the one is made, and then there is no privilege left to build with.
+pub(super) fn zygote_origin(privilege: Privilege, namespace: Option<&OwnedFd>, root: &Root) -> Plan {
+    if namespace.is_none() {
+        // As any other user it would lose its privilege over its namespaces when it becomes python.
+        return origin_as(privilege, 0);
+    }
+    let mut plan = Plan::default();
+    plan.push(&Step::DieWithParent {});
+    namespaces(&mut plan, false);
+    // Its `/proc` is the worker's, and hidden by the zygote's own; the kernel lets a process without privilege
+    // mount one only where there is one already.
+    file_system(&mut plan, root, true);
+    join(&mut plan, namespace);
+    plan.push(&Step::Identity { uid: 0, gid: 0, keeps_groups: 0 });
+    plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWPID) });
+    plan
+}
+
+/// What the first process of a zygote's pid namespace does before it becomes its program.
+pub(super) fn zygote_init() -> Plan {
+    let mut plan = Plan::default();
+    wait_for_ever(&mut plan);
+    plan
+}
+
+/// The outer wall of a zygote: that of a job, but for what its children still have to do themselves.
+pub(super) fn zygote(
+    namespace: Option<&OwnedFd>,
+    root: &Root,
+    coarse: &[u8],
+    descriptors: &Descriptors<'_>,
+) -> Plan {
+    let mut plan = Plan::default();
+    if namespace.is_some() {
+        plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWNS) });
+        if root.has_proc() {
+            mount_proc(&mut plan, c"/proc", true);
+        }
+    } else {
+        namespaces(&mut plan, false);
+        // Its children write their maps there.
+        file_system(&mut plan, root, false);
+    }
+    plan.push(&Step::Rlimit { resource: libc::RLIMIT_CORE.into(), soft: 0, hard: 0 });
     plan.push(&Step::Setsid {});
     plan.push(&Step::Umask { mask: 0o022 });
     plan.push(&Step::NoNewPrivileges {});
-    landlock::steps(job.landlock, job.network, &WRITABLE, &DEVICES).iter().for_each(|step| plan.push(step));
-    plan.push(&Step::Filter { instructions: job.coarse });
+    plan.push(&Step::Filter { instructions: coarse });
     plan.push(&Step::DefaultSignals {});
     plan.push(&Step::DieWithParent {});
-    let descriptors = &job.descriptors;
+    // It has no working directory.
+    start_python(&mut plan, descriptors, abi::WORK_FD);
+    plan
+}
+
+fn enter_cgroups(plan: &mut Plan, job: &Job<'_>) {
+    for &fd in job.cgroups {
+        plan.push(&Step::WriteFd { fd, content: b"0" });
+    }
+}
+
+fn namespaces(plan: &mut Plan, network: bool) {
+    let network = if network { 0 } else { libc::CLONE_NEWNET };
+    let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP;
+    plan.push(&Step::Unshare { flags: flag(namespaces | network) });
+    plan.push(&Step::Hostname { name: c"sandpiper" });
+}
+
+fn join(plan: &mut Plan, namespace: Option<&OwnedFd>) {
+    if let Some(namespace) = namespace {
+        plan.push(&Step::Setns { fd: number(namespace.as_fd()), kind: flag(libc::CLONE_NEWUSER) });
+    }
+}
+
+/// A user namespace of the process's own with one user in it, `inside`, who is `uid` and `gid` outside. The
+/// working directory must be a `/proc`.
+fn own_user_namespace(plan: &mut Plan, inside: u32, [uid, gid]: [u32; 2]) {
+    let map = |id: u32| format!("{inside} {id} 1\n");
+    // Its own maps are another user's files to a process that is not dumpable.
+    plan.push(&Step::Dumpable { value: 1 });
+    plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWUSER) });
+    for (path, content) in
+        [(c"self/setgroups", "deny".to_owned()), (c"self/gid_map", map(gid)), (c"self/uid_map", map(uid))]
+    {
+        plan.push(&Step::WriteFile { path, content: content.as_bytes() });
+    }
+}
+
+/// Nobody, with nothing: what every job's process is from here on.
+fn confine(plan: &mut Plan, job: &Job<'_>, id: u32) {
+    let keeps_groups = (job.privilege == Privilege::None).into();
+    plan.push(&Step::Identity { uid: id.into(), gid: id.into(), keeps_groups });
+    plan.push(&Step::DropCapabilities {});
+    resources(plan, job);
+    plan.push(&Step::Setsid {});
+    plan.push(&Step::Umask { mask: 0o022 });
+    plan.push(&Step::NoNewPrivileges {});
+    landlock::steps(job.landlock, job.network, &WRITABLE.map(|(path, _)| path), &DEVICES)
+        .iter()
+        .for_each(|step| plan.push(step));
+    plan.push(&Step::OpenDirectory { to: flag(abi::WORK_FD), path: WORK });
+    // After everything that opens files: until its last step the process has the worker's own open as well.
+    let (resource, limit) = (libc::RLIMIT_NOFILE.into(), job.limits.open_files);
+    // The lockdown takes the difference away once its descriptors are sent; see there.
+    let room = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(_, hard)| hard.min(ROOM_TO_SEND));
+    plan.push(&Step::Rlimit { resource, soft: limit, hard: limit.max(room) });
+}
+
+fn start_python(plan: &mut Plan, descriptors: &Descriptors<'_>, first_closed: i32) {
     for (from, to) in [
         (descriptors.script, abi::SCRIPT_FD),
         (descriptors.stdout, 1),
@@ -197,27 +294,37 @@ pub(super) fn wall(job: &Job<'_>) -> Plan {
     ] {
         plan.push(&Step::Duplicate { from: number(from), to: flag(to) });
     }
-    plan.push(&Step::CloseFrom { first: flag(abi::FIRST_CLOSED_FD) });
-    plan
+    plan.push(&Step::CloseFrom { first: flag(first_closed) });
 }
 
-/// A root of the interpreter's own, read-only, with one small writable file system in it.
-fn file_system(plan: &mut Plan, job: &Job<'_>) {
-    let mount = |plan: &mut Plan, source: &CStr, target: &CStr, fstype: &CStr, flags: u64, options: &CStr| {
-        plan.push(&Step::Mount { flags, source, target, fstype, options });
-    };
-    let no_suid = libc::MS_NOSUID | libc::MS_NODEV;
+fn mount(plan: &mut Plan, [source, target, fstype]: [&CStr; 3], flags: u64, options: &CStr) {
+    plan.push(&Step::Mount { flags, source, target, fstype, options });
+}
+
+fn bind(plan: &mut Plan, source: &CStr, target: &CStr) {
+    mount(plan, [source, target, NOTHING], BIND, NOTHING);
+}
+
+/// `/proc` as a process sees it that may see only its own user's. A job cannot write to it; a zygote's children
+/// have maps to write.
+fn mount_proc(plan: &mut Plan, target: &CStr, read_only: bool) {
+    let flags = NO_SUID | libc::MS_NOEXEC | if read_only { libc::MS_RDONLY } else { 0 };
+    mount(plan, [c"proc", target, c"proc"], flags, c"subset=pid,hidepid=invisible");
+}
+
+/// A root of the interpreter's own, read-only.
+fn file_system(plan: &mut Plan, root: &Root, proc_read_only: bool) {
     // Nothing that is mounted from here on reaches the host.
-    mount(plan, c"none", c"/", NOTHING, PRIVATE, NOTHING);
+    mount(plan, [c"none", c"/", NOTHING], PRIVATE, NOTHING);
     // A place to stand while both roots are needed: every path of the host stays reachable below /old.
-    mount(plan, c"tmpfs", c"/tmp", c"tmpfs", no_suid, c"size=64k,mode=0755");
-    for path in [c"/tmp/old", c"/tmp/new", c"/tmp/write"] {
+    mount(plan, [c"tmpfs", c"/tmp", c"tmpfs"], NO_SUID, c"size=64k,mode=0755");
+    for path in [c"/tmp/old", c"/tmp/new"] {
         plan.push(&Step::Mkdir { mode: 0o755, path });
     }
     plan.push(&Step::PivotRoot { new: c"/tmp", old: c"/tmp/old" });
 
-    mount(plan, c"tmpfs", c"/new", c"tmpfs", no_suid, c"size=1m,mode=0755");
-    for (path, entry) in &job.root.entries {
+    mount(plan, [c"tmpfs", c"/new", c"tmpfs"], NO_SUID, c"size=1m,mode=0755");
+    for (path, entry) in &root.entries {
         let (new, old) = (below(NEW, path), below(OLD, path));
         match entry {
             Entry::Directory => plan.push(&Step::Mkdir { mode: 0o755, path: &new }),
@@ -227,15 +334,15 @@ fn file_system(plan: &mut Plan, job: &Job<'_>) {
             }
             Entry::HostDirectory => {
                 plan.push(&Step::Mkdir { mode: 0o755, path: &new });
-                mount(plan, &old, &new, NOTHING, BIND, NOTHING);
+                bind(plan, &old, &new);
             }
             Entry::HostFile => {
                 plan.push(&Step::CreateFile { mode: 0o644, path: &new, content: b"" });
-                mount(plan, &old, &new, NOTHING, BIND, NOTHING);
+                bind(plan, &old, &new);
             }
             Entry::HostFileFrom(file) => {
                 plan.push(&Step::CreateFile { mode: 0o644, path: &new, content: b"" });
-                mount(plan, &below(OLD, file), &new, NOTHING, BIND, NOTHING);
+                bind(plan, &below(OLD, file), &new);
             }
             Entry::Proc => plan.push(&Step::Mkdir { mode: 0o555, path: &new }),
         }
@@ -246,40 +353,24 @@ fn file_system(plan: &mut Plan, job: &Job<'_>) {
     // Everything so far, with whatever the host has mounted inside of it.
     plan.push(&Step::MountAttributes { set: READ_ONLY, target: c"/new" });
     for device in DEVICES {
-        let (new, old) = (below(NEW, as_path(device)), below(OLD, as_path(device)));
-        mount(plan, &old, &new, NOTHING, BIND, NOTHING);
+        bind(plan, &below(OLD, as_path(device)), &below(NEW, as_path(device)));
     }
-    if job.root.entries.contains_key(Path::new("/proc")) {
-        mount(plan, c"proc", c"/new/proc", c"proc", PROC, PROC_OPTIONS);
-    }
-
-    // One file system for all that the job writes, so that one size holds for it all.
-    let owner = match job.privilege {
-        Privilege::Full => job.seat.outside,
-        Privilege::None => INSIDE,
-    };
-    let options = format!("size={},nr_inodes={INODES},mode=0755", job.limits.disk_bytes);
-    mount(plan, c"tmpfs", c"/write", c"tmpfs", no_suid, &c_string(options));
-    for (at, target) in WRITABLE.iter().enumerate() {
-        let part = c_string(format!("/write/{at}"));
-        plan.push(&Step::Mkdir { mode: 0o700, path: &part });
-        plan.push(&Step::Chown { uid: owner.into(), gid: owner.into(), path: &part });
-        mount(plan, &part, &below(NEW, as_path(target)), NOTHING, BIND, NOTHING);
+    if root.has_proc() {
+        mount_proc(plan, c"/new/proc", proc_read_only);
     }
     plan.push(&Step::EnterRoot { new: c"/new" });
 }
 
-/// Nobody, with nothing.
-fn identity(plan: &mut Plan, job: &Job<'_>) {
-    if let Some(namespace) = &job.seat.namespace {
-        let fd = namespace.as_raw_fd().unsigned_abs().into();
-        plan.push(&Step::Setns { fd, kind: flag(libc::CLONE_NEWUSER) });
+/// One file system for all that the job writes, so that one size holds for it all.
+fn writable(plan: &mut Plan, owner: u32, bytes: u64) {
+    let options = c_string(format!("size={bytes},nr_inodes={INODES},mode=0755"));
+    mount(plan, [c"tmpfs", c"/tmp", c"tmpfs"], NO_SUID, &options);
+    for (target, part) in WRITABLE {
+        plan.push(&Step::Mkdir { mode: 0o700, path: part });
+        plan.push(&Step::Chown { uid: owner.into(), gid: owner.into(), path: part });
+        // The last of them hides the whole from sight.
+        bind(plan, part, target);
     }
-    plan.push(&Step::DropBounding {});
-    let id = job.seat.inside(job.privilege).into();
-    let keeps_groups = (job.privilege == Privilege::None).into();
-    plan.push(&Step::Identity { uid: id, gid: id, keeps_groups });
-    plan.push(&Step::DropCapabilities {});
 }
 
 fn resources(plan: &mut Plan, job: &Job<'_>) {
@@ -295,7 +386,6 @@ fn resources(plan: &mut Plan, job: &Job<'_>) {
         (libc::RLIMIT_MEMLOCK, 64 << 10),
         (libc::RLIMIT_MSGQUEUE, 0),
         (libc::RLIMIT_NICE, 0),
-        (libc::RLIMIT_NOFILE, open_files(job.privilege, job.seat).unwrap_or(limits.open_files)),
         (libc::RLIMIT_NPROC, processes),
         (libc::RLIMIT_RTPRIO, 0),
         (libc::RLIMIT_SIGPENDING, 1024),
@@ -309,18 +399,12 @@ fn resources(plan: &mut Plan, job: &Job<'_>) {
     }
 }
 
-/// How many descriptors a process may have until it is locked down; none where that is the job's own limit.
-///
-/// The kernel lets nobody send a descriptor whose user has more of them in flight than this. A job can have as
-/// many in flight as its limit, and where workers or jobs share a uid, the next one could not send its listener.
-/// So the limit comes down afterwards, from outside, which takes power over the job's user namespace.
-pub(super) fn open_files(privilege: Privilege, seat: &Seat) -> Option<u64> {
-    let own_namespace = privilege == Privilege::None || seat.namespace.is_some();
-    let (_, hard) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).ok()?;
-    own_namespace.then_some(hard)
+/// The number that a descriptor of an order has in the zygote, by its place in the order.
+pub(super) fn place(at: u64) -> u64 {
+    flag(abi::ORDER_FD) + at
 }
 
-fn number(fd: BorrowedFd<'_>) -> u64 {
+pub(super) fn number(fd: BorrowedFd<'_>) -> u64 {
     fd.as_raw_fd().unsigned_abs().into()
 }
 

@@ -105,7 +105,15 @@ const NETWORK_DATA: [&str; 3] = ["/etc/resolv.conf", "/etc/gai.conf", "/etc/serv
 
 impl Root {
     /// Asks the interpreter where it looks, and lays out the root for it.
-    pub(super) fn of(environment: &Environment, network: bool, uid: u32) -> Result<Self, RootError> {
+    ///
+    /// Jobs have one of the ids in `uids`, and all of them the same name.
+    pub(super) fn of(
+        environment: &Environment,
+        network: bool,
+        uids: std::ops::Range<u32>,
+    ) -> Result<Self, RootError> {
+        let users = uids.clone().map(|uid| format!("job:x:{uid}:{uid}:job:/tmp:/bin/false\n"));
+        let groups = uids.map(|uid| format!("job:x:{uid}:\n"));
         let probe = probe(&environment.python)?;
         let mut root = Self::default();
         for path in LIBRARIES.iter().map(Path::new).filter(|path| path.symlink_metadata().is_ok()) {
@@ -128,8 +136,8 @@ impl Root {
             root.expose(path)?;
         }
         for (path, content) in [
-            ("/etc/passwd", format!("job:x:{uid}:{uid}:job:/tmp:/bin/false\n")),
-            ("/etc/group", format!("job:x:{uid}:\n")),
+            ("/etc/passwd", users.collect()),
+            ("/etc/group", groups.collect()),
             ("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n".to_owned()),
             (
                 "/etc/nsswitch.conf",
@@ -148,6 +156,10 @@ impl Root {
     /// Shows a file of the host's under another path.
     pub(super) fn place(&mut self, path: &Path, file: &Path) {
         self.add(path, Entry::HostFileFrom(file.to_owned()));
+    }
+
+    pub(super) fn has_proc(&self) -> bool {
+        self.entries.contains_key(Path::new("/proc"))
     }
 
     /// For a machine where an own `/proc` cannot be mounted.

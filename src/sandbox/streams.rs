@@ -6,7 +6,8 @@ use std::os::fd::OwnedFd;
 
 use tokio::io::unix::AsyncFd;
 
-use crate::job::Captured;
+use super::tap::Tap;
+use crate::job::{Captured, Stream};
 use crate::sys::{fd, ready};
 
 /// Bytes taken in one read: a pipe's own size.
@@ -17,8 +18,8 @@ const CHUNK: usize = 64 << 10;
 pub(super) struct Output {
     pipe: AsyncFd<File>,
     bytes: Vec<u8>,
-    limit: usize,
     state: State,
+    tap: Option<(Tap, Stream)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,11 +30,16 @@ enum State {
 }
 
 impl Output {
-    pub(super) fn new(pipe: OwnedFd, limit: u64) -> io::Result<Self> {
+    pub(super) fn new(pipe: OwnedFd) -> io::Result<Self> {
         fd::set_nonblocking(&pipe)?;
         let pipe = ready::readable(File::from(pipe))?;
-        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-        Ok(Self { pipe, bytes: Vec::new(), limit, state: State::Open })
+        Ok(Self { pipe, bytes: Vec::new(), state: State::Open, tap: None })
+    }
+
+    /// From now on whoever holds the tap sees the output as it is read, and first what came before.
+    pub(super) fn tap(&mut self, tap: Option<Tap>, stream: Stream) {
+        self.tap = tap.map(|tap| (tap, stream));
+        self.show(0);
     }
 
     /// There may be more to come.
@@ -47,10 +53,11 @@ impl Output {
     }
 
     /// Waits for output, and takes it.
-    pub(super) async fn fill(&mut self) {
+    pub(super) async fn fill(&mut self, limit: u64) {
+        let held = self.bytes.len();
         match self.pipe.readable().await {
             Ok(mut ready) => {
-                let read = take(ready.get_inner(), &mut self.bytes, self.limit);
+                let read = take(ready.get_inner(), &mut self.bytes, limit);
                 match read {
                     Ok(state) => self.state = state,
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
@@ -59,20 +66,31 @@ impl Output {
             }
             Err(_) => self.state = State::Ended,
         }
+        self.show(held);
+    }
+
+    /// Passes on what came after the first `held` bytes.
+    fn show(&self, held: usize) {
+        if let Some((tap, stream)) = &self.tap {
+            tap.add(*stream, &self.bytes[held..]);
+        }
     }
 
     /// Takes what is left once every writer is dead.
-    pub(super) fn finish(mut self) -> Captured {
+    pub(super) fn finish(&mut self, limit: u64) -> Captured {
+        let held = self.bytes.len();
         while self.state == State::Open {
-            self.state = take(self.pipe.get_ref(), &mut self.bytes, self.limit).unwrap_or(State::Ended);
+            self.state = take(self.pipe.get_ref(), &mut self.bytes, limit).unwrap_or(State::Ended);
         }
-        Captured { bytes: self.bytes, truncated: self.state == State::Over }
+        self.show(held);
+        Captured { bytes: std::mem::take(&mut self.bytes), truncated: self.state == State::Over }
     }
 }
 
 /// One read. The byte after the limit is what tells "exactly" from "more".
-fn take(mut pipe: &File, bytes: &mut Vec<u8>, limit: usize) -> io::Result<State> {
-    let room = (limit - bytes.len()).saturating_add(1).min(CHUNK);
+fn take(mut pipe: &File, bytes: &mut Vec<u8>, limit: u64) -> io::Result<State> {
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+    let room = limit.saturating_sub(bytes.len()).saturating_add(1).min(CHUNK);
     let held = bytes.len();
     bytes.resize(held + room, 0);
     let read = loop {
@@ -146,15 +164,15 @@ mod tests {
 
     async fn captured(written: usize, limit: u64) -> Captured {
         let (read, write) = fd::pipe().unwrap();
-        let mut output = Output::new(read, limit).unwrap();
+        let mut output = Output::new(read).unwrap();
         let writer = std::thread::spawn(move || {
             // The reader stops at the limit, and then the pipe breaks.
             let _ = File::from(write).write_all(&vec![b'x'; written]);
         });
         while output.is_open() {
-            output.fill().await;
+            output.fill(limit).await;
         }
-        let captured = output.finish();
+        let captured = output.finish(limit);
         writer.join().unwrap();
         captured
     }

@@ -7,6 +7,7 @@ use sandpiper_shim::lockdown;
 use sandpiper_shim::plan::Steps;
 use tokio::time::Instant;
 
+use super::files::Unlaid;
 use super::plan::Plan;
 use super::watch::{Cause, Observation};
 use crate::job::{BlockedSyscall, Limits, Outcome, Status, Usage};
@@ -29,6 +30,13 @@ pub(super) fn judge(seen: Observation, limits: &Limits, has_preload: bool, taken
             (Status::WorkerError, "python was not ready in the time that a start may take".into())
         }
         Cause::CpuLimit => cpu_limit(limits),
+        Cause::MemoryLimit if seen.handed_over.is_none() && !has_preload => (
+            Status::MemoryLimit,
+            format!("{} bytes of memory are too few for python to start", limits.memory_bytes),
+        ),
+        Cause::MemoryLimit => {
+            (Status::MemoryLimit, format!("the job used more than {} bytes of memory", limits.memory_bytes))
+        }
         Cause::OutputLimit => (
             Status::OutputLimit,
             format!("the job wrote more than {} bytes to one stream", limits.output_bytes),
@@ -39,6 +47,8 @@ pub(super) fn judge(seen: Observation, limits: &Limits, has_preload: bool, taken
         Cause::Cancelled => (Status::Cancelled, "the job was cancelled while it ran".into()),
         // The caller, who has the plan, says which step it was.
         Cause::StartFailed(_) => (Status::WorkerError, "the sandbox could not be set up".into()),
+        Cause::Unlaid(Unlaid::Refused(why)) => (Status::Rejected, why.clone()),
+        Cause::Unlaid(Unlaid::Failed(why)) => (Status::WorkerError, why.clone()),
         Cause::Garbled => (Status::WorkerError, "python sent something that is no report".into()),
     };
     let by_itself = matches!(seen.cause, Cause::Ended) && status != Status::WorkerError;
@@ -112,7 +122,8 @@ fn describe(exit: Exit) -> String {
 }
 
 /// Which step it was that failed, for a person.
-pub(super) fn failed_step(report: Report, origin: &Plan, init: &Plan, wall: &Plan) -> String {
+/// The plans are those of the origin, of init and of the job.
+pub(super) fn failed_step(report: Report, [origin, init, wall]: &[Plan; 3]) -> String {
     let Report::Failed { stage, step, errno } = report else { return "no step failed".into() };
     let why = std::io::Error::from_raw_os_error(errno);
     let of = |plan: &Plan| {
@@ -131,6 +142,7 @@ pub(super) fn failed_step(report: Report, origin: &Plan, init: &Plan, wall: &Pla
         Stage::Wall => ("raise the outer wall", of(wall)),
         Stage::Exec => ("start python", "execve".to_owned()),
         Stage::Lockdown => ("lock down", lockdown::Step::name(step).to_owned()),
+        Stage::Zygote => ("make a process from a warm one", "clone".to_owned()),
     };
     format!("failed to {who}: {what}: {why}")
 }

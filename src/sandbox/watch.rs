@@ -13,11 +13,15 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use super::cgroup::Group;
+use super::files::{self, Unlaid};
 use super::policy::{Judgement, Policy};
 use super::streams::{Input, Output};
-use crate::job::{Captured, Limits};
+use super::tap::Tap;
+use crate::job::{Captured, InputFile, Limits, Stream};
 use crate::sys::launch::Launched;
 use crate::sys::notify::{Listener, Question};
+use crate::sys::place::Place;
 use crate::sys::process::{Child, Exit, Resources};
 use crate::sys::{fd, ready};
 
@@ -27,6 +31,8 @@ const PROMPT_REFUSALS: u64 = 1_000;
 const REFUSAL_DELAY: Duration = Duration::from_millis(10);
 /// Never look at the CPU clock more often than this.
 const CPU_CHECK_MIN: Duration = Duration::from_millis(10);
+/// A job that lost a process to its memory limit is noticed within this.
+const MEMORY_CHECK: Duration = Duration::from_millis(50);
 
 /// What ended a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +43,8 @@ pub(super) enum Cause {
     Timeout,
     /// CPU time over.
     CpuLimit,
+    /// The kernel killed one of its processes because memory was over.
+    MemoryLimit,
     /// It wrote too much.
     OutputLimit,
     /// It made this forbidden call.
@@ -49,6 +57,8 @@ pub(super) enum Cause {
     StartTimeout,
     /// It sent something that is no report.
     Garbled,
+    /// Its files could not be laid into its working directory.
+    Unlaid(Unlaid),
 }
 
 /// Everything that was seen of a job.
@@ -62,6 +72,8 @@ pub(super) struct Observation {
     pub(super) stdout: Captured,
     pub(super) stderr: Captured,
     pub(super) refused: BTreeMap<String, u64>,
+    /// Its working directory; none where it did not come as far as that.
+    pub(super) place: Option<Place>,
     /// When the code was handed over; none where it never was.
     pub(super) handed_over: Option<(Instant, SystemTime)>,
     pub(super) finished: Instant,
@@ -82,86 +94,31 @@ pub(super) struct Ends {
 pub(super) struct Terms<'a> {
     pub(super) limits: &'a Limits,
     pub(super) policy: &'a Policy,
-    pub(super) start_by: Instant,
-    /// The wall has left the limit of open files to be set once the process is locked down.
-    pub(super) limits_files: bool,
+    /// Where all of its processes are; else each is looked at alone.
+    pub(super) group: Option<&'a Group>,
     pub(super) assignment: Vec<u8>,
     pub(super) stdin: Vec<u8>,
+    pub(super) files: Vec<InputFile>,
+    /// Shown its output as it is read.
+    pub(super) tap: Option<Tap>,
 }
 
-/// Watches until everything of the job is dead.
-///
-/// # Errors
-/// Our own trouble with descriptors, or with a child that cannot be waited for.
-pub(super) async fn watch(
-    launched: Launched,
-    ends: Ends,
-    mut terms: Terms<'_>,
-    stop: &CancellationToken,
-) -> io::Result<Observation> {
-    let init = ready::readable(launched.init)?;
-    let job = ready::readable(launched.job)?;
-    let mut watch = Watch {
-        job,
-        control: Some(ready::readable(ends.control)?),
-        listener: None,
-        unnamed_kills: false,
-        stdout: Output::new(ends.stdout, terms.limits.output_bytes)?,
-        stderr: Output::new(ends.stderr, terms.limits.output_bytes)?,
-        stdin: Input::new(ends.stdin, std::mem::take(&mut terms.stdin))?,
-        assignment: None,
-        deadline: terms.start_by,
-        cpu_check: None,
-        handed_over: None,
-        exit: None,
-        refused: BTreeMap::new(),
-        refusals: 0,
-        waiting: None,
-    };
-    let cause = watch.until_over(terms, stop).await;
-    // The namespace's first process takes every other with it, and is gone when the last of them is.
-    init.get_ref().kill();
-    watch.job.get_ref().kill();
-    let (exit, resources) = match watch.exit {
-        Some(exit) => exit,
-        None => ended(&watch.job).await?,
-    };
-    ended(&init).await?;
-    let (stdout, stderr) = (watch.stdout.finish(), watch.stderr.finish());
-    let cause = match cause? {
-        // The last of it was still in the pipe.
-        Cause::Ended if stdout.truncated || stderr.truncated => Cause::OutputLimit,
-        cause => cause,
-    };
-    Ok(Observation {
-        cause,
-        exit,
-        resources,
-        unnamed_kills: watch.unnamed_kills,
-        stdout,
-        stderr,
-        refused: watch.refused,
-        handed_over: watch.handed_over,
-        finished: Instant::now(),
-        finished_at: SystemTime::now(),
-    })
-}
-
+/// A job's processes, watched from their start until everything is dead. Dropped before that, it takes them
+/// with it.
 #[derive(Debug)]
-struct Watch {
+pub(super) struct Watch {
+    init: AsyncFd<Child>,
     job: AsyncFd<Child>,
-    /// Until the report has come.
+    /// The report comes over it, and then the assignment goes.
     control: Option<AsyncFd<OwnedFd>>,
     listener: Option<AsyncFd<Listener>>,
     unnamed_kills: bool,
     stdout: Output,
     stderr: Output,
-    stdin: Input,
-    /// The hand-over, once the report has come.
-    assignment: Option<Input>,
-    /// Of the start, then of the run.
-    deadline: Instant,
-    cpu_check: Option<Instant>,
+    stdin: Option<OwnedFd>,
+    /// The job's uid on the host.
+    owner: u32,
+    place: Option<Place>,
     handed_over: Option<(Instant, SystemTime)>,
     exit: Option<(Exit, Resources)>,
     refused: BTreeMap<String, u64>,
@@ -171,31 +128,118 @@ struct Watch {
 }
 
 impl Watch {
-    async fn until_over(&mut self, terms: Terms<'_>, stop: &CancellationToken) -> io::Result<Cause> {
-        let Terms { limits, policy, limits_files, .. } = terms;
-        let mut assignment = Some(terms.assignment);
+    /// `owner` is the job's uid on the host.
+    pub(super) fn new(launched: Launched, ends: Ends, owner: u32) -> io::Result<Self> {
+        Ok(Self {
+            init: ready::readable(launched.init)?,
+            job: ready::readable(launched.job)?,
+            control: Some(ready::readable(ends.control)?),
+            listener: None,
+            unnamed_kills: false,
+            stdout: Output::new(ends.stdout)?,
+            stderr: Output::new(ends.stderr)?,
+            stdin: Some(ends.stdin),
+            owner,
+            place: None,
+            handed_over: None,
+            exit: None,
+            refused: BTreeMap::new(),
+            refusals: 0,
+            waiting: None,
+        })
+    }
+
+    /// The namespace's first process takes every other with it.
+    fn kill(&self) {
+        self.init.get_ref().kill();
+        self.job.get_ref().kill();
+    }
+
+    /// Neither has it ended nor said anything further: it waits for its assignment.
+    pub(super) fn still_waits(&mut self) -> bool {
+        match self.job.get_ref().try_wait() {
+            Ok(Some(exit)) => self.exit = Some(exit),
+            Ok(None) => return true,
+            Err(_) => {}
+        }
+        false
+    }
+
+    /// Watches until both walls are up. A cause is why they never will be.
+    pub(super) async fn start(
+        &mut self,
+        by: Instant,
+        limits: &Limits,
+        stop: &CancellationToken,
+    ) -> io::Result<Option<Cause>> {
+        loop {
+            tokio::select! {
+                biased;
+                report = receive(&self.control) => {
+                    match self.reported(report?)? {
+                        Reported::Locked => return Ok(None),
+                        Reported::Failed(cause) => return Ok(Some(cause)),
+                        Reported::End => {}
+                    }
+                }
+                exit = ended(&self.job) => {
+                    self.exit = Some(exit?);
+                    return Ok(Some(self.last_report().unwrap_or(Cause::Ended)));
+                }
+                () = stop.cancelled() => return Ok(Some(Cause::Cancelled)),
+                () = sleep_until(by) => return Ok(Some(Cause::StartTimeout)),
+                // A preload may write, too.
+                () = self.stdout.fill(limits.output_bytes), if self.stdout.is_open() => {}
+                () = self.stderr.fill(limits.output_bytes), if self.stderr.is_open() => {}
+            }
+            if self.stdout.is_over() || self.stderr.is_over() {
+                return Ok(Some(Cause::OutputLimit));
+            }
+        }
+    }
+
+    /// Hands over the code, and watches until something ends the job.
+    pub(super) async fn run(&mut self, terms: Terms<'_>, stop: &CancellationToken) -> io::Result<Cause> {
+        let Terms { limits, policy, group, .. } = terms;
+        let (Some(control), Some(stdin), Some(place)) =
+            (self.control.take(), self.stdin.take(), self.place.take())
+        else {
+            return Ok(Cause::Garbled);
+        };
+        match files::lay(place, terms.files, *limits).await? {
+            (place, Ok(())) => self.place = Some(place),
+            (_, Err(unlaid)) => return Ok(Cause::Unlaid(unlaid)),
+        }
+        self.stdout.tap(terms.tap.clone(), Stream::Stdout);
+        self.stderr.tap(terms.tap, Stream::Stderr);
+        let mut assignment = Input::new(control.into_inner(), terms.assignment)?;
+        let mut stdin = Input::new(stdin, terms.stdin)?;
+        let start = Instant::now();
+        self.handed_over = Some((start, SystemTime::now()));
+        let deadline = start + Duration::from_millis(limits.timeout_ms);
+        let cpu_limit = Duration::from_millis(limits.cpu_ms);
+        let mut look = start + pause(cpu_limit, group);
         loop {
             // In this order: what happened first is likelier to be seen first, and a flood of output or of calls
             // delays nothing that ends the job.
             tokio::select! {
                 biased;
-                report = receive(&self.control) => {
-                    if let Some(cause) = self.reported(report?, &mut assignment, limits, limits_files)? {
-                        return Ok(cause);
-                    }
-                }
                 exit = ended(&self.job) => {
                     self.exit = Some(exit?);
-                    return Ok(self.last_report().unwrap_or(Cause::Ended));
+                    return Ok(Cause::Ended);
                 }
                 () = stop.cancelled() => return Ok(Cause::Cancelled),
-                () = sleep_until(self.deadline) => {
-                    return Ok(if self.handed_over.is_some() { Cause::Timeout } else { Cause::StartTimeout });
-                }
-                () = at(self.cpu_check) => {
-                    if self.cpu_is_over(limits) {
+                () = sleep_until(deadline) => return Ok(Cause::Timeout),
+                () = sleep_until(look) => {
+                    if group.is_some_and(Group::killed_for_memory) {
+                        return Ok(Cause::MemoryLimit);
+                    }
+                    let used = group.and_then(Group::cpu_time).or_else(|| self.job.get_ref().cpu_time());
+                    let left = cpu_limit.saturating_sub(used.unwrap_or_default());
+                    if left.is_zero() {
                         return Ok(Cause::CpuLimit);
                     }
+                    look = Instant::now() + pause(left, group);
                 }
                 () = at(self.waiting.map(|(_, _, when)| when)) => self.answer(),
                 question = asked(&self.listener), if self.waiting.is_none() => {
@@ -204,10 +248,10 @@ impl Watch {
                         Judgement::Refuse { name, errno } => self.refuse(question, &name, errno),
                     }
                 }
-                () = self.stdout.fill(), if self.stdout.is_open() => {}
-                () = self.stderr.fill(), if self.stderr.is_open() => {}
-                () = self.stdin.send(), if self.stdin.is_open() => {}
-                () = send(&mut self.assignment) => {}
+                () = assignment.send(), if assignment.is_open() => {}
+                () = self.stdout.fill(limits.output_bytes), if self.stdout.is_open() => {}
+                () = self.stderr.fill(limits.output_bytes), if self.stderr.is_open() => {}
+                () = stdin.send(), if stdin.is_open() => {}
             }
             if self.stdout.is_over() || self.stderr.is_over() {
                 return Ok(Cause::OutputLimit);
@@ -215,39 +259,84 @@ impl Watch {
         }
     }
 
-    /// The process has said how its start went. With the walls up, it gets what it is to run.
-    fn reported(
-        &mut self,
-        (report, listener): (Option<Report>, Option<OwnedFd>),
-        assignment: &mut Option<Vec<u8>>,
+    /// Kills what is left, and tells what was seen once the last of it is gone.
+    ///
+    /// # Errors
+    /// A child that cannot be waited for.
+    pub(super) async fn finish(
+        mut self,
+        cause: Cause,
         limits: &Limits,
-        limits_files: bool,
-    ) -> io::Result<Option<Cause>> {
-        match (report, listener) {
-            (Some(Report::Locked), Some(listener)) => {
-                let listener = Listener::new(listener);
-                self.listener = Some(ready::readable(listener)?);
+        group: Option<&Group>,
+    ) -> io::Result<Observation> {
+        self.kill();
+        let (exit, mut resources) = match self.exit {
+            Some(exit) => exit,
+            None => ended(&self.job).await?,
+        };
+        ended(&self.init).await?;
+        let stdout = self.stdout.finish(limits.output_bytes);
+        let stderr = self.stderr.finish(limits.output_bytes);
+        if let Some(group) = group {
+            let used = group.used();
+            // Each has seen something that the other has not: the group all processes, though with coarser times;
+            // the main process what it did before it entered, and shared memory that is on nobody's account.
+            resources.user = resources.user.max(used.user);
+            resources.system = resources.system.max(used.system);
+            let peak = resources.peak_resident.max(used.memory_peak);
+            resources.peak_resident = peak.min(limits.memory_bytes);
+        }
+        let cause = match cause {
+            // Its end may have come before anyone looked; and where its start failed, that is why.
+            Cause::Ended | Cause::StartFailed(_) if group.is_some_and(Group::killed_for_memory) => {
+                Cause::MemoryLimit
             }
-            (Some(Report::LockedWithoutListener), None) => self.unnamed_kills = true,
-            (Some(report @ Report::Failed { .. }), _) => return Ok(Some(Cause::StartFailed(report))),
+            // The last of it was still in the pipe.
+            Cause::Ended if stdout.truncated || stderr.truncated => Cause::OutputLimit,
+            cause => cause,
+        };
+        Ok(Observation {
+            cause,
+            exit,
+            resources,
+            unnamed_kills: self.unnamed_kills,
+            stdout,
+            stderr,
+            refused: std::mem::take(&mut self.refused),
+            place: self.place.take(),
+            handed_over: self.handed_over,
+            finished: Instant::now(),
+            finished_at: SystemTime::now(),
+        })
+    }
+
+    /// The process has said how its start went.
+    fn reported(&mut self, received: (Option<Report>, Vec<OwnedFd>)) -> io::Result<Reported> {
+        let (report, fds) = received;
+        let mut fds = fds.into_iter();
+        let place = match (report, fds.next(), fds.next(), fds.next()) {
+            (Some(Report::Locked), Some(listener), Some(place), None) => {
+                self.listener = Some(ready::readable(Listener::new(listener))?);
+                place
+            }
+            (Some(Report::LockedWithoutListener), Some(place), None, None) => {
+                self.unnamed_kills = true;
+                place
+            }
+            (Some(report @ Report::Failed { .. }), ..) => {
+                return Ok(Reported::Failed(Cause::StartFailed(report)));
+            }
             // The end of the socket is the end of the process, or will be.
-            (None, None) => {
+            (None, None, ..) => {
                 self.control = None;
-                return Ok(None);
+                return Ok(Reported::End);
             }
-            _ => return Ok(Some(Cause::Garbled)),
-        }
-        if limits_files {
-            self.job.get_ref().limit_open_files(limits.open_files)?;
-        }
-        if let (Some(control), Some(assignment)) = (self.control.take(), assignment.take()) {
-            self.assignment = Some(Input::new(control.into_inner(), assignment)?);
-        }
-        let now = Instant::now();
-        self.handed_over = Some((now, SystemTime::now()));
-        self.deadline = now + Duration::from_millis(limits.timeout_ms);
-        self.cpu_check = Some(now + soonest(Duration::from_millis(limits.cpu_ms)));
-        Ok(None)
+            _ => return Ok(Reported::Failed(Cause::Garbled)),
+        };
+        // A preload could have sent another directory than the job's own.
+        let Ok(place) = Place::new(place, self.owner) else { return Ok(Reported::Failed(Cause::Garbled)) };
+        self.place = Some(place);
+        Ok(Reported::Locked)
     }
 
     /// What a process said just before it ended, where that has not been read yet.
@@ -257,13 +346,6 @@ impl Watch {
             Ok((Some(report @ Report::Failed { .. }), _)) => Some(Cause::StartFailed(report)),
             _ => None,
         }
-    }
-
-    fn cpu_is_over(&mut self, limits: &Limits) -> bool {
-        let limit = Duration::from_millis(limits.cpu_ms);
-        let used = self.job.get_ref().cpu_time().unwrap_or_default();
-        self.cpu_check = Some(Instant::now() + soonest(limit.saturating_sub(used)));
-        used >= limit
     }
 
     fn refuse(&mut self, question: Question, name: &str, errno: i32) {
@@ -281,6 +363,18 @@ impl Watch {
             listener.get_ref().refuse(question, errno);
         }
     }
+}
+
+/// What a report means for a start.
+enum Reported {
+    Locked,
+    Failed(Cause),
+    End,
+}
+
+/// How long nothing need be looked at, with so much CPU time left.
+fn pause(left: Duration, group: Option<&Group>) -> Duration {
+    if group.is_some() { soonest(left).min(MEMORY_CHECK) } else { soonest(left) }
 }
 
 /// The earliest that so much CPU time can have been used: with every processor busy for the job.
@@ -307,13 +401,6 @@ async fn at(when: Option<Instant>) {
     }
 }
 
-async fn send(input: &mut Option<Input>) {
-    match input {
-        Some(open) if open.is_open() => open.send().await,
-        _ => std::future::pending().await,
-    }
-}
-
 /// The next question of the kernel's; for ever pending where there is no listener.
 async fn asked(listener: &Option<AsyncFd<Listener>>) -> Question {
     let Some(listener) = listener else { return std::future::pending().await };
@@ -330,8 +417,8 @@ async fn asked(listener: &Option<AsyncFd<Listener>>) -> Question {
     }
 }
 
-/// The report, and the listener beside it; nothing where the socket ended.
-async fn receive(control: &Option<AsyncFd<OwnedFd>>) -> io::Result<(Option<Report>, Option<OwnedFd>)> {
+/// The report, and the descriptors beside it; nothing where the socket ended.
+async fn receive(control: &Option<AsyncFd<OwnedFd>>) -> io::Result<(Option<Report>, Vec<OwnedFd>)> {
     let Some(control) = control else { return std::future::pending().await };
     loop {
         let mut ready = control.readable().await?;
@@ -344,13 +431,13 @@ async fn receive(control: &Option<AsyncFd<OwnedFd>>) -> io::Result<(Option<Repor
 
 /// A report is written at once and so read at once; anything shorter is none, and what is none but brings a
 /// descriptor is garbled.
-pub(super) fn read_report(control: &OwnedFd) -> io::Result<(Option<Report>, Option<OwnedFd>)> {
+pub(super) fn read_report(control: &OwnedFd) -> io::Result<(Option<Report>, Vec<OwnedFd>)> {
     use std::os::fd::AsFd;
     let mut bytes = [0; REPORT_LEN];
     let received = fd::receive(control.as_fd(), &mut bytes)?;
     if received.length == 0 {
-        return Ok((None, None));
+        return Ok((None, Vec::new()));
     }
     let report = (received.length == REPORT_LEN).then(|| Report::decode(&bytes)).flatten();
-    report.map(|report| (Some(report), received.fd)).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    report.map(|report| (Some(report), received.fds)).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }

@@ -58,15 +58,17 @@ impl Payload {
         }
     }
 
-    /// What goes over the control socket once the filter is on: key, number of arguments, arguments, variables;
-    /// each ends in NUL. `operators` are variables that the job's own override.
-    pub fn assignment(&self, operators: &[(&str, &str)]) -> Vec<u8> {
-        let mut fields = self.key.clone().into_bytes();
-        fields.push(0);
+    /// What goes over the control socket once the filter is on: key, code, number of arguments, arguments,
+    /// variables; each ends in NUL. The code is there `with_code`, for a process whose prescript was rendered
+    /// before the job came. `operators` are variables that the job's own override.
+    pub fn assignment(&self, with_code: bool, operators: &[(&str, &str)]) -> Vec<u8> {
+        let mut fields = Vec::with_capacity(self.key.len() + self.code.len() + 1024);
         let mut put = |parts: &[&str]| {
             parts.iter().for_each(|part| fields.extend_from_slice(part.as_bytes()));
             fields.push(0);
         };
+        put(&[&self.key]);
+        put(&[if with_code { &self.code } else { "" }]);
         put(&[&self.arguments.len().to_string()]);
         self.arguments.iter().for_each(|argument| put(&[argument]));
         operators.iter().for_each(|(name, value)| put(&[name, "=", value]));
@@ -76,17 +78,27 @@ impl Payload {
 
     /// The prescript for a process that is to be this user and group.
     pub fn render(&self, uid: u32, gid: u32) -> String {
-        let (uid, gid) = (uid.to_string(), gid.to_string());
-        let network = if self.network { "1" } else { "0" };
-        fill(TEMPLATE, |name| match name {
-            "uid" => Some(&uid),
-            "gid" => Some(&gid),
-            "enable_network" => Some(network),
-            "preload" => Some(&self.preload),
-            "code" => Some(&self.code),
-            _ => None,
-        })
+        render([uid, gid], self.network, &self.preload, &self.code)
     }
+}
+
+/// The prescript for a zygote, which has uid 0 in its own namespace and no code: it does these imports.
+pub fn render_zygote(imports: &[String]) -> String {
+    let imports: String = imports.iter().map(|module| format!("import {module}\n")).collect();
+    render([0, 0], false, &BASE64.encode(imports), "")
+}
+
+fn render([uid, gid]: [u32; 2], network: bool, preload: &str, code: &str) -> String {
+    let (uid, gid) = (uid.to_string(), gid.to_string());
+    let network = if network { "1" } else { "0" };
+    fill(TEMPLATE, |name| match name {
+        "uid" => Some(&uid),
+        "gid" => Some(&gid),
+        "enable_network" => Some(network),
+        "preload" => Some(preload),
+        "code" => Some(code),
+        _ => None,
+    })
 }
 
 /// Encodes and decodes: the key is repeated over the code.
@@ -157,8 +169,8 @@ mod tests {
             code: String::new(),
             preload: String::new(),
         };
-        let assignment = payload.assignment(&[("A", "operator")]);
-        assert_eq!(assignment, b"a2V5\x002\0one\0\0A=operator\0A=job=1\0");
+        let assignment = payload.assignment(false, &[("A", "operator")]);
+        assert_eq!(assignment, b"a2V5\0\x002\0one\0\0A=operator\0A=job=1\0");
     }
 
     #[test]

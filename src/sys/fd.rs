@@ -1,13 +1,15 @@
-//! Descriptors: pipes, sockets, sealed memory files, and one that arrives over a socket.
+//! Descriptors: pipes, sockets, sealed memory files, and those that arrive over a socket.
 
 use std::fs::File;
-use std::io::{self, IoSliceMut, Write};
+use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{
-    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair,
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
+    socketpair,
 };
 
 /// Descriptors handed to a new process are kept from this number on, clear of the numbers that they become.
@@ -21,6 +23,19 @@ pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 /// A connected pair of stream sockets; neither crosses an exec.
 pub fn socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?)
+}
+
+/// A connected pair of sockets that keep messages apart; neither crosses an exec.
+pub fn message_socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?)
+}
+
+/// Sends one message with descriptors beside it.
+pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[RawFd]) -> io::Result<()> {
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    let beside = [ControlMessage::ScmRights(fds)];
+    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], &beside, flags, None)?;
+    Ok(())
 }
 
 /// Makes reads and writes return instead of waiting.
@@ -51,6 +66,12 @@ pub fn sealed_file(name: &std::ffi::CStr, content: &[u8]) -> io::Result<OwnedFd>
     Ok(file.into())
 }
 
+/// Lets this process have as many files open as it may have at all: every job takes a few of them.
+pub fn allow_more() -> io::Result<()> {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    Ok(setrlimit(Resource::RLIMIT_NOFILE, most, most)?)
+}
+
 /// An own view of a file in memory: read-only, and with a position of its own.
 pub fn reopen(file: impl AsFd) -> io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
@@ -62,13 +83,13 @@ pub fn reopen(file: impl AsFd) -> io::Result<OwnedFd> {
 pub struct Received {
     /// Bytes read; 0 at the end.
     pub length: usize,
-    /// The descriptor that came along.
-    pub fd: Option<OwnedFd>,
+    /// The descriptors that came along, in the order in which they were sent.
+    pub fds: Vec<OwnedFd>,
 }
 
-/// Reads bytes, and at most one descriptor that travels with them. Further ones are closed.
+/// Reads bytes, and the descriptors that travel with them.
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received> {
-    // Room for more than one, so that a peer that sends several does not leave some of them open in here.
+    // Room for more than any honest peer sends. The kernel itself closes what does not find room.
     let mut space = nix::cmsg_space!([RawFd; 8]);
     let mut parts = [IoSliceMut::new(buffer)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
@@ -83,5 +104,5 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received
             }
         }
     }
-    Ok(Received { length, fd: fds.into_iter().next() })
+    Ok(Received { length, fds })
 }

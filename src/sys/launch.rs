@@ -17,7 +17,7 @@ use sandpiper_shim::abi::{CONTROL_FD, Report, Stage};
 use sandpiper_shim::wall::{self, Failure};
 
 use super::fd;
-use super::process::{Child, Exit};
+use super::process::Child;
 
 /// All that a launch needs. Descriptors named in the plans must be out of the way of the numbers that they
 /// become, and `control` must be open until the job's plan closes it.
@@ -80,19 +80,6 @@ pub fn block_signals() -> io::Result<()> {
     Ok(nix::sys::signal::SigSet::all().thread_block()?)
 }
 
-/// Whether a plan can be carried out in new namespaces: a child does, and ends.
-///
-/// May be called from a process with threads, unlike the probes of the doctor.
-pub fn can(namespaces: libc::c_int, plan: &[u8]) -> bool {
-    // SAFETY: the child only makes system calls on prepared memory, and never returns.
-    let child = match unsafe { fork(namespaces) } {
-        Ok(0) => end(i32::from(wall::raise(plan).is_err())),
-        Ok(pid) => Child::adopt(pid),
-        Err(error) => Err(error),
-    };
-    child.and_then(|child| wait(&child)).is_ok_and(|exit| exit == Exit::Code(0))
-}
-
 /// Starts both processes. Must be called on a thread that lives as long as the worker, since they die with it.
 ///
 /// # Errors
@@ -107,31 +94,16 @@ pub fn launch(launch: &Launch<'_>) -> io::Result<Launched> {
     };
     drop(pids_out);
     let started = read_pids(pids_in);
-    wait(&origin)?;
+    origin.wait()?;
     match started? {
         (Some(init), Some(job)) => Ok(Launched { init: Child::adopt(init)?, job: Child::adopt(job)? }),
         (init, _) => {
             if let Some(init) = init {
                 let init = Child::adopt(init)?;
                 init.kill();
-                wait(&init)?;
+                init.wait()?;
             }
             Err(io::Error::other("the process that makes a job's namespaces ended early"))
-        }
-    }
-}
-
-/// Waits for a child that is about to end.
-fn wait(child: &Child) -> io::Result<Exit> {
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    use std::os::fd::AsFd;
-    loop {
-        match poll(&mut [PollFd::new(child.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-        if let Some((exit, _)) = child.try_wait()? {
-            return Ok(exit);
         }
     }
 }

@@ -5,7 +5,7 @@
 //! because the child goes on to allocate; that is checked, not assumed.
 
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::process::Command;
 
 use nix::errno::Errno;
@@ -184,6 +184,16 @@ fn map_several(pid: i32, first: u32) -> Tried {
         return Ok(());
     }
     Err(Failed { step: format!("newuidmap: {}", String::from_utf8_lossy(&out.stderr).trim()), errno: 0 })
+}
+
+/// Entering control groups by their `cgroup.procs` files.
+pub fn entering(doors: &[BorrowedFd<'_>]) -> Tried {
+    in_child(|| {
+        doors
+            .iter()
+            .try_for_each(|door| nix::unistd::write(door, b"0").map(drop))
+            .step("write to cgroup.procs")
+    })
 }
 
 /// A seccomp filter.

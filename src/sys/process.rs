@@ -2,15 +2,18 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::time::TimeValLike;
 
-/// A child that has not been waited for yet.
+/// A child of this process. Dropped before it was collected, it is killed, and collected by a thread of its
+/// own: one zombie keeps every pid namespace around it alive.
 #[derive(Debug)]
 pub struct Child {
-    pid: libc::pid_t,
     pidfd: OwnedFd,
+    collected: AtomicBool,
 }
 
 /// How a child ended.
@@ -45,7 +48,12 @@ impl Child {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: the call has just made this descriptor, and nobody else knows of it.
-        Ok(Self { pid, pidfd: unsafe { OwnedFd::from_raw_fd(number) } })
+        Ok(Self::from_pidfd(unsafe { OwnedFd::from_raw_fd(number) }))
+    }
+
+    /// Takes over a child of this process that another made for it, by the pidfd that it sent.
+    pub fn from_pidfd(pidfd: OwnedFd) -> Self {
+        Self { pidfd, collected: AtomicBool::new(false) }
     }
 
     /// Sends SIGKILL. A child that is gone already is fine.
@@ -57,41 +65,72 @@ impl Child {
         };
     }
 
-    /// Lowers how many descriptors the child may have open.
-    pub fn limit_open_files(&self, count: u64) -> io::Result<()> {
-        let limit = libc::rlimit64 { rlim_cur: count, rlim_max: count };
-        // SAFETY: the structure outlives the call, which only reads it; the old limit is not asked for.
-        let result =
-            unsafe { libc::prlimit64(self.pid, libc::RLIMIT_NOFILE, &raw const limit, std::ptr::null_mut()) };
-        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-    }
-
     /// CPU time of the child itself so far, all its threads together; none once it has ended.
     pub fn cpu_time(&self) -> Option<Duration> {
-        let pid = nix::unistd::Pid::from_raw(self.pid);
-        let clock = nix::time::clock_getcpuclockid(pid).ok()?;
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.pidfd.as_raw_fd())).ok()?;
+        let pid = info.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok()?;
+        let clock = nix::time::clock_getcpuclockid(nix::unistd::Pid::from_raw(pid)).ok()?;
         let time = nix::time::clock_gettime(clock).ok()?;
         Some(Duration::from_nanos(time.num_nanoseconds().cast_unsigned()))
     }
 
+    /// Waits for a child that is about to end, on this thread.
+    pub fn wait(&self) -> io::Result<(Exit, Resources)> {
+        loop {
+            match poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE) {
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            if let Some(ended) = self.try_wait()? {
+                return Ok(ended);
+            }
+        }
+    }
+
     /// Collects the child where it has ended; `None` where it still runs.
     pub fn try_wait(&self) -> io::Result<Option<(Exit, Resources)>> {
-        let mut status = 0;
-        // SAFETY: `rusage` is plain numbers: all zero is a value of it.
-        let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-        // SAFETY: both structures are live and writable.
-        let waited = unsafe { libc::wait4(self.pid, &raw mut status, libc::WNOHANG, &raw mut usage) };
-        match waited {
-            0 => Ok(None),
-            pid if pid == self.pid => {
-                let exit = if libc::WIFSIGNALED(status) {
-                    Exit::Signal(libc::WTERMSIG(status))
-                } else {
-                    Exit::Code(libc::WEXITSTATUS(status))
-                };
-                Ok(Some((exit, Resources::from(&usage))))
-            }
-            _ => Err(io::Error::last_os_error()),
+        // SAFETY: both are plain numbers: all zero is a value of each.
+        let (mut info, mut usage): (libc::siginfo_t, libc::rusage) = unsafe { std::mem::zeroed() };
+        // SAFETY: both structures are live and writable. The raw call also tells what was used, which libc's
+        // does not.
+        let waited = unsafe {
+            libc::syscall(
+                libc::SYS_waitid,
+                libc::P_PIDFD,
+                self.pidfd.as_raw_fd(),
+                &raw mut info,
+                libc::WEXITED | libc::WNOHANG,
+                &raw mut usage,
+            )
+        };
+        if waited < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: after a successful wait the structure has the layout for a child, or is still zero.
+        let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
+        if pid == 0 {
+            return Ok(None);
+        }
+        self.collected.store(true, Ordering::Relaxed);
+        let exit = if info.si_code == libc::CLD_EXITED { Exit::Code(status) } else { Exit::Signal(status) };
+        Ok(Some((exit, Resources::from(&usage))))
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if *self.collected.get_mut() {
+            return;
+        }
+        self.kill();
+        if matches!(self.try_wait(), Ok(None))
+            && let Ok(pidfd) = self.pidfd.try_clone()
+        {
+            // Where no thread can be had there are worse things than a zombie.
+            let _ = std::thread::Builder::new().name("collect".into()).spawn(move || {
+                let child = Self { pidfd, collected: AtomicBool::new(true) };
+                let _ = child.wait();
+            });
         }
     }
 }

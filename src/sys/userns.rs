@@ -8,24 +8,28 @@ use super::fd;
 use super::launch::{end, fork};
 use super::process::Child;
 
-/// One id inside, and the host's id behind it.
+/// A run of ids inside, and the host's ids behind them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapping {
     /// As the namespace's processes see it.
     pub inside: u32,
     /// As everyone else does.
     pub outside: u32,
+    /// How many, one after the other.
+    pub count: u32,
 }
 
 /// Makes a user namespace in which exactly these ids exist, as uids and as gids.
 ///
 /// Needs CAP_SETUID and CAP_SETGID. The namespace lives as long as the descriptor.
 pub fn make(mappings: &[Mapping]) -> io::Result<OwnedFd> {
-    let map: String =
-        mappings.iter().map(|mapping| format!("{} {} 1\n", mapping.inside, mapping.outside)).collect();
+    let map: String = mappings
+        .iter()
+        .map(|mapping| format!("{} {} {}\n", mapping.inside, mapping.outside, mapping.count))
+        .collect();
     let (hold, release) = fd::pipe()?;
     // SAFETY: the child only makes system calls on prepared memory, and never returns.
-    let holder = match unsafe { fork(libc::CLONE_NEWUSER) }? {
+    let (holder, pid) = match unsafe { fork(libc::CLONE_NEWUSER) }? {
         0 => {
             // Holds the namespace until its maps are written and it has been opened: the pipe then ends. The
             // own copy of the writing end would keep it open.
@@ -37,30 +41,15 @@ pub fn make(mappings: &[Mapping]) -> io::Result<OwnedFd> {
             }
             end(0)
         }
-        pid => Holder { child: Child::adopt(pid)?, pid },
+        pid => (Child::adopt(pid)?, pid),
     };
-    let directory = format!("/proc/{}", holder.pid);
+    let directory = format!("/proc/{pid}");
     for name in ["uid_map", "gid_map"] {
         // The kernel takes a map in one write.
         fs::OpenOptions::new().write(true).open(format!("{directory}/{name}"))?.write_all(map.as_bytes())?;
     }
     let namespace = fs::File::open(format!("{directory}/ns/user"))?;
     drop(release);
+    holder.wait()?;
     Ok(namespace.into())
-}
-
-/// Ended and collected on every way out.
-struct Holder {
-    child: Child,
-    pid: libc::pid_t,
-}
-
-impl Drop for Holder {
-    fn drop(&mut self) {
-        self.child.kill();
-        // It is dying: this spins for the microseconds that takes.
-        while matches!(self.child.try_wait(), Ok(None)) {
-            std::thread::yield_now();
-        }
-    }
 }

@@ -3,104 +3,152 @@
 //! The way of one job is [`pipeline`]; how many go it at a time, [`slots`]; how all of it ends, [`drain`].
 //! The main loop takes whatever the broker hands out: the prefetch bounds how much that is.
 
+mod answered;
+mod control;
 mod drain;
 mod health;
+mod live;
 mod pipeline;
 mod running;
 mod slots;
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use drain::{Ended, Shutdown};
 pub use health::Health;
 
-use crate::amqp::{Addresses, Command, Consumer, Publisher};
+use crate::amqp::{Addresses, Consumer, Publisher};
 use crate::config::Config;
 use crate::ops::metrics::Metrics;
-use crate::sandbox::{Sandbox, StartError};
+use crate::sandbox::Sandbox;
+use answered::Answered;
+use control::Control;
 use pipeline::Pipeline;
 use running::Running;
 use slots::Slots;
 
-/// Why a worker could not start. What goes wrong later is met, not reported.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ServeError {
-    /// This machine lacks what the sandbox needs.
-    #[error("start the sandbox")]
-    Sandbox(#[from] StartError),
-}
-
-/// Takes jobs until `shutdown` says otherwise. The broker need not be there, now or later: it is tried for
-/// ever. `health` tells others how it goes.
-///
-/// # Errors
-/// Only for what keeps it from starting at all.
+/// Takes jobs until `shutdown` says otherwise, or `once` so many have been answered. The broker need not be
+/// there, now or later: it is tried for ever. `health` tells others how it goes.
 pub async fn serve(
     config: &Config,
+    sandbox: Sandbox,
     metrics: &Metrics,
     health: &Health,
     shutdown: &Shutdown,
-) -> Result<Ended, ServeError> {
+    once: Option<NonZeroUsize>,
+) -> Ended {
     let name = name(config);
-    let sandbox = Sandbox::start(config)?;
+    sandbox.warm_up();
     metrics.slots(config.worker.slots);
     config.environments.keys().for_each(|environment| metrics.environment(environment));
 
     let publisher = Publisher::start(&config.amqp, &name, metrics);
     let drain = shutdown.drain.clone();
-    let mut consumer = Consumer::start(&config.amqp, &name, prefetch(config), metrics, drain.clone());
+    let mut consumer = Consumer::start(&config.amqp, &name, prefetch(config, once), metrics, drain.clone());
     let running = Running::default();
     health.watch(consumer.state(), publisher.state(), drain.clone(), running.clone());
     tracing::info!(worker = name, slots = config.worker.slots, "taking jobs");
 
     let kill = CancellationToken::new();
+    let control = Arc::new(Control {
+        worker: name.clone(),
+        since: jiff::Timestamp::now(),
+        slots: config.worker.slots,
+        queue: config.amqp.jobs_queue.clone(),
+        drain: drain.clone(),
+        addresses: Addresses::new(&config.amqp),
+        running: running.clone(),
+        publisher: publisher.clone(),
+    });
     let pipeline = Arc::new(Pipeline {
         worker: name,
         admission: config.admission(),
         addresses: Addresses::new(&config.amqp),
         amqp: config.amqp.clone(),
         start_timeout: config.sandbox.start_timeout,
-        slots: Slots::new(config.worker.slots, publisher.state(), drain, metrics),
-        running: running.clone(),
-        sandbox,
+        slots: Slots::new(config.worker.slots, publisher.state(), drain.clone(), metrics),
+        running,
+        sandbox: sandbox.clone(),
         publisher: publisher.clone(),
+        answered: Answered::default(),
         metrics: metrics.clone(),
         kill: kill.clone(),
     });
-    let commands = tokio::spawn(obey(consumer.commands(), running));
+    let commands = tokio::spawn(control.obey(consumer.commands()));
     let jobs = TaskTracker::new();
+    let quota = once.map(|jobs| Quota::new(jobs.get(), drain.clone()));
     let work = async {
-        while let Some(delivery) = consumer.next().await {
-            jobs.spawn(pipeline.clone().process(delivery));
+        loop {
+            let place = match &quota {
+                Some(quota) => quota.place().await,
+                None => None,
+            };
+            let Some(delivery) = consumer.next().await else { break };
+            if drain.is_cancelled() {
+                jobs.spawn(delivery.requeue());
+                continue;
+            }
+            let (pipeline, quota) = (pipeline.clone(), quota.clone());
+            jobs.spawn(async move {
+                let answered = pipeline.process(delivery).await;
+                if let (Some(quota), Some(place), true) = (quota, place, answered) {
+                    quota.used(place);
+                }
+            });
         }
     };
     let ended = drain::until_empty(work, &jobs, &kill, shutdown, config.worker.drain_timeout, metrics).await;
     if ended == Ended::Drained {
         drain::say_goodbye(consumer, &publisher).await;
+        sandbox.close().await;
     }
     commands.abort();
-    Ok(ended)
+    ended
 }
 
-/// Does what is asked of all workers.
-async fn obey(commands: Option<tokio::sync::mpsc::Receiver<Command>>, running: Running) {
-    let Some(mut commands) = commands else { return };
-    while let Some(command) = commands.recv().await {
-        match command {
-            Command::Cancel(id) => running.cancel(&id),
+/// So many jobs and no more. A job that is given back unanswered does not count.
+#[derive(Clone, Debug)]
+struct Quota {
+    places: Arc<Semaphore>,
+    left: Arc<AtomicUsize>,
+    drain: CancellationToken,
+}
+
+impl Quota {
+    fn new(jobs: usize, drain: CancellationToken) -> Self {
+        // More places than a semaphore has are as good as no limit.
+        let places = Arc::new(Semaphore::new(jobs.min(Semaphore::MAX_PERMITS)));
+        Self { places, left: Arc::new(AtomicUsize::new(jobs)), drain }
+    }
+
+    /// A place for one more job; none when the worker drains.
+    async fn place(&self) -> Option<OwnedSemaphorePermit> {
+        let place = self.places.clone().acquire_owned();
+        self.drain.run_until_cancelled(place).await.and_then(Result::ok)
+    }
+
+    /// A job was answered. After the last one the worker drains.
+    fn used(&self, place: OwnedSemaphorePermit) {
+        place.forget();
+        if self.left.fetch_sub(1, Ordering::Relaxed) == 1 {
+            tracing::info!("as many jobs as were wanted have been answered");
+            self.drain.cancel();
         }
     }
 }
 
-/// One delivery for each slot, and a few that wait for one.
-fn prefetch(config: &Config) -> u16 {
+/// One delivery for each slot, and a few that wait for one; never more than are wanted at all.
+fn prefetch(config: &Config, once: Option<NonZeroUsize>) -> u16 {
     let slots = u16::try_from(config.worker.slots).unwrap_or(u16::MAX);
+    let most = once.map_or(u16::MAX, |jobs| u16::try_from(jobs.get()).unwrap_or(u16::MAX));
     // Zero would mean no limit.
-    slots.saturating_add(config.amqp.prefetch_surplus).max(1)
+    slots.saturating_add(config.amqp.prefetch_surplus).clamp(1, most)
 }
 
 /// What results and logs call this worker.

@@ -15,6 +15,8 @@ use crate::ops::metrics::{DeadReason, Metrics};
 use crate::retry::Delays;
 use crate::sandbox::Sandbox;
 use crate::script::Payload;
+use crate::worker::answered::{Answer, Answered, Key};
+use crate::worker::live::Live;
 use crate::worker::running::Running;
 use crate::worker::slots::Slots;
 
@@ -38,6 +40,7 @@ pub(super) struct Pipeline {
     pub(super) running: Running,
     pub(super) sandbox: Sandbox,
     pub(super) publisher: Publisher,
+    pub(super) answered: Answered,
     pub(super) metrics: Metrics,
     /// Ends what still runs when the time for draining is over.
     pub(super) kill: CancellationToken,
@@ -57,12 +60,42 @@ pub(super) enum Detour {
 }
 
 impl Pipeline {
-    /// All of it.
-    pub(super) async fn process(self: Arc<Self>, delivery: Delivery) {
+    /// All of it. True where the requester got an answer; else the job comes again.
+    pub(super) async fn process(self: Arc<Self>, delivery: Delivery) -> bool {
         let (to, mut context) = (self.address(&delivery), self.context(&delivery));
+        let key = Key::of(&delivery);
+        if let (Ok(to), Some(before)) = (&to, self.answered_before(&delivery, key).await) {
+            return self.answer_again(delivery, to.clone(), &before).await;
+        }
+        let _under_way = self.answered.begin(key);
         let ended = self.outcome(&delivery, &to, &mut context).await;
         let to = to.unwrap_or_else(|_| self.addresses.results());
-        self.conclude(delivery, to, context, ended).await;
+        self.conclude(delivery, to, context, ended).await
+    }
+
+    /// The result that this very message got from this worker before; then only its ack was lost. Where it still
+    /// runs here, because its channel went away under it, that result is waited for.
+    async fn answered_before(&self, delivery: &Delivery, key: Key) -> Option<Arc<Answer>> {
+        if !delivery.redelivered {
+            return None;
+        }
+        self.slots.draining().run_until_cancelled(self.answered.until_over(key)).await?;
+        self.answered.find(key)
+    }
+
+    /// Publishes a result once more. The requester may have it already, and knows it by its message id.
+    async fn answer_again(&self, delivery: Delivery, to: Address, before: &Answer) -> bool {
+        if delivery.is_gone() {
+            return false;
+        }
+        tracing::info!(message_id = before.message_id, "a job that came again was answered before");
+        let message = Message::result(to, &delivery.properties, &before.message_id, before.body.clone());
+        let sent = self.kill.run_until_cancelled(self.publisher.publish(&message)).await;
+        match sent {
+            Some(_) => delivery.ack().await,
+            None => delivery.requeue().await,
+        }
+        sent.is_some()
     }
 
     /// The straight way: check, encode, a slot, the sandbox.
@@ -74,17 +107,27 @@ impl Pipeline {
     ) -> Result<Outcome, Detour> {
         let job = self.parse(delivery, context)?;
         self.not_poison(delivery)?;
-        to.as_ref().map_err(|error| decided(Status::Rejected, error.to_string()))?;
+        let to = to.as_ref().map_err(|error| decided(Status::Rejected, error.to_string()))?;
         still_wanted(delivery, &job)?;
         let entry = self.running.enter(&job.id, &self.kill)?;
-        let limits = job.limits;
+        let (limits, stream) = (job.limits, job.stream);
         let payload = Payload::encode(job);
         let slot = self.slots.take(delivery, entry.stop()).await?;
         entry.due_in(self.start_timeout + Duration::from_millis(limits.timeout_ms));
-        let outcome = self.sandbox.run(payload, &limits, entry.stop()).await;
+        let live = stream.then(|| self.live(delivery, to, context));
+        let tap = live.as_ref().map(Live::tap);
+        let outcome = self.sandbox.run_tapped(payload, &limits, entry.stop(), tap).await;
         drop(slot);
+        if let Some(live) = live {
+            self.kill.run_until_cancelled(live.finish(&outcome)).await;
+        }
         self.our_own_failure_elsewhere_first(delivery, &outcome).await?;
         Ok(outcome)
+    }
+
+    fn live(&self, delivery: &Delivery, to: &Address, context: &Context) -> Live {
+        let (publisher, asked) = (self.publisher.clone(), delivery.properties.clone());
+        Live::start(publisher, to.clone(), asked, context.id.clone(), context.attempt)
     }
 
     /// The reply, its confirm, and only then the end of the delivery.
@@ -94,29 +137,44 @@ impl Pipeline {
         to: Address,
         context: Context,
         ended: Result<Outcome, Detour>,
-    ) {
+    ) -> bool {
         let received = delivery.received;
-        match ended {
+        let answered = match ended {
             // It was not the requester who ended it: the time for draining was over.
             Ok(outcome) if outcome.status == Status::Cancelled && self.kill.is_cancelled() => {
                 delivery.requeue().await;
+                false
             }
             Ok(outcome) => self.answer_and_ack(delivery, to, context, outcome).await,
             Err(Detour::Decided(outcome)) => self.answer_and_ack(delivery, to, context, *outcome).await,
             Err(Detour::Dead(reason, outcome)) => self.bury(delivery, to, context, reason, *outcome).await,
-            Err(Detour::Again) => delivery.requeue().await,
-            Err(Detour::Gone) => {
-                tracing::debug!(id = context.id, "a job's channel is gone; it will come again")
+            Err(Detour::Again) => {
+                delivery.requeue().await;
+                false
             }
-        }
+            Err(Detour::Gone) => {
+                tracing::debug!(id = context.id, "a job's channel is gone; it will come again");
+                false
+            }
+        };
         self.metrics.total(received.elapsed());
+        answered
     }
 
-    async fn answer_and_ack(&self, delivery: Delivery, to: Address, context: Context, outcome: Outcome) {
-        match self.answer(&delivery, to, context, outcome).await {
-            Some(()) => delivery.ack().await,
-            None => delivery.requeue().await,
+    async fn answer_and_ack(
+        &self,
+        delivery: Delivery,
+        to: Address,
+        context: Context,
+        outcome: Outcome,
+    ) -> bool {
+        let answered = self.answer(&delivery, to, context, outcome).await.is_some();
+        if answered {
+            delivery.ack().await;
+        } else {
+            delivery.requeue().await;
         }
+        answered
     }
 
     /// Publishes the result. None where the time for draining was over before it was confirmed.
@@ -138,9 +196,15 @@ impl Pipeline {
             "job ended"
         );
         let message_id = job::message_id(&context.id).to_string();
+        let ran = outcome.started_at.is_some() && outcome.status != Status::WorkerError;
         let body = Reply::new(context, outcome).encode(self.amqp.max_result_bytes);
+        let kept = ran.then(|| Answer { message_id: message_id.clone(), body: body.clone() });
         let message = Message::result(to, &delivery.properties, &message_id, body);
-        self.kill.run_until_cancelled(self.publisher.publish(&message)).await.map(drop)
+        self.kill.run_until_cancelled(self.publisher.publish(&message)).await?;
+        if let Some(kept) = kept {
+            self.answered.keep(Key::of(delivery), kept);
+        }
+        Some(())
     }
 
     /// Stores a copy with the reason in the dead queue, tells the requester, and lets go of the original. Not
@@ -152,16 +216,18 @@ impl Pipeline {
         context: Context,
         reason: DeadReason,
         outcome: Outcome,
-    ) {
+    ) -> bool {
         let why = outcome.error.clone().unwrap_or_default();
         tracing::warn!(id = context.id, reason = reason.as_str(), "a message goes to the dead queue");
         let copy = Message::dead(&delivery, &self.amqp.dead_queue, &why, &self.worker);
         let stored = self.kill.run_until_cancelled(self.publisher.publish(&copy)).await;
         if stored.is_none() || self.answer(&delivery, to, context, outcome).await.is_none() {
-            return delivery.requeue().await;
+            delivery.requeue().await;
+            return false;
         }
         self.metrics.dead_lettered(reason);
         delivery.ack_dead_lettered().await;
+        true
     }
 
     fn address(&self, delivery: &Delivery) -> Result<Address, AddressError> {

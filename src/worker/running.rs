@@ -1,12 +1,13 @@
 //! Which jobs are here, so that they can be cancelled, and found when they never end.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::amqp::Held;
 use crate::job::Status;
 use crate::worker::pipeline::{Detour, decided};
 
@@ -26,7 +27,8 @@ pub(super) struct Running(Arc<Mutex<Jobs>>);
 #[derive(Debug, Default)]
 struct Jobs {
     next: u64,
-    here: HashMap<u64, Job>,
+    /// By the order in which they came.
+    here: BTreeMap<u64, Job>,
     cancelled: VecDeque<(Instant, String)>,
 }
 
@@ -34,6 +36,7 @@ struct Jobs {
 struct Job {
     id: String,
     stop: CancellationToken,
+    since: jiff::Timestamp,
     due: Option<Instant>,
 }
 
@@ -56,7 +59,10 @@ impl Running {
         }
         let key = jobs.next;
         jobs.next += 1;
-        jobs.here.insert(key, Job { id: id.to_owned(), stop: stop.clone(), due: None });
+        jobs.here.insert(
+            key,
+            Job { id: id.to_owned(), stop: stop.clone(), since: jiff::Timestamp::now(), due: None },
+        );
         Ok(Entry { running: self.clone(), key, stop })
     }
 
@@ -69,6 +75,12 @@ impl Running {
             jobs.cancelled.pop_front();
         }
         jobs.cancelled.push_back((Instant::now(), id.to_owned()));
+    }
+
+    /// All of them, in the order in which they came.
+    pub(super) fn list(&self) -> Vec<Held> {
+        let held = |job: &Job| Held { id: job.id.clone(), since: job.since, running: job.due.is_some() };
+        self.lock().here.values().map(held).collect()
     }
 
     /// The id of a job that should have ended long ago.
@@ -120,6 +132,9 @@ mod tests {
         let (running, kill) = (Running::default(), CancellationToken::new());
         let one = running.enter("one", &kill).unwrap();
         let two = running.enter("two", &kill).unwrap();
+        two.due_in(Duration::from_secs(1));
+        let held: Vec<_> = running.list().into_iter().map(|job| (job.id, job.running)).collect();
+        assert_eq!(held, [("one".to_owned(), false), ("two".to_owned(), true)]);
         running.cancel("one");
         assert!(one.stop().is_cancelled() && !two.stop().is_cancelled());
         assert!(matches!(running.enter("one", &kill), Err(Detour::Decided(_))));

@@ -41,7 +41,7 @@ pub(crate) async fn connections_closed_by_an_operator(node: &Node) {
     let queues = Queues::of("closed");
     let mut worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let requester = Requester::connect(node.url()).await;
-    requester.replies(&queues.replies).await;
+    requester.declare(&queues.replies).await;
     let ids = publish(&requester, &queues, "job").await;
     under_way(&worker).await;
     node.ctl(&["close_all_connections", "maintenance"]);
@@ -66,14 +66,28 @@ pub(crate) async fn the_jobs_queue_is_deleted(node: &Node) {
 }
 
 pub(crate) async fn a_memory_alarm(node: &Node) {
-    let queues = Queues::of("memory");
+    let (on, off) = (["absolute", "1MiB"], ["absolute", "512MiB"]);
+    an_alarm(node, "memory", "set_vm_memory_high_watermark", &on, &off).await;
+}
+
+pub(crate) async fn a_disk_alarm(node: &Node) {
+    an_alarm(node, "disk", "set_disk_free_limit", &["1000GB"], &["50MB"]).await;
+}
+
+async fn an_alarm(node: &Node, name: &str, set: &str, on: &[&str], off: &[&str]) {
+    let queues = Queues::of(name);
     let mut worker = Worker::ready(node.url(), &queues.settings(&[])).await;
+    let mut leaver = Worker::ready(node.url(), &queues.settings(&["worker.drain_timeout_ms=2000"])).await;
     let requester = Requester::connect(node.url()).await;
-    requester.replies(&queues.replies).await;
+    requester.declare(&queues.replies).await;
     let ids = publish(&requester, &queues, "job").await;
     under_way(&worker).await;
-    node.ctl(&["set_vm_memory_high_watermark", "absolute", "1MiB"]);
+    node.ctl(&[&[set], on].concat());
     worker.until_not_ready().await;
+    // One that has to go meanwhile cannot publish what it has done: it gives it back, and goes.
+    leaver.until_not_ready().await;
+    leaver.terminate();
+    assert_eq!(leaver.ended().await.code(), Some(0), "{}", leaver.log());
     worker.assert_alive();
     assert_eq!(worker.metric("sandpiper_connection_up{role=\"publish\"}"), 1.0);
     assert_eq!(worker.metric("sandpiper_connection_blocked{role=\"publish\"}"), 1.0);
@@ -81,7 +95,7 @@ pub(crate) async fn a_memory_alarm(node: &Node) {
         (worker.metric("sandpiper_jobs_running") == 0.0).then_some(())
     })
     .await;
-    node.ctl(&["set_vm_memory_high_watermark", "absolute", "512MiB"]);
+    node.ctl(&[&[set], off].concat());
     all_is_well(node, &mut worker, &queues, &ids).await;
     assert_eq!(worker.metric("sandpiper_connection_reconnects_total{role=\"publish\"}"), 0.0);
 }
@@ -95,7 +109,7 @@ pub(crate) async fn restarted_and_killed(node: &Node) {
         // Of its own for each round: a duplicate may come late.
         queues.replies = format!("restarted.replies.{kill}");
         let requester = Requester::connect(node.url()).await;
-        requester.replies(&queues.replies).await;
+        requester.declare(&queues.replies).await;
         let before = worker.metric(SUCCEEDED);
         let ids = publish(&requester, &queues, if kill { "killed" } else { "stopped" }).await;
         eventually("jobs are under way", async || (worker.metric(SUCCEEDED) > before + 2.0).then_some(()))
@@ -126,7 +140,7 @@ pub(crate) async fn not_there_at_the_start(node: &Node) {
     node.start_again();
     worker.until_ready().await;
     let requester = Requester::connect(node.url()).await;
-    requester.replies(&queues.replies).await;
+    requester.declare(&queues.replies).await;
     let ids = publish(&requester, &queues, "job").await;
     all_is_well(node, &mut worker, &queues, &ids).await;
 }

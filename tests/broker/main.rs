@@ -11,9 +11,18 @@
 #[path = "../support/broker.rs"]
 mod broker;
 mod faults;
+mod fleet;
+mod network;
+mod operators;
+mod oracle;
+#[path = "../support/proxy.rs"]
+mod proxy;
 mod replies;
 mod requester;
 mod shutdown;
+mod soak;
+mod stream;
+mod tls;
 mod traffic;
 mod worker;
 
@@ -94,6 +103,54 @@ async fn faults_of_the_broker_are_survived() {
     faults::a_memory_alarm(&node).await;
     faults::restarted_and_killed(&node).await;
     faults::not_there_at_the_start(&node).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_of_the_network_are_survived() {
+    let node = Node::start();
+    network::a_frozen_broker_is_noticed_by_its_heartbeat(&node).await;
+    network::a_half_open_connection_is_noticed_by_its_heartbeat(&node).await;
+    network::a_broker_that_accepts_and_is_silent(&node).await;
+    network::a_confirm_that_never_comes(&node).await;
+    network::killed_between_the_confirm_and_the_ack(&node).await;
+    network::the_first_addresses_are_dead(&node).await;
+    network::cut_off_at_any_byte_of_the_handshake(&node).await;
+    network::slow_and_reset(&node).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_come_and_go() {
+    let node = Node::start();
+    fleet::killed_at_full_slots(&node).await;
+    fleet::rolling_restart_under_load(&node).await;
+    fleet::the_same_id_twice_at_once(&node).await;
+    fleet::the_next_one_takes_over_a_single_active_consumer_queue(&node).await;
+    stream::output_comes_in_order_before_the_result(&node).await;
+    stream::a_flood_is_sent_in_few_pieces(&node).await;
+    stream::nobody_listening_delays_nothing(&node).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_operators_do_is_survived() {
+    let node = Node::start();
+    operators::a_queue_with_other_arguments(&node).await;
+    operators::the_ack_timeout(&node).await;
+    operators::permissions_and_password_are_lost(&node).await;
+    operators::small_frames(&node).await;
+    operators::a_long_backlog(&node).await;
+    // Last: the alarm is the whole node's.
+    faults::a_disk_alarm(&node).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_by_chance_lose_nothing() {
+    let node = Node::start();
+    soak::faults_by_chance(&node).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_is_right_or_refused() {
+    tls::the_right_authority_and_every_wrong_one().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

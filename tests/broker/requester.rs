@@ -32,9 +32,14 @@ impl Requester {
 
     /// A reply queue of our own that outlives a restart of the broker, and what comes out of it.
     pub(crate) async fn replies(&self, queue: &str) -> Consumer {
+        self.declare(queue).await;
+        self.listen(queue).await
+    }
+
+    /// The same, and nobody reads it yet.
+    pub(crate) async fn declare(&self, queue: &str) {
         let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
         self.channel.queue_declare(queue.into(), options, FieldTable::default()).await.unwrap();
-        self.listen(queue).await
     }
 
     pub(crate) async fn listen(&self, queue: &str) -> Consumer {
@@ -118,4 +123,14 @@ pub(crate) async fn collect(replies: &mut Consumer, ids: &[String]) -> HashMap<S
 pub(crate) async fn assert_silent(replies: &mut Consumer) {
     let more = tokio::time::timeout(Duration::from_millis(500), replies.next()).await;
     assert!(more.is_err(), "one result too many: {more:?}");
+}
+
+/// What else has come, until nothing more does for a moment.
+pub(crate) async fn rest(replies: &mut Consumer) -> HashMap<String, usize> {
+    let mut seen = HashMap::new();
+    while let Ok(message) = tokio::time::timeout(Duration::from_millis(500), replies.next()).await {
+        let body: Value = serde_json::from_slice(&message.unwrap().unwrap().data).unwrap();
+        *seen.entry(body["id"].as_str().unwrap().to_owned()).or_default() += 1;
+    }
+    seen
 }

@@ -3,15 +3,22 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::eventually;
+use crate::oracle::Process;
+
+/// Workers that this process has started.
+static WORKERS: AtomicU32 = AtomicU32::new(0);
 
 /// A running worker, killed when this is dropped.
 pub(crate) struct Worker {
     child: Child,
     address: String,
     log: tempfile::NamedTempFile,
+    /// What it has for temporary files, all its own.
+    scratch: tempfile::TempDir,
 }
 
 impl Worker {
@@ -22,16 +29,23 @@ impl Worker {
         command.args(["serve", "--listen", "127.0.0.1:0", "--set", "log.format=json"]);
         // Reconnects in tests shall not wait for half a minute.
         command.args(["--set", "amqp.reconnect_max_ms=2000"]);
+        // Jobs of two workers under one user would share what the kernel counts for it, and any number of tests
+        // may run on this machine.
+        let number = WORKERS.fetch_add(1, Ordering::Relaxed);
+        let uids = 3_000_000 + std::process::id() % 30_000 * 1_000 + number % 60 * 16;
+        command.args(["--set", &format!("sandbox.uid_base={uids}")]);
         for setting in settings {
             command.args(["--set", setting]);
         }
+        let scratch = tempfile::tempdir().unwrap();
         let child = command
             .env("SANDPIPER_AMQP__URL", url)
+            .env("TMPDIR", scratch.path())
             .stdin(Stdio::null())
             .stderr(log.reopen().unwrap())
             .spawn()
             .unwrap();
-        let mut worker = Self { child, address: String::new(), log };
+        let mut worker = Self { child, address: String::new(), log, scratch };
         worker.address = eventually("the worker opens its port", async || {
             let log = worker.log();
             let mut events =
@@ -81,8 +95,32 @@ impl Worker {
     }
 
     pub(crate) fn terminate(&self) {
+        self.signal(nix::sys::signal::Signal::SIGTERM);
+    }
+
+    fn signal(&self, signal: nix::sys::signal::Signal) {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        nix::sys::signal::kill(pid, signal).unwrap();
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Kills it as the kernel would, and waits until it is collected.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Every process below it, as long as it lives.
+    pub(crate) fn processes(&self) -> Vec<Process> {
+        crate::oracle::descendants(self.pid())
+    }
+
+    /// What it left among its temporary files.
+    pub(crate) fn scratch(&self) -> Vec<std::path::PathBuf> {
+        std::fs::read_dir(self.scratch.path()).unwrap().map(|entry| entry.unwrap().path()).collect()
     }
 
     /// Waits for its end.

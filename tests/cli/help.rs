@@ -2,7 +2,8 @@
 
 use crate::support::run;
 
-const VERBS: [&str; 7] = ["bench", "doctor", "exec", "policy", "schema", "serve", "submit"];
+const VERBS: [&str; 10] =
+    ["bench", "cancel", "dead", "doctor", "exec", "ping", "policy", "schema", "serve", "submit"];
 
 #[test]
 fn the_top_level_names_every_verb_and_gives_a_tour() {

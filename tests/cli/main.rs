@@ -8,11 +8,14 @@ mod bench;
 #[allow(dead_code, reason = "the broker's own tests use the rest")]
 #[path = "../support/broker.rs"]
 mod broker;
+mod cgroups;
 mod config;
 mod doctor;
 mod exec;
+mod files;
 mod help;
 mod job_document;
+mod operate;
 mod policy;
 mod schema;
 mod serve;

@@ -7,11 +7,11 @@ use crate::broker::Node;
 use crate::support::{Ran, command, eventually, finish};
 
 /// A worker that takes jobs. Killed when dropped.
-struct Worker(Child);
+pub(crate) struct Worker(Child);
 
 impl Worker {
     /// Waits until the worker is ready: it says so on its port.
-    fn start(url: &str) -> Self {
+    pub(crate) fn start(url: &str) -> Self {
         let mut serve =
             command(["serve", "--listen", "127.0.0.1:0", "--slots", "2", "--set", "log.format=json"]);
         let mut child = serve.env("SANDPIPER_AMQP__URL", url).stdout(Stdio::null()).spawn().unwrap();
@@ -38,7 +38,7 @@ impl Drop for Worker {
     }
 }
 
-fn with(url: &str, args: &[&str], stdin: &str) -> Ran {
+pub(crate) fn with(url: &str, args: &[&str], stdin: &str) -> Ran {
     let mut command: Command = command(args);
     command.env("SANDPIPER_AMQP__URL", url).stdin(Stdio::piped());
     finish(command, stdin.as_bytes())

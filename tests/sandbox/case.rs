@@ -81,6 +81,10 @@ pub(crate) struct Assert {
     pub(crate) stderr_len_max: Option<usize>,
     pub(crate) stderr_truncated: Option<bool>,
     pub(crate) artifacts_not_contain: Option<String>,
+    /// Exactly these files come back, in this order, with this text.
+    pub(crate) artifacts: Option<Vec<(String, String)>>,
+    /// So many files come back.
+    pub(crate) artifacts_count: Option<usize>,
     pub(crate) wall_ms_min: Option<u64>,
     pub(crate) wall_ms_max: Option<u64>,
     /// So many first words of the output differ from run to run, each of them.
@@ -151,6 +155,7 @@ impl Fixtures {
         let hostile_cases = files.iter().flat_map(|path| cases(path)).collect();
         Self(BTreeMap::from([
             ("behaviour", cases(&folder.join("behaviour.jsonl"))),
+            ("files", cases(&folder.join("files.jsonl"))),
             ("hostile", hostile_cases),
             ("twin", cases(&folder.join("twin.jsonl"))),
         ]))

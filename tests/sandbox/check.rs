@@ -1,5 +1,7 @@
 //! Holds what a job did against what its fixture says, and against what is true of every job.
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::Value;
 
 use crate::case::{Assert, Case, OneOrMany};
@@ -81,7 +83,11 @@ fn always(case: &Case, ran: &Ran, result: &Value) -> Vec<String> {
     match text("status") {
         "succeeded" => {
             must(*exit_code == 0 && signal.is_null(), "succeeded means exit code 0 and no signal");
-            must(result["error"].is_null(), "succeeded has no error");
+            let note = text("error");
+            must(
+                result["error"].is_null() || note.contains("artifacts"),
+                "succeeded has no error, but what artifacts are missing",
+            );
         }
         "failed" => {
             must(exit_code.as_i64().is_some_and(|c| c != 0) && signal.is_null(), "failed has an exit code")
@@ -99,6 +105,16 @@ fn always(case: &Case, ran: &Ran, result: &Value) -> Vec<String> {
     );
     must(result["usage"].is_object() || text("status") == "rejected", "a job that ran has usage");
     unmet
+}
+
+/// Path and content of every artifact, in their order. Content is as many bytes as the result claims.
+fn artifacts(result: &Value) -> Vec<(String, String)> {
+    let artifact = |artifact: &Value| {
+        let content = BASE64.decode(artifact["base64"].as_str().unwrap()).unwrap();
+        assert_eq!(artifact["bytes"], content.len(), "bytes of {}", artifact["path"]);
+        (artifact["path"].as_str().unwrap().to_owned(), String::from_utf8_lossy(&content).into_owned())
+    };
+    result["artifacts"].as_array().unwrap().iter().map(artifact).collect()
 }
 
 /// What the fixture says.
@@ -184,8 +200,20 @@ fn asserted(assert: &Assert, result: &Value) -> Vec<String> {
             must(result[field] == wanted, format!("{field} is {wanted}"));
         }
     }
+    let artifacts = artifacts(result);
     if let Some(part) = &assert.artifacts_not_contain {
-        must(!result["artifacts"].to_string().contains(part), format!("no artifact contains {part:?}"));
+        must(
+            artifacts.iter().all(|(_, text)| !text.contains(part)),
+            format!("no artifact contains {part:?}"),
+        );
+    }
+    if let Some(wanted) = &assert.artifacts {
+        let seen: Vec<String> =
+            artifacts.iter().map(|(path, text)| format!("{path:?} {text:.40?}")).collect();
+        must(artifacts == *wanted, format!("the artifacts are the expected ones, not {seen:?}"));
+    }
+    if let Some(count) = assert.artifacts_count {
+        must(artifacts.len() == count, format!("{count} artifacts come back, not {}", artifacts.len()));
     }
     let wall_ms = result["usage"]["wall_ms"].as_u64();
     if let Some(least) = assert.wall_ms_min {

@@ -1,5 +1,6 @@
-//! Runs every fixture of tests/fixtures/behaviour.jsonl and tests/fixtures/hostile/ through `sandpiper exec --json`: the real
-//! binary, a cold start, no broker; those of tests/fixtures/twin.jsonl through a plain python3 as well. Each line is a test of its own, named after the file and the case.
+//! Runs every fixture of tests/fixtures/{behaviour,files}.jsonl and tests/fixtures/hostile/ through
+//! `sandpiper exec --json`: the real binary, a cold start, no broker; those of tests/fixtures/twin.jsonl through a
+//! plain python3 as well. Each line is a test of its own, named after the file and the case.
 //!
 //! Which processes there are: this binary (one test), itself again as a supervisor (see `supervise`), and under
 //! that the worker with whatever it starts. The supervisor sees what the worker left behind.

@@ -38,6 +38,9 @@ pub(crate) fn exec(case: &Case) -> Ran {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.arg(supervise::FLAG).arg(&report).arg(limit.as_millis().to_string());
     command.arg(worker()).args(["exec", "--job", "-", "--json"]);
+    if std::env::var_os("SP_TEST_WARM").is_some() {
+        command.arg("--warm");
+    }
     command.env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin").env("TMPDIR", &tmp);
     command.env("SANDPIPER_AMQP__URL", SECRET);
     if let Some(run) = std::env::var_os("SP_TEST_RUN") {

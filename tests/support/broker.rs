@@ -12,8 +12,13 @@ pub(crate) struct Node {
 impl Node {
     /// Starts a node and waits until it answers.
     pub(crate) fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// The same with further options of `deploy/broker start`.
+    pub(crate) fn start_with(options: &[&str]) -> Self {
         let mut node = Self { directory: tempfile::tempdir().unwrap(), url: String::new() };
-        node.url = node.start_again();
+        node.url = node.start_with_options(options);
         node
     }
 
@@ -24,7 +29,11 @@ impl Node {
 
     /// Brings a stopped node back, with its queues.
     pub(crate) fn start_again(&self) -> String {
-        let line = self.run("start", &[]);
+        self.start_with_options(&[])
+    }
+
+    fn start_with_options(&self, options: &[&str]) -> String {
+        let line = self.run("start", options);
         let url = line.trim().strip_prefix("SANDPIPER_AMQP__URL=");
         url.unwrap_or_else(|| panic!("deploy/broker start printed {line:?}")).to_owned()
     }
@@ -37,6 +46,22 @@ impl Node {
     /// Kills it as a crash would.
     pub(crate) fn kill(&self) {
         self.run("kill", &[]);
+    }
+
+    /// Stops its processor: connections stay, and nobody answers.
+    pub(crate) fn freeze(&self) {
+        self.signal(nix::sys::signal::Signal::SIGSTOP);
+    }
+
+    /// Lets a frozen node go on.
+    pub(crate) fn thaw(&self) {
+        self.signal(nix::sys::signal::Signal::SIGCONT);
+    }
+
+    fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = std::fs::read_to_string(self.directory.path().join("pid")).unwrap();
+        let pid = nix::unistd::Pid::from_raw(pid.trim().parse().unwrap());
+        nix::sys::signal::kill(pid, signal).unwrap();
     }
 
     /// `rabbitmqctl`.

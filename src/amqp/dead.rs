@@ -1,0 +1,230 @@
+//! The dead queue, for the command line: looking at what could not be handled, and giving it another chance.
+//!
+//! Messages are taken without acknowledging them, so nothing is lost whatever happens here. What was only
+//! looked at goes back at the end; until then other readers do not see it. A broker puts what is given back behind
+//! what was given back before, so only taking all and giving all back keeps the order: that is why it is done.
+
+use lapin::options::{
+    BasicAckOptions, BasicGetOptions, BasicNackOptions, BasicPublishOptions, ConfirmSelectOptions,
+    QueueDeclareOptions, QueuePurgeOptions,
+};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{Acker, BasicProperties, Channel, Confirmation};
+use uuid::Uuid;
+
+use crate::amqp::client::ClientError;
+use crate::amqp::connection::{Dialer, Link};
+use crate::amqp::message::revived;
+use crate::amqp::publisher::is_not_found;
+use crate::amqp::{Error, short};
+use crate::config;
+
+/// Namespace of the keys of dead messages: a random UUID, chosen once.
+const KEYS: Uuid = Uuid::from_u128(0x1b8a_52c7_60f4_4d0e_9d35_7a41_c2e8_0b96);
+
+/// An open dead queue.
+#[derive(Debug)]
+pub struct Dead {
+    link: Link,
+    channel: Channel,
+    queue: String,
+    jobs: String,
+    /// How many messages of those that were there at the start have not been looked at.
+    left: u32,
+    /// Something was taken, and may not be settled.
+    held: bool,
+}
+
+/// A message of the dead queue.
+#[derive(Debug)]
+pub struct DeadMessage {
+    /// Names the message: made from all of it that counts, so it stays the same whatever else comes and goes.
+    pub key: String,
+    /// `message_id`, which often is the job's id.
+    pub message_id: Option<String>,
+    /// Where its result was wanted.
+    pub reply_to: Option<String>,
+    /// What its result should carry.
+    pub correlation_id: Option<String>,
+    /// Why it is here, in words.
+    pub reason: Option<String>,
+    /// Deliveries before it was given up.
+    pub attempt: Option<u64>,
+    /// Who gave it up; none where it was the broker.
+    pub worker: Option<String>,
+    /// When; RFC 3339.
+    pub at: Option<String>,
+    /// As it came.
+    pub body: Vec<u8>,
+    raw: BasicProperties,
+    acker: Acker,
+}
+
+impl Dead {
+    /// Connects, and counts what is there.
+    ///
+    /// # Errors
+    /// No broker, or no such queue on it.
+    pub async fn open(config: &config::Amqp) -> Result<Self, ClientError> {
+        let link = Dialer::new(config, format!("sandpiper dead {}", std::process::id())).dial().await?;
+        let channel = link.channel().await?;
+        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let finding = channel.queue_declare(short(&config.dead_queue)?, options, FieldTable::default());
+        let queue = match link.ask("find the dead queue", finding).await {
+            Err(Error::Operation { source, .. }) if is_not_found(&source) => {
+                return Err(ClientError::NoDeadQueue { queue: config.dead_queue.clone() });
+            }
+            found => found?,
+        };
+        link.ask("turn confirms on", channel.confirm_select(ConfirmSelectOptions::default())).await?;
+        Ok(Self {
+            left: queue.message_count(),
+            queue: config.dead_queue.clone(),
+            jobs: config.jobs_queue.clone(),
+            held: false,
+            link,
+            channel,
+        })
+    }
+
+    /// How many messages are there that were not looked at.
+    pub fn left(&self) -> u32 {
+        self.left
+    }
+
+    /// The next message, oldest first; none past what was there when the queue was opened.
+    ///
+    /// # Errors
+    /// The connection is gone. Everything that was taken goes back by itself.
+    pub async fn next(&mut self) -> Result<Option<DeadMessage>, ClientError> {
+        if self.left == 0 {
+            return Ok(None);
+        }
+        let getting = self.channel.basic_get(short(&self.queue)?, BasicGetOptions { no_ack: false });
+        let Some(message) = self.link.ask("read the dead queue", getting).await? else {
+            self.left = 0;
+            return Ok(None);
+        };
+        self.left -= 1;
+        let message = message.delivery;
+        self.held = true;
+        Ok(Some(DeadMessage::new(message.properties, message.data, message.acker)))
+    }
+
+    /// Publishes a message to the jobs queue as the job that it was, and takes it out of the dead queue when the
+    /// broker has confirmed that. Whatever goes wrong, it is in one of the two; at worst in both.
+    ///
+    /// # Errors
+    /// No jobs queue, or the broker would not take it.
+    pub async fn replay(&mut self, message: DeadMessage) -> Result<(), ClientError> {
+        let publishing = async {
+            let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+            let jobs = short(&self.jobs).unwrap_or_default();
+            self.channel
+                .basic_publish("".into(), jobs, options, &message.body, revived(&message.raw))
+                .await?
+                .await
+        };
+        match self.link.ask("have a message confirmed", publishing).await? {
+            Confirmation::Ack(None) => {}
+            Confirmation::Ack(Some(_)) => return Err(ClientError::NoQueue { queue: self.jobs.clone() }),
+            Confirmation::Nack(_) | Confirmation::NotRequested => {
+                return Err(ClientError::Refused { queue: self.jobs.clone() });
+            }
+        }
+        let acking = message.acker.ack(BasicAckOptions::default());
+        self.link.ask("take a message out of the dead queue", acking).await?;
+        Ok(())
+    }
+
+    /// Removes every message that nobody holds, for good. Returns how many there were.
+    ///
+    /// # Errors
+    /// The connection is gone, or the operation is not allowed.
+    pub async fn purge(&mut self) -> Result<u32, ClientError> {
+        self.left = 0;
+        let purging = self.channel.queue_purge(short(&self.queue)?, QueuePurgeOptions::default());
+        Ok(self.link.ask("purge the dead queue", purging).await?)
+    }
+
+    /// Puts back what was only looked at, and says goodbye.
+    ///
+    /// # Errors
+    /// The connection is gone. Everything goes back by itself then.
+    pub async fn close(mut self) -> Result<(), ClientError> {
+        if self.held {
+            while self.next().await?.is_some() {}
+            // All at once. What was settled before is not touched.
+            let options = BasicNackOptions { multiple: true, requeue: true };
+            self.link.ask("put messages back", self.channel.basic_nack(ALL, options)).await?;
+        }
+        self.link.close().await;
+        Ok(())
+    }
+}
+
+/// In place of a delivery's number: every unsettled delivery of the channel.
+const ALL: u64 = 0;
+
+impl DeadMessage {
+    fn new(raw: BasicProperties, body: Vec<u8>, acker: Acker) -> Self {
+        let text = |property: &Option<lapin::types::ShortString>| property.as_ref().map(ToString::to_string);
+        let (message_id, reply_to) = (text(raw.message_id()), text(raw.reply_to()));
+        let correlation_id = text(raw.correlation_id());
+        Self {
+            key: key(&body, [&message_id, &reply_to, &correlation_id]),
+            // The broker's own word where no worker wrote one.
+            reason: header(&raw, "x-sandpiper-reason").or_else(|| header(&raw, "x-first-death-reason")),
+            attempt: header(&raw, "x-sandpiper-attempt").and_then(|attempt| attempt.parse().ok()),
+            worker: header(&raw, "x-sandpiper-worker"),
+            at: header(&raw, "x-sandpiper-at"),
+            message_id,
+            reply_to,
+            correlation_id,
+            body,
+            raw,
+            acker,
+        }
+    }
+}
+
+/// Short enough to type, long enough to tell apart what a dead queue holds.
+fn key(body: &[u8], properties: [&Option<String>; 3]) -> String {
+    let mut all = body.to_vec();
+    for property in properties {
+        all.push(0);
+        all.extend(property.iter().flat_map(|text| text.bytes()));
+    }
+    let uuid = Uuid::new_v5(&KEYS, &all);
+    uuid.simple().to_string()[..12].to_owned()
+}
+
+fn header(raw: &BasicProperties, name: &str) -> Option<String> {
+    match raw.headers().as_ref()?.inner().get(name)? {
+        AMQPValue::LongString(text) => Some(text.to_string()),
+        AMQPValue::ShortString(text) => Some(text.to_string()),
+        AMQPValue::LongLongInt(number) => Some(number.to_string()),
+        AMQPValue::LongInt(number) => Some(number.to_string()),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_tells_apart_whatever_differs() {
+        let some = |text: &str| Some(text.to_owned());
+        let one = key(b"body", [&some("m"), &None, &None]);
+        assert_eq!(one, key(b"body", [&some("m"), &None, &None]));
+        assert_eq!(one.len(), 12);
+        for other in [
+            key(b"bod", [&some("ym"), &None, &None]),
+            key(b"body", [&None, &some("m"), &None]),
+            key(b"body", [&some("m"), &None, &some("c")]),
+        ] {
+            assert_ne!(one, other);
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! The kernel's counters of one group, read through descriptors that stay open.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::{CgroupError, Homes, Version};
+
+/// More than any of the files holds of what is read here.
+const BUFFER: usize = 1024;
+/// `cpuacct.stat` counts in these: USER_HZ is 100 wherever this runs.
+const TICK_MS: u64 = 10;
+
+/// All counters at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Reading {
+    pub(super) kills: u64,
+    pub(super) cpu: Duration,
+    pub(super) user: Duration,
+    pub(super) system: Duration,
+    pub(super) memory: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct Counters {
+    version: Version,
+    /// `memory.oom_control` or `memory.events`
+    kills: File,
+    /// `cpuacct.usage` or `cpu.stat`
+    cpu: File,
+    /// `cpuacct.stat` or `cpu.stat`
+    times: File,
+    memory: File,
+    peak: Peak,
+}
+
+#[derive(Debug)]
+enum Peak {
+    /// Forgets when it is written to.
+    Resettable(File),
+    /// Cannot be made to forget, and has it ever been used?
+    Lasting(File, bool),
+    /// The kernel keeps none.
+    Missing,
+}
+
+impl Counters {
+    pub(super) fn open(homes: &Homes, name: &str) -> Result<Self, CgroupError> {
+        let path = |controller, file: &str| -> Result<PathBuf, CgroupError> {
+            Ok(homes.of(controller)?.join(name).join(file))
+        };
+        let open = |controller, file| {
+            let path = path(controller, file)?;
+            File::open(&path).map_err(CgroupError::file("open", path))
+        };
+        let version = homes.version;
+        Ok(match version {
+            Version::One => Self {
+                version,
+                kills: open("memory", "memory.oom_control")?,
+                cpu: open("cpuacct", "cpuacct.usage")?,
+                times: open("cpuacct", "cpuacct.stat")?,
+                memory: open("memory", "memory.usage_in_bytes")?,
+                peak: Peak::open(&path("memory", "memory.max_usage_in_bytes")?),
+            },
+            Version::Two => Self {
+                version,
+                kills: open("memory", "memory.events")?,
+                cpu: open("memory", "cpu.stat")?,
+                times: open("memory", "cpu.stat")?,
+                memory: open("memory", "memory.current")?,
+                peak: Peak::open(&path("memory", "memory.peak")?),
+            },
+        })
+    }
+
+    pub(super) fn kills(&self) -> Option<u64> {
+        with_text(&self.kills, |text| field(text, "oom_kill"))
+    }
+
+    pub(super) fn cpu_time(&self) -> Option<Duration> {
+        with_text(&self.cpu, |text| match self.version {
+            Version::One => number(text).map(Duration::from_nanos),
+            Version::Two => field(text, "usage_usec").map(Duration::from_micros),
+        })
+    }
+
+    /// What a counter does not tell is 0.
+    pub(super) fn read(&self) -> Reading {
+        let [user, system] = with_text(&self.times, |text| times(self.version, text)).unwrap_or_default();
+        Reading {
+            kills: self.kills().unwrap_or_default(),
+            cpu: self.cpu_time().unwrap_or_default(),
+            user,
+            system,
+            memory: with_text(&self.memory, number).unwrap_or_default(),
+        }
+    }
+
+    pub(super) fn peak(&self) -> Option<u64> {
+        match &self.peak {
+            Peak::Resettable(file) | Peak::Lasting(file, _) => with_text(file, number),
+            Peak::Missing => None,
+        }
+    }
+
+    /// The peak is an earlier job's, and will be for ever.
+    pub(super) fn is_stale(&self) -> bool {
+        matches!(self.peak, Peak::Lasting(_, true))
+    }
+
+    pub(super) fn forget_peak(&mut self) {
+        match &mut self.peak {
+            // Version 1 wants a number, and version 2 takes anything.
+            Peak::Resettable(file) => drop(file.write_at(b"0", 0)),
+            Peak::Lasting(_, used) => *used = true,
+            Peak::Missing => {}
+        }
+    }
+}
+
+impl Peak {
+    /// Kernels before 6.12 let nobody write to `memory.peak`.
+    fn open(path: &Path) -> Self {
+        match OpenOptions::new().read(true).write(true).open(path) {
+            Ok(file) => Self::Resettable(file),
+            Err(_) => File::open(path).map_or(Self::Missing, |file| Self::Lasting(file, false)),
+        }
+    }
+}
+
+/// Reads a file from its beginning, as it is now.
+fn with_text<T>(file: &File, understand: impl FnOnce(&str) -> Option<T>) -> Option<T> {
+    let mut buffer = [0; BUFFER];
+    let length = loop {
+        match file.read_at(&mut buffer, 0) {
+            Ok(length) => break length,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return None,
+        }
+    };
+    understand(std::str::from_utf8(&buffer[..length]).ok()?)
+}
+
+fn number(text: &str) -> Option<u64> {
+    text.trim_end().parse().ok()
+}
+
+/// The value of `key` in lines of a key and a number each.
+fn field(text: &str, key: &str) -> Option<u64> {
+    text.lines().find_map(|line| number(line.strip_prefix(key)?.strip_prefix(' ')?))
+}
+
+fn times(version: Version, text: &str) -> Option<[Duration; 2]> {
+    Some(match version {
+        Version::One => [field(text, "user")?, field(text, "system")?]
+            .map(|ticks| Duration::from_millis(ticks.saturating_mul(TICK_MS))),
+        Version::Two => [field(text, "user_usec")?, field(text, "system_usec")?].map(Duration::from_micros),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test that cannot set itself up has failed")]
+
+    use super::*;
+
+    // As Linux 6.18 and 6.1 wrote them.
+    const OOM_CONTROL: &str = "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n";
+    const EVENTS: &str = "low 0\nhigh 0\nmax 2189\noom 12\noom_kill 2\noom_group_kill 1\nsock_throttled 0\n";
+    const CPU_STAT: &str = "\
+usage_usec 4029155
+user_usec 3912018
+system_usec 117136
+nice_usec 0
+core_sched.force_idle_usec 0
+nr_periods 0
+nr_throttled 0
+throttled_usec 0
+";
+    const CPUACCT_STAT: &str = "user 108\nsystem 7\n";
+
+    #[test]
+    fn kills_are_not_taken_for_other_events() {
+        assert_eq!(field(OOM_CONTROL, "oom_kill"), Some(3));
+        assert_eq!(field(EVENTS, "oom_kill"), Some(2));
+        assert_eq!(field("oom 12\noom_group_kill 1\n", "oom_kill"), None);
+        assert_eq!(field("oom_kill many\n", "oom_kill"), None);
+        assert_eq!(field("", "oom_kill"), None);
+    }
+
+    #[test]
+    fn times_have_the_unit_of_their_version() {
+        let micros = Duration::from_micros;
+        assert_eq!(field(CPU_STAT, "usage_usec").map(micros), Some(micros(4_029_155)));
+        assert_eq!(times(Version::Two, CPU_STAT), Some([micros(3_912_018), micros(117_136)]));
+        assert_eq!(times(Version::One, CPUACCT_STAT), Some([micros(1_080_000), micros(70_000)]));
+        assert_eq!(times(Version::Two, CPUACCT_STAT), None);
+    }
+
+    #[test]
+    fn numbers_are_whole_lines() {
+        assert_eq!(number("67108864\n"), Some(67_108_864));
+        assert_eq!(number("max\n"), None);
+        assert_eq!(number(""), None);
+    }
+
+    #[test]
+    fn a_file_is_read_anew_each_time() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("cpuacct.usage");
+        std::fs::write(&path, "17\n").unwrap();
+        let file = File::open(&path).unwrap();
+        assert_eq!(with_text(&file, number), Some(17));
+        std::fs::write(&path, "4\n").unwrap();
+        assert_eq!(with_text(&file, number), Some(4));
+    }
+
+    #[test]
+    fn a_peak_that_cannot_be_forgotten_makes_a_group_stale_once_it_was_used() {
+        let place = tempfile::tempdir().unwrap();
+        assert!(matches!(Peak::open(&place.path().join("memory.peak")), Peak::Missing));
+        let path = place.path().join("peak");
+        std::fs::write(&path, "9\n").unwrap();
+        assert!(matches!(Peak::open(&path), Peak::Resettable(_)));
+    }
+}

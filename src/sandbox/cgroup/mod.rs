@@ -1,0 +1,276 @@
+//! Limits over all processes of a job together, kept by the kernel: one control group a seat.
+//!
+//! Version 2 is tried first, then version 1; where neither can be had, the caller is left with rlimits. The groups
+//! are made once, below the worker's own, and handed from job to job with their seat: making one for every job
+//! would cost more than the job. A job enters by itself, through descriptors that were opened for it ([`Group::doors`]);
+//! the first process of its pid namespace stays outside, so that it outlives a kill for memory.
+
+mod counters;
+mod home;
+mod place;
+mod v1;
+mod v2;
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use counters::{Counters, Reading};
+use home::Home;
+
+use crate::job::Limits;
+use crate::sys::{fd, probe};
+
+/// Why there are no control groups to be had.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CgroupError {
+    #[error("{0} is not mounted")]
+    NotMounted(&'static str),
+    #[error("this process is in no cgroup of {0} that is in sight")]
+    OutOfSight(&'static str),
+    #[error("{path} does not offer {missing}")]
+    NotOffered { path: PathBuf, missing: String },
+    #[error("{action} {path}: {source}")]
+    File { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("enter a new cgroup: {0}")]
+    Enter(#[from] probe::Failed),
+    #[error("version 2: {two}; version 1: {one}")]
+    Neither { two: Box<Self>, one: Box<Self> },
+}
+
+impl CgroupError {
+    fn file(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::File { action, path, source }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Version {
+    One,
+    Two,
+}
+
+/// Where the groups of one sandbox live; removed with the last of them.
+#[derive(Debug)]
+struct Homes {
+    version: Version,
+    /// Where the worker went to make room; it goes back before the homes are removed.
+    _aside: Option<v2::Aside>,
+    /// One a hierarchy.
+    list: Vec<Home>,
+}
+
+impl Homes {
+    fn of(&self, controller: &str) -> Result<&Path, CgroupError> {
+        let home = self.list.iter().find(|home| home.controllers.contains(&controller));
+        home.map(Home::path).ok_or_else(|| CgroupError::NotOffered {
+            path: PathBuf::from("the hierarchy"),
+            missing: controller.to_owned(),
+        })
+    }
+}
+
+/// Makes `count` groups, with `limits` set for a start.
+///
+/// To be called while the process has one thread: whether a group can be entered is tried in a child.
+///
+/// # Errors
+/// What each version lacks here.
+pub(super) fn start(count: usize, limits: &Limits) -> Result<Vec<Group>, CgroupError> {
+    let attempt = |homes: Result<Homes, CgroupError>| {
+        let groups = make(homes?, count, limits)?;
+        let doors: Vec<BorrowedFd<'_>> = groups.iter().take(1).flat_map(Group::doors).collect();
+        probe::entering(&doors)?;
+        Ok::<_, CgroupError>(groups)
+    };
+    let (mounts, own) = (place::mounts()?, place::own()?);
+    attempt(v2::start(&mounts, &own)).or_else(|two| {
+        attempt(v1::start(&mounts, &own))
+            .map_err(|one| CgroupError::Neither { two: Box::new(two), one: Box::new(one) })
+    })
+}
+
+fn make(homes: Homes, count: usize, limits: &Limits) -> Result<Vec<Group>, CgroupError> {
+    let homes = Arc::new(homes);
+    let group = |number| {
+        let mut group = Group::make(&homes, number)?;
+        group.begin(limits)?;
+        Ok(group)
+    };
+    (0..count).map(group).collect()
+}
+
+/// One seat's control group, version 1 or 2: the same directory in every hierarchy.
+#[derive(Debug)]
+pub(super) struct Group {
+    homes: Arc<Homes>,
+    name: String,
+    /// `cgroup.procs`, open for writing.
+    doors: Vec<OwnedFd>,
+    counters: Counters,
+    /// Memory and processes, as the kernel has them.
+    set: Option<[u64; 2]>,
+    /// The counters when the present job began.
+    began: Reading,
+}
+
+/// What the processes of a group have used together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Used {
+    /// CPU time in user mode.
+    pub(super) user: Duration,
+    /// CPU time in the kernel.
+    pub(super) system: Duration,
+    /// The most memory at one time, in bytes; 0 where the kernel does not tell.
+    pub(super) memory_peak: u64,
+}
+
+impl Group {
+    fn make(homes: &Arc<Homes>, number: usize) -> Result<Self, CgroupError> {
+        let name = format!("slot-{number}");
+        let mut doors = Vec::new();
+        for home in &homes.list {
+            let directory = home.path().join(&name);
+            unless(io::ErrorKind::AlreadyExists, fs::create_dir(&directory))
+                .map_err(CgroupError::file("make", &directory))?;
+            let door = directory.join("cgroup.procs");
+            let opened = fs::OpenOptions::new().write(true).open(&door).and_then(fd::out_of_the_way);
+            doors.push(opened.map_err(CgroupError::file("open", &door))?);
+        }
+        let counters = Counters::open(homes, &name)?;
+        let began = counters.read();
+        Ok(Self { homes: Arc::clone(homes), name, doors, counters, set: None, began })
+    }
+
+    /// Sets the limits of the next job, and counts anew from here.
+    ///
+    /// # Errors
+    /// The kernel refused a limit.
+    pub(super) fn begin(&mut self, limits: &Limits) -> Result<(), CgroupError> {
+        // Where the kernel cannot forget a peak, only a new group can. And somebody may have tidied up.
+        if self.counters.is_stale() || self.counters.kills().is_none() {
+            self.renew()?;
+        }
+        if self.apply(limits).is_err() {
+            // What an earlier job left, such as cached files, can stand in the way of a lower limit.
+            self.renew()?;
+            self.apply(limits)?;
+        }
+        self.count_anew();
+        Ok(())
+    }
+
+    /// The same for a group whose process is in it already, and has waited for its job.
+    ///
+    /// # Errors
+    /// The kernel refused a limit.
+    pub(super) fn go_on(&mut self, limits: &Limits) -> Result<(), CgroupError> {
+        self.apply(limits)?;
+        self.count_anew();
+        Ok(())
+    }
+
+    fn count_anew(&mut self) {
+        self.counters.forget_peak();
+        self.began = self.counters.read();
+    }
+
+    fn apply(&mut self, limits: &Limits) -> Result<(), CgroupError> {
+        let wanted = Some([limits.memory_bytes, limits.processes]);
+        if self.set == wanted {
+            return Ok(());
+        }
+        self.set = None;
+        let settings = match self.homes.version {
+            Version::One => v1::settings(limits),
+            Version::Two => v2::settings(limits),
+        };
+        for setting in settings {
+            let path = self.homes.of(setting.controller)?.join(&self.name).join(setting.file);
+            let written = home::write(&path, &setting.value);
+            let written = if setting.optional { unless(io::ErrorKind::NotFound, written) } else { written };
+            written.map_err(CgroupError::file("write to", path))?;
+        }
+        self.set = wanted;
+        Ok(())
+    }
+
+    /// The same group with nothing of the past. Only an empty one can be renewed.
+    fn renew(&mut self) -> Result<(), CgroupError> {
+        for home in &self.homes.list {
+            let directory = home.path().join(&self.name);
+            unless(io::ErrorKind::NotFound, fs::remove_dir(&directory))
+                .map_err(CgroupError::file("remove", &directory))?;
+        }
+        let number = self.name.rsplit('-').next().and_then(|number| number.parse().ok()).unwrap_or_default();
+        *self = Self::make(&self.homes, number)?;
+        Ok(())
+    }
+
+    /// Open `cgroup.procs` files: a process that writes `0` to each of them is in, and whatever it forks.
+    pub(super) fn doors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.doors.iter().map(AsFd::as_fd)
+    }
+
+    /// CPU time of all processes since [`begin`](Self::begin), those that have ended too.
+    pub(super) fn cpu_time(&self) -> Option<Duration> {
+        Some(self.counters.cpu_time()?.saturating_sub(self.began.cpu))
+    }
+
+    /// The kernel has killed a process since [`begin`](Self::begin) because memory was over.
+    pub(super) fn killed_for_memory(&self) -> bool {
+        self.counters.kills().is_some_and(|kills| kills > self.began.kills)
+    }
+
+    /// All that was used since [`begin`](Self::begin).
+    pub(super) fn used(&self) -> Used {
+        let now = self.counters.read();
+        Used {
+            user: now.user.saturating_sub(self.began.user),
+            system: now.system.saturating_sub(self.began.system),
+            // What was there before is not the job's: files that an earlier one made the kernel cache.
+            memory_peak: self.counters.peak().unwrap_or_default().saturating_sub(self.began.memory),
+        }
+    }
+
+    /// For a person.
+    pub(super) fn describe(&self) -> String {
+        let place = self.homes.list.first().and_then(|home| home.path().parent()).unwrap_or(Path::new(""));
+        match self.homes.version {
+            Version::One => format!("version 1, memory at {}", place.display()),
+            Version::Two => format!("version 2 at {}", place.display()),
+        }
+    }
+}
+
+/// An error of this kind is none: what it says was wanted.
+fn unless(kind: io::ErrorKind, done: io::Result<()>) -> io::Result<()> {
+    done.or_else(|error| if error.kind() == kind { Ok(()) } else { Err(error) })
+}
+
+/// A limit, as a file takes it.
+#[derive(Debug, PartialEq, Eq)]
+struct Setting {
+    controller: &'static str,
+    file: &'static str,
+    value: String,
+    /// Not every kernel has it; then there is nothing to limit.
+    optional: bool,
+}
+
+impl Setting {
+    fn new(controller: &'static str, file: &'static str, value: impl ToString) -> Self {
+        Self { controller, file, value: value.to_string(), optional: false }
+    }
+
+    fn optional(self) -> Self {
+        Self { optional: true, ..self }
+    }
+}
+
+#[cfg(test)]
+mod tests;

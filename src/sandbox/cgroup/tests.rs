@@ -1,0 +1,121 @@
+//! Against this machine's own control groups, where it gives any.
+#![allow(clippy::unwrap_used, reason = "a test that cannot set itself up has failed")]
+#![allow(clippy::print_stderr, reason = "a skip is said aloud")]
+
+use std::process::{Command, ExitStatus};
+
+use super::*;
+use crate::job::Bounds;
+
+const MIB: u64 = 1 << 20;
+
+fn limits(memory_bytes: u64) -> Limits {
+    Limits { memory_bytes, ..Bounds::default().default }
+}
+
+fn skip(why: &dyn std::fmt::Display) {
+    assert!(std::env::var("CI").as_deref() != Ok("true"), "SKIPPED: {why}");
+    eprintln!("SKIPPED: {why}");
+}
+
+/// A group as the sandbox makes it; without the trial of a child, for a test has more than one thread.
+fn group(limits: &Limits) -> Option<Group> {
+    let (mounts, own) = (place::mounts().unwrap(), place::own().unwrap());
+    let made = v2::start(&mounts, &own)
+        .and_then(|homes| make(homes, 1, limits))
+        .or_else(|_| make(v1::start(&mounts, &own)?, 1, limits));
+    made.inspect_err(|error| skip(error)).ok()?.pop()
+}
+
+fn directories(group: &Group) -> Vec<PathBuf> {
+    group.homes.list.iter().map(|home| home.path().join(&group.name)).collect()
+}
+
+/// Runs a line of shell inside of the group.
+fn inside(group: &Group, line: &str) -> ExitStatus {
+    let enter = "for group; do echo 0 > \"$group/cgroup.procs\" || exit 9; done; ";
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &format!("{enter}{line}"), "sh"]).args(directories(group));
+    shell.status().unwrap()
+}
+
+/// Keeps so many MiB in one process.
+fn hoard(mib: u64) -> String {
+    format!("head -c {mib}M /dev/zero | tail -c {mib}M | wc -c >/dev/null")
+}
+
+#[test]
+fn a_kill_for_memory_is_seen_and_forgotten() {
+    let Some(mut group) = group(&limits(32 * MIB)) else { return };
+    assert!(inside(&group, "true").success());
+    assert!(!group.killed_for_memory());
+    // Another signal is no kill for memory.
+    assert!(!inside(&group, "kill -KILL $$").success());
+    assert!(!group.killed_for_memory());
+
+    inside(&group, &hoard(100));
+    assert!(group.killed_for_memory());
+    let peak = group.used().memory_peak;
+    assert!(peak > 16 * MIB && peak <= 32 * MIB, "{peak}");
+
+    group.begin(&limits(256 * MIB)).unwrap();
+    assert!(!group.killed_for_memory());
+    assert!(inside(&group, &hoard(100)).success());
+    assert!(!group.killed_for_memory());
+    assert!(group.used().memory_peak > 64 * MIB, "{:?}", group.used());
+
+    group.begin(&limits(256 * MIB)).unwrap();
+    assert!(inside(&group, "true").success());
+    assert!(group.used().memory_peak < 64 * MIB, "{:?}", group.used());
+}
+
+#[test]
+fn processes_are_counted_together() {
+    let limits = Limits { processes: 3, ..limits(64 * MIB) };
+    let Some(group) = group(&limits) else { return };
+    // The shell is one, and those that have ended count until it waits for them.
+    assert!(inside(&group, "true | true").success());
+    assert!(!inside(&group, "true | true | true").success());
+}
+
+#[test]
+fn cpu_time_is_that_of_every_process_since_the_job_began() {
+    let Some(mut group) = group(&limits(64 * MIB)) else { return };
+    let burn = "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done";
+    assert!(inside(&group, &format!("({burn}) & ({burn}) & wait")).success());
+    let spent = group.cpu_time().unwrap();
+    assert!(spent > Duration::from_millis(20), "{spent:?}");
+    let Used { user, system, .. } = group.used();
+    assert!(user + system > Duration::from_millis(10), "{user:?} {system:?}");
+
+    group.begin(&limits(64 * MIB)).unwrap();
+    assert!(group.cpu_time().unwrap() < spent);
+}
+
+#[test]
+fn a_group_that_lost_its_directories_is_made_again() {
+    let Some(mut group) = group(&limits(64 * MIB)) else { return };
+    for directory in directories(&group) {
+        fs::remove_dir(directory).unwrap();
+    }
+    group.begin(&limits(64 * MIB)).unwrap();
+    assert!(inside(&group, "true").success());
+}
+
+#[test]
+fn everything_is_removed_with_the_last_group() {
+    let Some(group) = group(&limits(64 * MIB)) else { return };
+    let homes: Vec<PathBuf> = group.homes.list.iter().map(|home| home.path().to_owned()).collect();
+    assert!(!homes.is_empty() && homes.iter().all(|home| home.exists()));
+    drop(group);
+    assert!(homes.iter().all(|home| !home.exists()));
+}
+
+#[test]
+fn limits_are_written_in_an_order_that_the_kernel_takes() {
+    let Some(mut group) = group(&limits(64 * MIB)) else { return };
+    for memory in [512 * MIB, 16 * MIB, 128 * MIB] {
+        group.begin(&limits(memory)).unwrap();
+        assert_eq!(group.set, Some([memory, 32]));
+    }
+}

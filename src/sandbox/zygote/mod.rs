@@ -1,0 +1,268 @@
+//! Warm starts: one zygote an environment, which has done the imports, and standby children made from it.
+//!
+//! A keeper task starts the zygote, starts it again when it is gone, and keeps a few children standing by: both
+//! walls up, the filter on, waiting for a job. A job takes one of them, or has one made for it where its limits
+//! are not the default ones. Whatever cannot be had here at the moment is had by a cold start.
+
+mod process;
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::sync::{Notify, watch as channel};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::Shared;
+use super::environment::Environment;
+use super::identity::Lease;
+use super::watch::{Cause, Watch};
+use crate::job::Limits;
+use process::Process;
+
+pub(super) use process::Generation;
+
+/// Forks after which a zygote is replaced, so that not every job for ever has the same address layout.
+const FORKS: u64 = 5_000;
+const FIRST_DELAY: Duration = Duration::from_millis(200);
+const LONGEST_DELAY: Duration = Duration::from_secs(30);
+
+/// The warm side of one environment.
+#[derive(Debug)]
+pub(super) struct Zygote {
+    process: tokio::sync::Mutex<Option<Process>>,
+    standby: Mutex<VecDeque<Standby>>,
+    /// A child was taken, or the zygote is gone: the keeper has something to do.
+    wake: Notify,
+    keeper: Mutex<Option<JoinHandle<()>>>,
+    ended: CancellationToken,
+    state: channel::Sender<State>,
+}
+
+/// How far a zygote is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum State {
+    Starting,
+    /// As many children stand by as should.
+    Ready,
+    /// Why it could not be started; the keeper tries again.
+    Failed(String),
+}
+
+/// A job's process before its job.
+#[derive(Debug)]
+pub(super) struct Standby {
+    pub(super) watch: Watch,
+    pub(super) lease: Lease,
+    pub(super) generation: Arc<Generation>,
+}
+
+impl Zygote {
+    pub(super) fn new() -> Self {
+        Self {
+            process: tokio::sync::Mutex::new(None),
+            standby: Mutex::default(),
+            wake: Notify::new(),
+            keeper: Mutex::default(),
+            ended: CancellationToken::new(),
+            state: channel::Sender::new(State::Starting),
+        }
+    }
+
+    /// Starts the keeper, once.
+    pub(super) fn keep(self: &Arc<Self>, shared: &Arc<Shared>, name: &str) {
+        let mut keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner);
+        if keeper.is_none() {
+            let (zygote, shared, name) = (Arc::downgrade(self), Arc::downgrade(shared), name.to_owned());
+            *keeper = Some(tokio::spawn(keep(zygote, shared, name)));
+        }
+    }
+
+    /// Ends the zygote and every child that stands by.
+    pub(super) async fn end(&self, limits: &Limits) {
+        self.ended.cancel();
+        let keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(keeper) = keeper {
+            // Were it cut short, a child that it is making would be left behind.
+            let _ = keeper.await;
+        }
+        let process = self.process.lock().await.take();
+        let standing = std::mem::take(&mut *self.standby.lock().unwrap_or_else(PoisonError::into_inner));
+        for standby in standing {
+            let group = standby.lease.group.as_ref();
+            let _ = standby.watch.finish(Cause::Cancelled, limits, group).await;
+        }
+        if let Some(process) = process {
+            process.end().await;
+        }
+    }
+
+    /// Waits until the first children stand by, or says why there are none.
+    pub(super) async fn ready(&self) -> Result<(), String> {
+        let mut state = self.state.subscribe();
+        match state.wait_for(|state| *state != State::Starting).await.as_deref() {
+            Ok(State::Failed(why)) => Err(why.clone()),
+            _ => Ok(()),
+        }
+    }
+
+    /// A child that stands by, where there is one that can take these limits on.
+    pub(super) fn take(&self, default: &Limits, limits: &Limits) -> Option<Standby> {
+        loop {
+            let standby = {
+                let mut standby = self.standby.lock().unwrap_or_else(PoisonError::into_inner);
+                match standby.front() {
+                    Some(first) if !fits(default, limits, first.lease.group.is_some()) => return None,
+                    _ => standby.pop_front(),
+                }
+            };
+            self.wake.notify_one();
+            let mut standby = standby?;
+            if standby.watch.still_waits() {
+                return Some(standby);
+            }
+        }
+    }
+
+    /// A child made for these limits. Fails where there is no zygote at the moment.
+    pub(super) async fn make(
+        &self,
+        shared: &Shared,
+        environment: &Environment,
+        mut lease: Lease,
+        limits: &Limits,
+    ) -> io::Result<Standby> {
+        if let Some(group) = &mut lease.group {
+            group.begin(limits).map_err(io::Error::other)?;
+        }
+        let mut process = self.process.lock().await;
+        let alive = process.as_mut().ok_or_else(|| io::Error::other("there is no zygote at the moment"))?;
+        let made = alive.fork(shared, environment, &lease, limits).await;
+        let forked = match made {
+            Ok(forked) => forked,
+            Err(error) => {
+                *process = None;
+                self.wake.notify_one();
+                return Err(error);
+            }
+        };
+        let generation = alive.generation();
+        if alive.forks() >= FORKS {
+            *process = None;
+            self.wake.notify_one();
+        }
+        drop(process);
+        let (mut watch, plan) = forked;
+        let by = Instant::now() + shared.start_timeout;
+        match watch.start(by, limits, &self.ended).await? {
+            None => Ok(Standby { watch, lease, generation }),
+            Some(cause) => {
+                let why = shared.explain(&cause, &plan);
+                watch.finish(cause, limits, lease.group.as_ref()).await?;
+                Err(io::Error::other(why))
+            }
+        }
+    }
+}
+
+/// Whether a child with the default limits can run a job with these. What the worker itself watches over,
+/// wall time and output, does not matter; nor what can be set from outside on a child that is in a control group.
+fn fits(default: &Limits, limits: &Limits, grouped: bool) -> bool {
+    let inside = |limits: &Limits| (limits.open_files, limits.disk_bytes);
+    // Its own rlimits stay above: they hold no job back that may have no more than the default.
+    let outside = if grouped {
+        limits.processes <= default.processes && limits.cpu_ms <= default.cpu_ms
+    } else {
+        let whole = |limits: &Limits| (limits.memory_bytes, limits.processes, limits.cpu_ms);
+        whole(default) == whole(limits)
+    };
+    inside(default) == inside(limits) && outside
+}
+
+async fn keep(zygote: Weak<Zygote>, shared: Weak<Shared>, name: String) {
+    let mut delays = crate::retry::Delays::new(FIRST_DELAY, LONGEST_DELAY);
+    while let (Some(zygote), Some(shared)) = (zygote.upgrade(), shared.upgrade()) {
+        let Some(environment) = shared.environments.get(&name) else { return };
+        if zygote.ended.is_cancelled() {
+            return;
+        }
+        match tend(&zygote, &shared, environment).await {
+            Ok(()) => {
+                delays.reset();
+                zygote.state.send_replace(State::Ready);
+                drop(shared);
+                tokio::select! {
+                    () = zygote.wake.notified() => {}
+                    () = zygote.ended.cancelled() => return,
+                    // Looks now and then whether the sandbox is still there.
+                    () = tokio::time::sleep(LONGEST_DELAY) => {}
+                }
+            }
+            Err(error) => {
+                let delay = delays.next_delay();
+                let retry_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
+                tracing::error!(environment = name, %error, retry_ms, "no warm start at the moment");
+                zygote.state.send_replace(State::Failed(error.to_string()));
+                drop(shared);
+                tokio::select! {
+                    () = tokio::time::sleep(delay) => {}
+                    () = zygote.ended.cancelled() => return,
+                }
+            }
+        }
+    }
+}
+
+/// Starts the zygote where there is none, and makes the children that are missing.
+async fn tend(zygote: &Zygote, shared: &Arc<Shared>, environment: &Environment) -> io::Result<()> {
+    {
+        let mut process = zygote.process.lock().await;
+        if zygote.ended.is_cancelled() {
+            return Ok(());
+        }
+        if process.is_none() {
+            *process = Some(Process::start(shared, environment).await?);
+        }
+    }
+    loop {
+        let standing = zygote.standby.lock().unwrap_or_else(PoisonError::into_inner).len();
+        if standing >= environment.standby || zygote.ended.is_cancelled() {
+            return Ok(());
+        }
+        // Every seat is taken by a job that runs: the next one that ends wakes the keeper up.
+        let Some(lease) = shared.seats.try_take() else { return Ok(()) };
+        let made = zygote.make(shared, environment, lease, &shared.default_limits).await?;
+        zygote.standby.lock().unwrap_or_else(PoisonError::into_inner).push_back(made);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::Bounds;
+
+    #[test]
+    fn a_standing_child_takes_what_can_still_be_set_from_outside() {
+        let default = Bounds::default().default;
+        let fits = |limits, grouped| super::fits(&default, &limits, grouped);
+        assert!(fits(Limits { timeout_ms: 1, output_bytes: 1, ..default }, false));
+        for limits in [
+            Limits { memory_bytes: default.memory_bytes * 2, ..default },
+            Limits { processes: 1, ..default },
+            Limits { cpu_ms: 1, ..default },
+        ] {
+            assert!(fits(limits, true) && !fits(limits, false), "{limits:?}");
+        }
+        for limits in [
+            Limits { processes: default.processes + 1, ..default },
+            Limits { cpu_ms: default.cpu_ms + 1, ..default },
+            Limits { disk_bytes: 1, ..default },
+            Limits { open_files: 64, ..default },
+        ] {
+            assert!(!fits(limits, true) && !fits(limits, false), "{limits:?}");
+        }
+    }
+}

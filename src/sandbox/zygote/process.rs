@@ -1,0 +1,187 @@
+//! One zygote while it lives: started like a job, then asked over a socket for one process after another.
+
+use std::io::{self, BufRead, BufReader};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use sandpiper_shim::abi::Report;
+use tokio::io::unix::AsyncFd;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::super::Shared;
+use super::super::cgroup::Group;
+use super::super::environment::Environment;
+use super::super::identity::Seat;
+use super::super::launcher::Order;
+use super::super::plan::{self, Plan};
+use super::super::verdict::failed_step;
+use super::super::watch::{Ends, Watch, read_report};
+use crate::job::Limits;
+use crate::script;
+use crate::sys::launch::Launched;
+use crate::sys::process::Child;
+use crate::sys::{fd, ready};
+
+/// A fork takes a few milliseconds; a zygote that does not answer in this time is given up.
+const FORK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A zygote that takes orders.
+#[derive(Debug)]
+pub(super) struct Process {
+    socket: AsyncFd<OwnedFd>,
+    job: Child,
+    generation: Arc<Generation>,
+    forks: u64,
+}
+
+/// The pid namespace of a zygote, which holds those of its children: it lasts as long as any of them.
+#[derive(Debug)]
+pub(in super::super) struct Generation(Child);
+
+impl Process {
+    /// Starts python behind its outer wall and waits until it has done its imports.
+    pub(super) async fn start(shared: &Shared, environment: &Environment) -> io::Result<Self> {
+        let variant = environment.variant(false);
+        let script = fd::sealed_file(c"script", script::render_zygote(&environment.imports).as_bytes())?;
+        let (stdin, _) = fd::pipe()?;
+        let (said, output) = fd::pipe()?;
+        let (socket, control) = fd::message_socket_pair()?;
+        let kept = [&script, &stdin, &output, &control, &variant.policy_file]
+            .into_iter()
+            .map(fd::out_of_the_way)
+            .collect::<io::Result<Vec<OwnedFd>>>()?;
+        let descriptors = plan::Descriptors {
+            script: kept[0].as_fd(),
+            stdin: kept[1].as_fd(),
+            stdout: kept[2].as_fd(),
+            stderr: kept[2].as_fd(),
+            control: kept[3].as_fd(),
+            policy: kept[4].as_fd(),
+        };
+        let namespace = shared.zygote_namespace.as_ref();
+        let wall = plan::zygote(namespace, &variant.root, &variant.coarse_zygote, &descriptors);
+        let order = Order {
+            origin: plan::zygote_origin(shared.privilege, namespace, &variant.root),
+            init: plan::zygote_init(),
+            wall,
+            program: Arc::clone(&environment.zygote_program),
+            control: fd::out_of_the_way(&control)?,
+            _kept: kept,
+        };
+        let plans = [order.origin.clone(), order.init.clone(), order.wall.clone()];
+        drop((output, control, stdin));
+        report_output(said, environment.name.clone())?;
+
+        let socket = ready::readable(socket)?;
+        let by = Instant::now() + shared.start_timeout;
+        let launched = match shared.launcher.launch(order).await {
+            Ok(launched) => launched,
+            Err(error) => {
+                let report = read_report(socket.get_ref()).ok().and_then(|(report, _)| report);
+                let why = report.map_or_else(|| error.to_string(), |report| failed_step(report, &plans));
+                return Err(io::Error::other(why));
+            }
+        };
+        let process =
+            Self { socket, job: launched.job, generation: Arc::new(Generation(launched.init)), forks: 0 };
+        let said = timeout_at(by, process.receive())
+            .await
+            .map_err(|_| io::Error::other("the zygote was not ready in the time that a start may take"))?;
+        match said? {
+            (Some(Report::Ready), _) => Ok(process),
+            (Some(report), _) => Err(io::Error::other(failed_step(report, &plans))),
+            (None, _) => {
+                Err(io::Error::other("the zygote ended before it was ready; the log has what it said"))
+            }
+        }
+    }
+
+    /// Ends the zygote; with its last child its namespace ends, too.
+    pub(super) async fn end(self) {
+        let Self { job, generation, .. } = self;
+        let _ = tokio::task::spawn_blocking(move || {
+            job.kill();
+            job.wait()?;
+            if let Some(Generation(init)) = Arc::into_inner(generation) {
+                init.kill();
+                init.wait()?;
+            }
+            io::Result::Ok(())
+        })
+        .await;
+    }
+
+    pub(super) fn generation(&self) -> Arc<Generation> {
+        Arc::clone(&self.generation)
+    }
+
+    pub(super) fn forks(&self) -> u64 {
+        self.forks
+    }
+
+    /// Has a job's processes made. What they report is still to be waited for; the plan explains it.
+    pub(super) async fn fork(
+        &mut self,
+        shared: &Shared,
+        environment: &Environment,
+        seat: &Seat,
+        limits: &Limits,
+    ) -> io::Result<(Watch, Plan)> {
+        let (stdin, stdin_end) = fd::pipe()?;
+        let (stdout_end, stdout) = fd::pipe()?;
+        let (stderr_end, stderr) = fd::pipe()?;
+        let (control_end, control) = fd::socket_pair()?;
+        // In the order of their places, of which the plan knows.
+        let doors: Vec<BorrowedFd<'_>> = seat.group.iter().flat_map(Group::doors).collect();
+        let streams = [&control, &stdin, &stdout, &stderr].map(AsRawFd::as_raw_fd);
+        let fds: Vec<RawFd> = streams.into_iter().chain(doors.iter().map(AsRawFd::as_raw_fd)).collect();
+        let doors: Vec<u64> = (4..).take(doors.len()).map(plan::place).collect();
+        let job = plan::Job {
+            privilege: shared.privilege,
+            seat,
+            network: false,
+            limits,
+            memory_by_cgroup: seat.group.is_some(),
+            cgroups: &doors,
+            landlock: shared.landlock,
+        };
+        let plan = plan::warm(&job, environment.variant(false).root.has_proc());
+        fd::send(self.socket.get_ref().as_fd(), plan.bytes(), &fds)?;
+        self.forks += 1;
+        let answer = timeout(FORK_TIMEOUT, self.receive())
+            .await
+            .map_err(|_| io::Error::other("the zygote does not answer"))??;
+        let [init, job] = match answer {
+            (Some(Report::Forked), fds) => <[OwnedFd; 2]>::try_from(fds)
+                .map_err(|_| io::Error::other("the zygote's answer lacks a descriptor"))?,
+            (Some(report), _) => {
+                return Err(io::Error::other(failed_step(report, &[Plan::default(), Plan::default(), plan])));
+            }
+            (None, _) => return Err(io::Error::other("the zygote has ended")),
+        };
+        let launched = Launched { init: Child::from_pidfd(init), job: Child::from_pidfd(job) };
+        let ends = Ends { control: control_end, stdin: stdin_end, stdout: stdout_end, stderr: stderr_end };
+        Ok((Watch::new(launched, ends, seat.outside)?, plan))
+    }
+
+    async fn receive(&self) -> io::Result<(Option<Report>, Vec<OwnedFd>)> {
+        loop {
+            let mut ready = self.socket.readable().await?;
+            match read_report(self.socket.get_ref()) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
+                other => return other,
+            }
+        }
+    }
+}
+
+/// What the operator's imports print goes to the log.
+fn report_output(pipe: OwnedFd, environment: String) -> io::Result<()> {
+    std::thread::Builder::new().name("zygote-output".into()).spawn(move || {
+        for line in BufReader::new(std::fs::File::from(pipe)).lines().map_while(Result::ok) {
+            tracing::warn!(environment, line, "a zygote said");
+        }
+    })?;
+    Ok(())
+}

@@ -1,0 +1,136 @@
+//! Workers that come, go, die and meet.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use lapin::options::QueueDeclareOptions;
+use lapin::types::{AMQPValue, FieldTable};
+
+use crate::broker::Node;
+use crate::requester::{Requester, assert_silent, collect, next};
+use crate::worker::Worker;
+use crate::{Queues, eventually, oracle};
+
+async fn running(worker: &Worker, jobs: f64) {
+    eventually("jobs run", async || (worker.metric("sandpiper_jobs_running") == jobs).then_some(())).await;
+}
+
+pub(crate) async fn killed_at_full_slots(node: &Node) {
+    let queues = Queues::of("killed");
+    let settings = queues.settings(&["worker.slots=4"]);
+    let mounts = oracle::mounts();
+    let mut worker = Worker::ready(node.url(), &settings).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    let ids: Vec<String> = (0..4).map(|at| format!("job-{at}")).collect();
+    // With a process of its own below it, and a file, so that there is something to leave behind.
+    let code = "import os, time\nopen('left', 'w').write('x')\nif os.fork() == 0:\n    time.sleep(50)\ntime.sleep(3)";
+    for id in &ids {
+        requester.run(&queues.jobs, id, &queues.replies, code).await;
+    }
+    running(&worker, 4.0).await;
+    // Of each job: its first process, python, and the child.
+    let processes = eventually("every job has its processes", async || {
+        let processes = worker.processes();
+        (processes.len() >= 12).then_some(processes)
+    })
+    .await;
+    worker.kill();
+    oracle::are_gone(&processes).await;
+    assert_eq!(oracle::mounts(), mounts);
+    assert_eq!(worker.scratch(), Vec::<std::path::PathBuf>::new());
+
+    let mut heir = Worker::ready(node.url(), &settings).await;
+    oracle::holds(node, &mut [&mut heir], &queues, &mut replies, &ids, &HashSet::new()).await;
+    // Groups outlive their processes; whoever comes next clears them away.
+    assert_eq!(oracle::cgroups_of(worker.pid()), Vec::<std::path::PathBuf>::new());
+    let processes = heir.processes();
+    heir.terminate();
+    assert_eq!(heir.ended().await.code(), Some(0), "{}", heir.log());
+    oracle::are_gone(&processes).await;
+    assert_eq!(heir.scratch(), Vec::<std::path::PathBuf>::new());
+    assert_eq!(oracle::cgroups_of(heir.pid()), Vec::<std::path::PathBuf>::new());
+}
+
+pub(crate) async fn rolling_restart_under_load(node: &Node) {
+    const ROUNDS: usize = 3;
+    const JOBS: usize = 150;
+    let queues = Queues::of("rolling");
+    let settings = queues.settings(&["worker.slots=2"]);
+    let mut worker = Worker::ready(node.url(), &settings).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    let ids: Vec<String> = (0..JOBS).map(|at| format!("job-{at}")).collect();
+    let load = async {
+        for id in &ids {
+            requester.run(&queues.jobs, id, &queues.replies, "import time; time.sleep(0.05)").await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let restarts = async {
+        for _ in 0..ROUNDS {
+            eventually("the worker works", async || {
+                (worker.metric("sandpiper_jobs_completed_total{status=\"succeeded\"}") > 2.0).then_some(())
+            })
+            .await;
+            let next = Worker::ready(node.url(), &settings).await;
+            worker.terminate();
+            assert_eq!(worker.ended().await.code(), Some(0), "{}", worker.log());
+            worker = next;
+        }
+    };
+    tokio::join!(load, restarts);
+    // In good order nothing is lost, and nothing comes twice either.
+    oracle::holds(node, &mut [&mut worker], &queues, &mut replies, &ids, &HashSet::new()).await;
+}
+
+pub(crate) async fn the_same_id_twice_at_once(node: &Node) {
+    let queues = Queues::of("twins");
+    let settings = queues.settings(&["worker.slots=1", "amqp.prefetch_surplus=0"]);
+    let one = Worker::ready(node.url(), &settings).await;
+    let two = Worker::ready(node.url(), &settings).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    for _ in 0..2 {
+        requester.run(&queues.jobs, "twin", &queues.replies, "import time; time.sleep(2)").await;
+    }
+    running(&one, 1.0).await;
+    running(&two, 1.0).await;
+    let (first, _) = next(&mut replies).await;
+    let (second, _) = next(&mut replies).await;
+    assert!(first.message_id().is_some());
+    assert_eq!(first.message_id(), second.message_id());
+    assert_silent(&mut replies).await;
+}
+
+pub(crate) async fn the_next_one_takes_over_a_single_active_consumer_queue(node: &Node) {
+    let queues = Queues::of("single");
+    // Made by an operator, and taken as it is.
+    let requester = Requester::connect(node.url()).await;
+    for (name, single) in [(&queues.jobs, true), (&queues.results, false), (&queues.dead, false)] {
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+        if single {
+            arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
+        }
+        let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        requester.channel.queue_declare(name.as_str().into(), options, arguments).await.unwrap();
+    }
+    let settings = queues.settings(&["amqp.topology=passive", "worker.slots=1"]);
+    let mut one = Worker::ready(node.url(), &settings).await;
+    let two = Worker::ready(node.url(), &settings).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    let ids: Vec<String> = (0..4).map(|at| format!("job-{at}")).collect();
+    for id in &ids {
+        requester.submit(&queues.jobs, id, &queues.replies).await;
+    }
+    collect(&mut replies, &ids).await;
+    let taken = |worker: &Worker| worker.metric("sandpiper_jobs_completed_total{status=\"succeeded\"}");
+    assert_eq!((taken(&one), taken(&two)), (4.0, 0.0), "one is active");
+    one.kill();
+    for id in &ids {
+        requester.submit(&queues.jobs, id, &queues.replies).await;
+    }
+    collect(&mut replies, &ids).await;
+    assert_eq!(taken(&two), 4.0);
+}

@@ -66,21 +66,21 @@ def sandpiper():
 
     def show(title, hook, kind, error, trace, chain=True):
         # Unlike the interpreter's own printing, this shows lines of sources that are not files.
-        def text():
+        def lines():
             import traceback
 
             return "".join(traceback.format_exception(kind, error, trace, chain=chain))
 
         try:
-            sys.stderr.write(title + library(text))
+            sys.stderr.write(title + library(lines))
             sys.stderr.flush()
         except Exception:
             hook()
 
     def remember(name, source, ours):
-        # Shows the source to whoever asks for it: linecache (tracebacks, warnings, inspect), and what prints the
-        # exceptions of threads and finalizers. No module is imported for that, since linecache alone costs as
-        # much as starting python does; what the job imports is changed then.
+        # Shows the source to whoever asks linecache for it: tracebacks, warnings, inspect. It is not imported
+        # for that, since it costs as much as starting python does; it is filled when the job imports it. What
+        # prints the exceptions of threads and finalizers shows it as well.
         def hook_unraisable(unraisable, hook=sys.unraisablehook):
             title = ""
             if unraisable.object is not None:
@@ -125,8 +125,7 @@ def sandpiper():
         class Finder:
             @staticmethod
             def find_spec(fullname, path=None, target=None):
-                change = changes.pop(fullname, None)
-                if change is None:
+                if fullname not in changes:
                     return None
                 for finder in sys.meta_path:
                     spec = finder is not Finder and finder.find_spec(fullname, path, target)
@@ -134,10 +133,11 @@ def sandpiper():
                         break
                 else:
                     return None
-                if not changes:
-                    sys.meta_path.remove(Finder)
                 if spec.origin != os.path.join(os.path.dirname(os.__file__), f"{fullname}.py"):
                     return None  # the job's own
+                change = changes.pop(fullname)
+                if not changes:
+                    sys.meta_path.remove(Finder)
                 execute = spec.loader.exec_module
 
                 def exec_module(module):
@@ -150,8 +150,8 @@ def sandpiper():
                 spec.loader.exec_module = exec_module
                 return spec
 
-        for loaded in [loaded for loaded in changes if loaded in sys.modules]:
-            changes.pop(loaded)(sys.modules[loaded])
+        for module in [module for module in changes if module in sys.modules]:
+            changes.pop(module)(sys.modules[module])
         # A job's file wins over a module that only we needed, or the operator's imports.
         files = {file.partition(".")[0] for file in os.listdir("/work")}
         for module in [module for module in ours if module.partition(".")[0] in files]:

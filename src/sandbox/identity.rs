@@ -4,12 +4,13 @@
 //! uid is [`INSIDE`] and init's is 0; on the host both are nobody. An ordinary user has only its own uid: each
 //! of its jobs makes a user namespace for itself.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::cgroup::Group;
+use super::plan;
 use crate::sys::userns::{self, Mapping};
 
 /// A job's uid and gid as itself sees them, wherever there is a user namespace around it.
@@ -111,6 +112,7 @@ impl Seats {
                         .inspect_err(|error| {
                             tracing::warn!(%error, "jobs run without a user namespace: it cannot be made");
                         })
+                        .inspect(|namespace| plan::limit_watches(namespace.as_fd()))
                         .ok();
                     Seat { outside, init_outside: uid_base, namespace, group }
                 }

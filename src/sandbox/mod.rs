@@ -148,6 +148,7 @@ impl Sandbox {
                     Mapping { inside, outside, count: seat_count },
                 ])
                 .inspect_err(|error| tracing::warn!(%error, "every job starts cold: no user namespace"))
+                .inspect(|namespace| plan::limit_watches(namespace.as_fd()))
                 .ok()
             }
             Privilege::None => None,

@@ -7,6 +7,7 @@ use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::LazyLock;
 
 use nix::sys::resource::{Resource, getrlimit};
 use sandpiper_shim::abi;
@@ -16,6 +17,7 @@ use super::identity::{INSIDE, Privilege, Seat};
 use super::landlock;
 use super::root::{Entry, Root};
 use crate::job::Limits;
+use crate::sys::launch;
 
 /// A plan in the making.
 #[derive(Clone, Debug, Default)]
@@ -91,10 +93,38 @@ fn origin_as(privilege: Privilege, inside: u32) -> Plan {
         let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
         plan.push(&Step::Chdir { path: c"/proc" });
         own_user_namespace(&mut plan, inside, [uid, gid]);
+        if *CAN_LIMIT_WATCHES {
+            watches(&mut plan);
+        }
         plan.push(&Step::Chdir { path: c"/" });
     }
     plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWPID) });
     plan
+}
+
+/// Inotify instances are counted for a user of the host, up through the owners of user namespaces: without a
+/// limit of its own a job uses up the 128 that the worker's user has, root's too.
+fn watches(plan: &mut Plan) {
+    plan.push(&Step::WriteFile { path: c"/proc/sys/user/max_inotify_instances", content: b"4" });
+    plan.push(&Step::WriteFile { path: c"/proc/sys/user/max_inotify_watches", content: b"1024" });
+}
+
+/// Whether an ordinary user's namespaces can have such limits: not where `/proc/sys` is read-only.
+static CAN_LIMIT_WATCHES: LazyLock<bool> = LazyLock::new(|| {
+    let mut plan = Plan::default();
+    plan.push(&Step::Dumpable { value: 1 });
+    watches(&mut plan);
+    launch::can(libc::CLONE_NEWUSER, plan.bytes())
+});
+
+/// Limits the watches of whoever is in this user namespace, where that can be done.
+pub(super) fn limit_watches(namespace: BorrowedFd<'_>) {
+    let mut plan = Plan::default();
+    plan.push(&Step::Setns { fd: number(namespace), kind: flag(libc::CLONE_NEWUSER) });
+    watches(&mut plan);
+    if !launch::can(0, plan.bytes()) {
+        tracing::warn!("jobs share the inotify instances of the worker's user: /proc/sys cannot be written");
+    }
 }
 
 /// What init does before it becomes its program: with full privilege it becomes `outside`, which is 0 in the

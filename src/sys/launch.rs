@@ -17,7 +17,7 @@ use sandpiper_shim::abi::{CONTROL_FD, Report, Stage};
 use sandpiper_shim::wall::{self, Failure};
 
 use super::fd;
-use super::process::Child;
+use super::process::{Child, Exit};
 
 /// All that a launch needs. Descriptors named in the plans must be out of the way of the numbers that they
 /// become, and `control` must be open until the job's plan closes it.
@@ -106,6 +106,19 @@ pub fn launch(launch: &Launch<'_>) -> io::Result<Launched> {
             Err(io::Error::other("the process that makes a job's namespaces ended early"))
         }
     }
+}
+
+/// Whether a plan can be carried out in new namespaces: a child does, and ends.
+///
+/// May be called from a process with threads, unlike the probes of the doctor.
+pub fn can(namespaces: libc::c_int, plan: &[u8]) -> bool {
+    // SAFETY: the child only makes system calls on prepared memory, and never returns.
+    let child = match unsafe { fork(namespaces) } {
+        Ok(0) => end(i32::from(wall::raise(plan).is_err())),
+        Ok(pid) => Child::adopt(pid),
+        Err(error) => Err(error),
+    };
+    child.and_then(|child| child.wait()).is_ok_and(|(exit, _)| exit == Exit::Code(0))
 }
 
 fn read_pids(pipe: OwnedFd) -> io::Result<(Option<i32>, Option<i32>)> {

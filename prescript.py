@@ -150,12 +150,12 @@ def sandpiper():
                 spec.loader.exec_module = exec_module
                 return spec
 
-        for module in [module for module in changes if module in sys.modules]:
-            changes.pop(module)(sys.modules[module])
         # A job's file wins over a module that only we needed, or the operator's imports.
         files = {file.partition(".")[0] for file in os.listdir("/work")}
         for module in [module for module in ours if module.partition(".")[0] in files]:
             del sys.modules[module]
+        for module in [module for module in changes if module in sys.modules]:
+            changes.pop(module)(sys.modules[module])
         if changes:
             sys.meta_path.insert(0, Finder)
 
@@ -169,7 +169,7 @@ def sandpiper():
                     line = source.splitlines(True)[error.lineno - 1 : error.lineno]
                     error.text = b"".join(line).decode("utf-8", "replace")
                 raise
-            exec(code, main)
+            exec(code, sys.modules["__main__"].__dict__)
         except BaseException:
             strip(name)
             raise
@@ -223,6 +223,9 @@ def sandpiper():
     if uid == 0:
         zygote(preload)
         ours = sys.modules.keys() - known
+        # The job's own: what was there at the freeze is never collected, nor is what hangs on it finalized.
+        sys.modules["__main__"] = type(sys)("__main__")
+        sys.modules["__main__"].__dict__.update(main)
         uid, gid = os.getuid(), os.getgid()
     elif preload:
         run("<preload>", preload)

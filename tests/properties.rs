@@ -18,7 +18,7 @@ fn job(code: &str, args: &[String]) -> Job {
 
 /// What prescript.py does with both halves.
 fn decode(script: &str, assignment: &[u8]) -> Vec<u8> {
-    let (_, code) = script.split_once("code = binascii.a2b_base64(b\"").unwrap();
+    let (_, code) = script.split_once("code = binascii.a2b_base64(fields[1] or b\"").unwrap();
     let (code, _) = code.split_once('"').unwrap();
     let key = BASE64.decode(assignment.split(|byte| *byte == 0).next().unwrap()).unwrap();
     assert_eq!(key.len(), 64, "512 bits");
@@ -45,8 +45,8 @@ proptest! {
         prop_assert!(!script.contains("{{"), "a placeholder was left or came in");
         let fields: Vec<&[u8]> = assignment.split(|byte| *byte == 0).collect();
         let count = args.len().to_string();
-        prop_assert_eq!(fields[1], count.as_bytes());
-        for (field, argument) in fields[2..].iter().zip(&args) {
+        prop_assert_eq!(fields[2], count.as_bytes());
+        for (field, argument) in fields[3..].iter().zip(&args) {
             prop_assert_eq!(*field, argument.as_bytes());
         }
     }

@@ -187,7 +187,7 @@ fn enter_root(new: &CStr) -> Result<(), Errno> {
     chdir(c"/")
 }
 
-fn drop_bounding() -> Result<(), Errno> {
+pub(crate) fn drop_bounding() -> Result<(), Errno> {
     sys::prctl(libc::PR_CAP_AMBIENT, [libc::PR_CAP_AMBIENT_CLEAR_ALL.cast_unsigned() as usize, 0, 0, 0])?;
     for capability in 0.. {
         match sys::prctl(libc::PR_CAPBSET_DROP, [capability, 0, 0, 0]) {

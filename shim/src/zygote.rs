@@ -62,6 +62,8 @@ impl Zygote {
         // The first processes of jobs share this memory. None of them may ever run a handler in it, so they
         // start with every signal blocked; the jobs themselves unblock them.
         sys::block_signals()?;
+        // Becoming python has kept what it needs for its children; nothing that comes after may gain more.
+        wall::drop_bounding()?;
         sys::prctl(libc::PR_SET_DUMPABLE, [0; 4]).map(drop)
     }
 

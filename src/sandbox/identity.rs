@@ -112,8 +112,8 @@ impl Seats {
                         .inspect_err(|error| {
                             tracing::warn!(%error, "jobs run without a user namespace: it cannot be made");
                         })
-                        .ok()
-                        .inspect(limit_watches);
+                        .inspect(|namespace| plan::limit_watches(namespace.as_fd()))
+                        .ok();
                     Seat { outside, init_outside: uid_base, namespace, group }
                 }
                 Privilege::None => {
@@ -160,12 +160,5 @@ impl std::ops::DerefMut for Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         self.seats.free.lock().unwrap_or_else(PoisonError::into_inner).extend(self.seat.take());
-    }
-}
-
-/// Jobs must not use up what the worker's user may watch.
-pub(super) fn limit_watches(namespace: &OwnedFd) {
-    if !plan::limit_watches(namespace.as_fd()) {
-        tracing::warn!("jobs share the inotify instances of the worker's user");
     }
 }

@@ -66,7 +66,6 @@ struct Shared {
     privilege: Privilege,
     landlock: landlock::Support,
     launcher: Launcher,
-    limits_watches: bool,
     start_timeout: Duration,
     default_limits: Limits,
     /// In which zygotes run where the worker may choose uids.
@@ -131,10 +130,8 @@ impl Sandbox {
         }
         fd::allow_more()?;
         let privilege = Privilege::of_this_process();
-        let proc = plan::can_mount_proc(privilege);
-        if !proc {
-            tracing::warn!("jobs run without /proc: it cannot be mounted");
-        }
+        let user = privilege == Privilege::None;
+        let proc = probe::proc(user).is_ok();
         let standby: usize = config.environments.values().filter(|one| one.warm).map(|one| one.standby).sum();
         // A child that stands by holds a seat, so there are more seats than slots.
         let seats = config.worker.slots.saturating_add(standby);
@@ -151,8 +148,8 @@ impl Sandbox {
                     Mapping { inside, outside, count: seat_count },
                 ])
                 .inspect_err(|error| tracing::warn!(%error, "every job starts cold: no user namespace"))
+                .inspect(|namespace| plan::limit_watches(namespace.as_fd()))
                 .ok()
-                .inspect(identity::limit_watches)
             }
             Privilege::None => None,
         };
@@ -184,7 +181,6 @@ impl Sandbox {
                 privilege,
                 landlock: landlock::Support(probe::landlock_abi()),
                 launcher: Launcher::start(init_program)?,
-                limits_watches: privilege == Privilege::None && plan::can_limit_watches(),
                 start_timeout: settings.start_timeout,
                 default_limits: config.limits.default,
                 zygote_namespace,
@@ -457,7 +453,7 @@ impl Shared {
         };
         let wall = plan::cold(&job, &variant.root, &variant.coarse, &descriptors);
         let order = Order {
-            origin: plan::origin(self.privilege, self.limits_watches),
+            origin: plan::origin(self.privilege),
             init: plan::init(self.privilege, seat.namespace.as_ref(), seat.init_outside),
             wall,
             program: Arc::clone(&environment.program),

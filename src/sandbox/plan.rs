@@ -7,6 +7,7 @@ use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::LazyLock;
 
 use nix::sys::resource::{Resource, getrlimit};
 use sandpiper_shim::abi;
@@ -80,13 +81,25 @@ pub(super) const INODES: u64 = 16_384;
 /// Descriptors that may be under way in a user's sockets while one of its jobs starts: far more than jobs have.
 const ROOM_TO_SEND: u64 = 1 << 16;
 
-/// Whether an own `/proc` can be mounted here: containers that mask theirs do not allow it.
-pub(super) fn can_mount_proc(privilege: Privilege) -> bool {
+/// What the origin does: an identity to make namespaces with, and the pid namespace.
+pub(super) fn origin(privilege: Privilege) -> Plan {
+    origin_as(privilege, INSIDE)
+}
+
+fn origin_as(privilege: Privilege, inside: u32) -> Plan {
     let mut plan = Plan::default();
-    mount(&mut plan, [c"none", c"/", NOTHING], PRIVATE, NOTHING);
-    mount_proc(&mut plan, c"/proc", true);
-    let user = if privilege == Privilege::None { libc::CLONE_NEWUSER } else { 0 };
-    launch::can(user | libc::CLONE_NEWNS | libc::CLONE_NEWPID, plan.bytes())
+    plan.push(&Step::DieWithParent {});
+    if privilege == Privilege::None {
+        let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+        plan.push(&Step::Chdir { path: c"/proc" });
+        own_user_namespace(&mut plan, inside, [uid, gid]);
+        if *CAN_LIMIT_WATCHES {
+            watches(&mut plan);
+        }
+        plan.push(&Step::Chdir { path: c"/" });
+    }
+    plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWPID) });
+    plan
 }
 
 /// Inotify instances are counted for a user of the host, up through the owners of user namespaces: without a
@@ -96,43 +109,22 @@ fn watches(plan: &mut Plan) {
     plan.push(&Step::WriteFile { path: c"/proc/sys/user/max_inotify_watches", content: b"1024" });
 }
 
-/// Limits the watches of every user of this namespace; false where `/proc/sys` cannot be written.
-pub(super) fn limit_watches(namespace: BorrowedFd<'_>) -> bool {
-    let mut plan = Plan::default();
-    plan.push(&Step::Setns { fd: number(namespace), kind: flag(libc::CLONE_NEWUSER) });
-    watches(&mut plan);
-    launch::can(0, plan.bytes())
-}
-
-/// Whether an ordinary user's jobs can have such limits.
-pub(super) fn can_limit_watches() -> bool {
+/// Whether an ordinary user's namespaces can have such limits: not where `/proc/sys` is read-only.
+static CAN_LIMIT_WATCHES: LazyLock<bool> = LazyLock::new(|| {
     let mut plan = Plan::default();
     plan.push(&Step::Dumpable { value: 1 });
     watches(&mut plan);
     launch::can(libc::CLONE_NEWUSER, plan.bytes())
-}
+});
 
-/// What the origin does: an identity to make namespaces with, and the pid namespace.
-///
-/// `limits_watches`: the kernel lets the job's user namespace have limits of its own.
-pub(super) fn origin(privilege: Privilege, limits_watches: bool) -> Plan {
-    origin_as(privilege, INSIDE, limits_watches)
-}
-
-fn origin_as(privilege: Privilege, inside: u32, limits_watches: bool) -> Plan {
+/// Limits the watches of whoever is in this user namespace, where that can be done.
+pub(super) fn limit_watches(namespace: BorrowedFd<'_>) {
     let mut plan = Plan::default();
-    plan.push(&Step::DieWithParent {});
-    if privilege == Privilege::None {
-        let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
-        plan.push(&Step::Chdir { path: c"/proc" });
-        own_user_namespace(&mut plan, inside, [uid, gid]);
-        plan.push(&Step::Chdir { path: c"/" });
+    plan.push(&Step::Setns { fd: number(namespace), kind: flag(libc::CLONE_NEWUSER) });
+    watches(&mut plan);
+    if !launch::can(0, plan.bytes()) {
+        tracing::warn!("jobs share the inotify instances of the worker's user: /proc/sys cannot be written");
     }
-    if privilege == Privilege::None && limits_watches {
-        watches(&mut plan);
-    }
-    plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWPID) });
-    plan
 }
 
 /// What init does before it becomes its program: with full privilege it becomes `outside`, which is 0 in the
@@ -217,7 +209,7 @@ pub(super) fn warm(job: &Job<'_>, has_proc: bool) -> Plan {
 pub(super) fn zygote_origin(privilege: Privilege, namespace: Option<&OwnedFd>, root: &Root) -> Plan {
     if namespace.is_none() {
         // As any other user it would lose its privilege over its namespaces when it becomes python.
-        return origin_as(privilege, 0, false);
+        return origin_as(privilege, 0);
     }
     let mut plan = Plan::default();
     plan.push(&Step::DieWithParent {});

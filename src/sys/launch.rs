@@ -80,19 +80,6 @@ pub fn block_signals() -> io::Result<()> {
     Ok(nix::sys::signal::SigSet::all().thread_block()?)
 }
 
-/// Whether a plan can be carried out in new namespaces: a child does, and ends.
-///
-/// May be called from a process with threads, unlike the probes of the doctor.
-pub fn can(namespaces: libc::c_int, plan: &[u8]) -> bool {
-    // SAFETY: the child only makes system calls on prepared memory, and never returns.
-    let child = match unsafe { fork(namespaces) } {
-        Ok(0) => end(i32::from(wall::raise(plan).is_err())),
-        Ok(pid) => Child::adopt(pid),
-        Err(error) => Err(error),
-    };
-    child.and_then(|child| child.wait()).is_ok_and(|(exit, _)| exit == Exit::Code(0))
-}
-
 /// Starts both processes. Must be called on a thread that lives as long as the worker, since they die with it.
 ///
 /// # Errors
@@ -119,6 +106,19 @@ pub fn launch(launch: &Launch<'_>) -> io::Result<Launched> {
             Err(io::Error::other("the process that makes a job's namespaces ended early"))
         }
     }
+}
+
+/// Whether a plan can be carried out in new namespaces: a child does, and ends.
+///
+/// May be called from a process with threads, unlike the probes of the doctor.
+pub fn can(namespaces: libc::c_int, plan: &[u8]) -> bool {
+    // SAFETY: the child only makes system calls on prepared memory, and never returns.
+    let child = match unsafe { fork(namespaces) } {
+        Ok(0) => end(i32::from(wall::raise(plan).is_err())),
+        Ok(pid) => Child::adopt(pid),
+        Err(error) => Err(error),
+    };
+    child.and_then(|child| child.wait()).is_ok_and(|(exit, _)| exit == Exit::Code(0))
 }
 
 fn read_pids(pipe: OwnedFd) -> io::Result<(Option<i32>, Option<i32>)> {

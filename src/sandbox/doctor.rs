@@ -109,9 +109,8 @@ const PROC: Layer = Layer::welcome(
 );
 const UIDS: Layer = Layer::welcome(
     "several_uids",
-    "jobs and their pid 1 share one uid of the host",
-    "run the worker as root, or install newuidmap (package uidmap) and give the user a line in /etc/subuid and \
-     /etc/subgid",
+    "jobs and their pid 1 share one uid of the host: the worker's own",
+    "run the worker as root (or with CAP_SYS_ADMIN, CAP_SETUID, CAP_SETGID and CAP_CHOWN)",
 );
 const SECCOMP: Layer = Layer::needed(
     "seccomp",

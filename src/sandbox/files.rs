@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use super::plan::INODES;
+use super::mounts::INODES;
 use crate::job::{InputFile, Limits};
 use crate::sys::place::Place;
 

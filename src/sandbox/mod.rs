@@ -13,11 +13,14 @@ mod artifacts;
 mod cgroup;
 pub mod doctor;
 mod environment;
+mod error;
+mod events;
 mod files;
 mod identity;
 mod init;
 mod landlock;
 mod launcher;
+mod mounts;
 mod plan;
 pub mod policy;
 mod root;
@@ -30,7 +33,6 @@ mod zygote;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,6 +41,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::job::{Limits, Outcome, Status};
+use crate::ops::metrics::Metrics;
 use crate::script::Payload;
 use crate::sys::userns::{self, Mapping};
 use crate::sys::{fd, probe};
@@ -50,6 +53,7 @@ use launcher::{Launcher, Order};
 use plan::Plan;
 use watch::{Cause, Ends, Terms, Watch};
 
+pub use error::StartError;
 pub use root::RootError;
 pub use tap::Tap;
 
@@ -73,50 +77,6 @@ struct Shared {
     proxies: Vec<(&'static str, String)>,
     /// Bytes of artifacts that a result can hold, whatever else is in it.
     artifacts_max: u64,
-}
-
-/// Why the sandbox could not be set up.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum StartError {
-    /// The shim is not where it should be.
-    #[error("find the shim at {path}: {source}; build it beside the worker or set sandbox.shim")]
-    Shim {
-        /// Where it was looked for.
-        path: PathBuf,
-        /// Why it was not found.
-        source: io::Error,
-    },
-    /// An interpreter cannot be used.
-    #[error("prepare environment {name}: {source}")]
-    Environment {
-        /// Its name in the configuration.
-        name: String,
-        /// Why.
-        source: RootError,
-    },
-    /// The policy does not compile.
-    #[error("compile the system call policy: {0}")]
-    Policy(#[from] policy::PolicyError),
-    /// A layer that the operator requires is not there.
-    #[error("sandbox.require: {name} is not there: {detail}; `sandpiper doctor` says how to get it")]
-    Required {
-        /// The layer.
-        name: String,
-        /// What was found.
-        detail: String,
-    },
-    /// `sandbox.require` names something that there is not.
-    #[error("sandbox.require: there is no layer {name}; the layers are {known}")]
-    UnknownLayer {
-        /// As it was written.
-        name: String,
-        /// Every name that there is.
-        known: String,
-    },
-    /// A descriptor or a thread could not be had.
-    #[error("set up the sandbox: {0}")]
-    Io(#[from] io::Error),
 }
 
 impl Sandbox {
@@ -197,10 +157,10 @@ impl Sandbox {
     /// Starts the zygotes of warm environments, and keeps them. Jobs start cold until their zygote is there.
     ///
     /// Must be called inside a tokio runtime.
-    pub fn warm_up(&self) {
+    pub fn warm_up(&self, metrics: Option<&Metrics>) {
         for (name, environment) in &self.shared.environments {
             if let Some(zygote) = &environment.zygote {
-                zygote.keep(&self.shared, name);
+                zygote.keep(&self.shared, name, metrics);
             }
         }
     }
@@ -210,7 +170,7 @@ impl Sandbox {
     /// # Errors
     /// Why it does not.
     pub async fn warmed_up(&self, environment: &str) -> Result<(), String> {
-        self.warm_up();
+        self.warm_up(None);
         let environment = self.shared.environments.get(environment);
         match environment.map(|environment| &environment.zygote) {
             Some(Some(zygote)) => zygote.ready().await,
@@ -378,7 +338,7 @@ impl Shared {
         let launched = match self.launcher.launch(order).await {
             Ok(launched) => launched,
             Err(error) => {
-                let report = watch::read_report(&ends.control).ok().and_then(|(report, _)| report);
+                let report = events::read_report(&ends.control).ok().and_then(|(report, _)| report);
                 return failed(
                     report.map_or_else(|| error.to_string(), |report| verdict::failed_step(report, &plans)),
                 );

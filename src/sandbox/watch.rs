@@ -8,12 +8,13 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, SystemTime};
 
-use sandpiper_shim::abi::{REPORT_LEN, Report};
+use sandpiper_shim::abi::Report;
 use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::cgroup::Group;
+use super::events::{asked, at, ended, read_report, receive};
 use super::files::{self, Unlaid};
 use super::policy::{Judgement, Policy};
 use super::streams::{Input, Output};
@@ -23,7 +24,7 @@ use crate::sys::launch::Launched;
 use crate::sys::notify::{Listener, Question};
 use crate::sys::place::Place;
 use crate::sys::process::{Child, Exit, Resources};
-use crate::sys::{fd, ready};
+use crate::sys::ready;
 
 /// Refusals that are answered at once; after that each takes [`REFUSAL_DELAY`].
 const PROMPT_REFUSALS: u64 = 1_000;
@@ -381,63 +382,4 @@ fn pause(left: Duration, group: Option<&Group>) -> Duration {
 fn soonest(left: Duration) -> Duration {
     let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     (left / u32::try_from(processors).unwrap_or(u32::MAX)).max(CPU_CHECK_MIN)
-}
-
-/// Collects a child when it has ended.
-async fn ended(child: &AsyncFd<Child>) -> io::Result<(Exit, Resources)> {
-    loop {
-        let mut ready = child.readable().await?;
-        match child.get_ref().try_wait()? {
-            Some(exit) => return Ok(exit),
-            None => ready.clear_ready(),
-        }
-    }
-}
-
-async fn at(when: Option<Instant>) {
-    match when {
-        Some(when) => sleep_until(when).await,
-        None => std::future::pending().await,
-    }
-}
-
-/// The next question of the kernel's; for ever pending where there is no listener.
-async fn asked(listener: &Option<AsyncFd<Listener>>) -> Question {
-    let Some(listener) = listener else { return std::future::pending().await };
-    loop {
-        let Ok(mut ready) = listener.readable().await else { return std::future::pending().await };
-        match listener.get_ref().receive() {
-            Ok(question) => return question,
-            // The process that asked is gone.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
-            // Nobody is left to ask. Readiness would never end now, so it is not waited for.
-            Err(_) => return std::future::pending().await,
-        }
-    }
-}
-
-/// The report, and the descriptors beside it; nothing where the socket ended.
-async fn receive(control: &Option<AsyncFd<OwnedFd>>) -> io::Result<(Option<Report>, Vec<OwnedFd>)> {
-    let Some(control) = control else { return std::future::pending().await };
-    loop {
-        let mut ready = control.readable().await?;
-        match read_report(control.get_ref()) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
-            other => return other,
-        }
-    }
-}
-
-/// A report is written at once and so read at once; anything shorter is none, and what is none but brings a
-/// descriptor is garbled.
-pub(super) fn read_report(control: &OwnedFd) -> io::Result<(Option<Report>, Vec<OwnedFd>)> {
-    use std::os::fd::AsFd;
-    let mut bytes = [0; REPORT_LEN];
-    let received = fd::receive(control.as_fd(), &mut bytes)?;
-    if received.length == 0 {
-        return Ok((None, Vec::new()));
-    }
-    let report = (received.length == REPORT_LEN).then(|| Report::decode(&bytes)).flatten();
-    report.map(|report| (Some(report), received.fds)).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }

@@ -44,7 +44,7 @@ pub async fn serve(
     once: Option<NonZeroUsize>,
 ) -> Ended {
     let name = name(config);
-    sandbox.warm_up();
+    sandbox.warm_up(Some(metrics));
     metrics.slots(config.worker.slots);
     config.environments.keys().for_each(|environment| metrics.environment(environment));
 

@@ -21,6 +21,7 @@ use super::environment::Environment;
 use super::identity::Lease;
 use super::watch::{Cause, Watch};
 use crate::job::Limits;
+use crate::ops::metrics::Metrics;
 use process::Process;
 
 pub(super) use process::Generation;
@@ -72,12 +73,12 @@ impl Zygote {
         }
     }
 
-    /// Starts the keeper, once.
-    pub(super) fn keep(self: &Arc<Self>, shared: &Arc<Shared>, name: &str) {
+    /// Starts the keeper, once. It counts where there are metrics.
+    pub(super) fn keep(self: &Arc<Self>, shared: &Arc<Shared>, name: &str, metrics: Option<&Metrics>) {
         let mut keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner);
         if keeper.is_none() {
             let (zygote, shared, name) = (Arc::downgrade(self), Arc::downgrade(shared), name.to_owned());
-            *keeper = Some(tokio::spawn(keep(zygote, shared, name)));
+            *keeper = Some(tokio::spawn(keep(zygote, shared, name, metrics.cloned())));
         }
     }
 
@@ -107,6 +108,11 @@ impl Zygote {
             Ok(State::Failed(why)) => Err(why.clone()),
             _ => Ok(()),
         }
+    }
+
+    /// Children that stand by.
+    fn standing(&self) -> usize {
+        self.standby.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
     /// A child that stands by, where there is one that can take these limits on.
@@ -182,15 +188,24 @@ fn fits(default: &Limits, limits: &Limits, grouped: bool) -> bool {
     inside(default) == inside(limits) && outside
 }
 
-async fn keep(zygote: Weak<Zygote>, shared: Weak<Shared>, name: String) {
+async fn keep(zygote: Weak<Zygote>, shared: Weak<Shared>, name: String, metrics: Option<Metrics>) {
+    let mut started_before = false;
     let mut delays = crate::retry::Delays::new(FIRST_DELAY, LONGEST_DELAY);
     while let (Some(zygote), Some(shared)) = (zygote.upgrade(), shared.upgrade()) {
         let Some(environment) = shared.environments.get(&name) else { return };
         if zygote.ended.is_cancelled() {
             return;
         }
-        match tend(&zygote, &shared, environment).await {
-            Ok(()) => {
+        let tended = tend(&zygote, &shared, environment).await;
+        if let Some(metrics) = &metrics {
+            metrics.standby(&name, zygote.standing());
+            if matches!(tended, Ok(true)) && started_before {
+                metrics.zygote_restarted(&name);
+            }
+        }
+        match tended {
+            Ok(started) => {
+                started_before |= started;
                 delays.reset();
                 zygote.state.send_replace(State::Ready);
                 drop(shared);
@@ -218,27 +233,22 @@ async fn keep(zygote: Weak<Zygote>, shared: Weak<Shared>, name: String) {
     }
 }
 
-/// Starts the zygote where there is none, and makes the children that are missing.
-async fn tend(zygote: &Zygote, shared: &Arc<Shared>, environment: &Environment) -> io::Result<()> {
-    {
-        let mut process = zygote.process.lock().await;
-        if zygote.ended.is_cancelled() {
-            return Ok(());
-        }
-        if process.is_none() {
-            *process = Some(Process::start(shared, environment).await?);
-        }
+/// Starts the zygote where there is none, and makes the children that are missing. Tells whether it has started
+/// one.
+async fn tend(zygote: &Zygote, shared: &Arc<Shared>, environment: &Environment) -> io::Result<bool> {
+    let mut process = zygote.process.lock().await;
+    let start = process.is_none() && !zygote.ended.is_cancelled();
+    if start {
+        *process = Some(Process::start(shared, environment).await?);
     }
-    loop {
-        let standing = zygote.standby.lock().unwrap_or_else(PoisonError::into_inner).len();
-        if standing >= environment.standby || zygote.ended.is_cancelled() {
-            return Ok(());
-        }
-        // Every seat is taken by a job that runs: the next one that ends wakes the keeper up.
-        let Some(lease) = shared.seats.try_take() else { return Ok(()) };
+    drop(process);
+    while zygote.standing() < environment.standby && !zygote.ended.is_cancelled() {
+        // There is a seat for each slot and each child; without one, more jobs run than there are slots.
+        let Some(lease) = shared.seats.try_take() else { break };
         let made = zygote.make(shared, environment, lease, &shared.default_limits).await?;
         zygote.standby.lock().unwrap_or_else(PoisonError::into_inner).push_back(made);
     }
+    Ok(start)
 }
 
 #[cfg(test)]

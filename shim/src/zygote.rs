@@ -3,7 +3,7 @@
 //! The zygote is one thread of a python process that has done its imports. For every order it makes two
 //! children *of its own parent*, the worker, who therefore watches and collects them exactly as it does those
 //! that it started itself: the first process of a new pid namespace, which shares the zygote's memory, touches
-//! none of it and only waits; and the job's process, which returns from [`fork`] as its child, with the
+//! none of it and only waits; and the job's process, which returns from [`Zygote::fork`] as its child, with the
 //! interpreter as it is, and raises the outer wall of its order around itself.
 //!
 //! The fork is a raw one, since libc's cannot make a sibling. What libc's would do for a process of one thread

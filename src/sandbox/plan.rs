@@ -138,7 +138,9 @@ pub(super) fn cold(job: &Job<'_>, root: &Root, coarse: &[u8], descriptors: &Desc
     writable(&mut plan, owner, job.limits.disk_bytes);
     join(&mut plan, job.seat.namespace.as_ref());
     plan.push(&Step::DropBounding {});
-    confine(&mut plan, job, job.seat.inside(job.privilege));
+    // An ordinary user's init has the job's own uid, and counts.
+    let besides = u64::from(job.privilege == Privilege::None);
+    confine(&mut plan, job, job.seat.inside(job.privilege), besides);
     plan.push(&Step::Filter { instructions: coarse });
     plan.push(&Step::DefaultSignals {});
     plan.push(&Step::DieWithParent {});
@@ -167,9 +169,11 @@ pub(super) fn warm(job: &Job<'_>, has_proc: bool) -> Plan {
     }
     if job.privilege == Privilege::None {
         own_user_namespace(&mut plan, INSIDE, [0; 2]);
+        // A new namespace comes with a full set.
+        plan.push(&Step::DropBounding {});
     }
     plan.push(&Step::Chdir { path: c"/" });
-    confine(&mut plan, job, inside);
+    confine(&mut plan, job, inside, 0);
     // Changing its identity took the process out of its own reach.
     plan.push(&Step::Dumpable { value: 1 });
     plan.push(&Step::UnblockSignals {});
@@ -271,12 +275,12 @@ fn own_user_namespace(plan: &mut Plan, inside: u32, [uid, gid]: [u32; 2]) {
     }
 }
 
-/// Nobody, with nothing: what every job's process is from here on.
-fn confine(plan: &mut Plan, job: &Job<'_>, id: u32) {
+/// Nobody, with nothing: what every job's process is from here on. `besides` processes of ours count as the job's.
+fn confine(plan: &mut Plan, job: &Job<'_>, id: u32, besides: u64) {
     let keeps_groups = (job.privilege == Privilege::None).into();
     plan.push(&Step::Identity { uid: id.into(), gid: id.into(), keeps_groups });
     plan.push(&Step::DropCapabilities {});
-    resources(plan, job);
+    resources(plan, job, besides);
     plan.push(&Step::Setsid {});
     plan.push(&Step::Umask { mask: 0o022 });
     plan.push(&Step::NoNewPrivileges {});
@@ -305,12 +309,11 @@ fn start_python(plan: &mut Plan, descriptors: &Descriptors<'_>, first_closed: i3
     plan.push(&Step::CloseFrom { first: flag(first_closed) });
 }
 
-fn resources(plan: &mut Plan, job: &Job<'_>) {
+fn resources(plan: &mut Plan, job: &Job<'_>, besides: u64) {
     let limits = job.limits;
     // In whole seconds, and only a backstop: the worker itself looks at the clock.
     let cpu = limits.cpu_ms.div_ceil(1000).saturating_add(1);
-    // An ordinary user's init has the job's own uid, and counts.
-    let processes = limits.processes + u64::from(job.privilege == Privilege::None);
+    let processes = limits.processes + besides;
     let mut values = vec![
         (libc::RLIMIT_CORE, 0),
         (libc::RLIMIT_CPU, cpu),

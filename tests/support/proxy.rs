@@ -132,9 +132,11 @@ async fn serve(
     let (from_worker, to_worker) = worker.into_split();
     let (from_broker, to_broker) = upstream.into_split();
     tokio::select! {
+        // The reset first: a fault that ends right after it must not let through what was held back.
+        biased;
+        _ = resets.changed() => {}
         () = pump(from_worker, to_broker, Way::ToBroker, shared.clone()) => {}
         () = pump(from_broker, to_worker, Way::ToWorker, shared.clone()) => {}
-        _ = resets.changed() => {}
     }
 }
 

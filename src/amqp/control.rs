@@ -1,16 +1,17 @@
 //! What every worker hears at once: messages of the control exchange, and what it says back.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::amqp::Properties;
 
 /// A message to all workers: a JSON object with one field.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Command {
     /// `{"cancel": "ID"}`: end the job of that id, wherever it waits or runs. Workers without it do nothing.
     Cancel(String),
-    /// `{"ping": {}}`: say who you are and what you do, in a [`Pong`] to the message's `reply_to`.
+    /// `{"ping": {}}`: say who you are and what you do, to the message's `reply_to`.
     Ping {},
 }
 
@@ -24,13 +25,14 @@ pub struct Heard {
 }
 
 /// What a worker says of itself.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Pong {
     /// Its name, as in its results.
     pub worker: String,
     /// The version of the worker.
     pub version: String,
     /// When it started.
+    #[schemars(with = "String", extend("format" = "date-time"))]
     pub since: jiff::Timestamp,
     /// Jobs it runs at one time.
     pub slots: usize,
@@ -43,11 +45,12 @@ pub struct Pong {
 }
 
 /// A job that a worker holds.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Held {
     /// Its id.
     pub id: String,
     /// When it came to the worker.
+    #[schemars(with = "String", extend("format" = "date-time"))]
     pub since: jiff::Timestamp,
     /// It runs; else it waits for a slot.
     pub running: bool,

@@ -31,6 +31,7 @@ pub use delivery::{Delivery, Properties};
 pub use message::Message;
 pub use publisher::{Publisher, Sent, Told};
 pub use supervisor::LinkState;
+pub use topology::CONTROL;
 
 /// What the broker, or the way to it, made impossible.
 #[derive(Debug, thiserror::Error)]

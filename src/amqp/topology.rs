@@ -28,7 +28,7 @@ pub(super) async fn ensure(link: &Link, channel: &Channel, config: &config::Amqp
 const DEAD_LIMIT: i64 = 1_000_000_000;
 
 /// The exchange by which every worker hears of cancelled jobs.
-pub(super) const CONTROL: &str = "sandpiper.control";
+pub const CONTROL: &str = "sandpiper.control";
 
 async fn queue(
     link: &Link,

@@ -2,6 +2,7 @@
 //!
 //! Pure values. Nothing here does I/O or knows a broker, a process or a configuration file.
 
+pub mod asyncapi;
 mod check;
 mod encode;
 pub(crate) mod explain;

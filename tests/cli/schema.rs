@@ -39,6 +39,63 @@ fn the_jobs_schema_accepts_what_exec_accepts() {
     }
 }
 
+/// That the document is AsyncAPI says its own parser, in tests/clients.
+#[test]
+fn asyncapi_has_the_queues_as_configured_and_schemas_that_hold() {
+    let ran = run(["schema", "asyncapi", "--set", "amqp.jobs_queue=eu.jobs"]);
+    assert_eq!((ran.code, ran.stderr.as_str()), (0, ""));
+    let document = ran.json();
+    for (channel, address) in [
+        ("jobs", "eu.jobs"),
+        ("results", "sandpiper.results"),
+        ("dead", "sandpiper.dead"),
+        ("control", "sandpiper.control"),
+    ] {
+        assert_eq!(document["channels"][channel]["address"], address);
+    }
+    let fixture = |name: &str| -> Value {
+        let path = format!("{}/tests/fixtures/contract/{name}.json", env!("CARGO_MANIFEST_DIR"));
+        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+    };
+    let (job, mut result) = (fixture("example_job"), fixture("example_result"));
+    let output = json!({"id": "a", "seq": 0, "stream": "stdout", "data": "x", "encoding": "utf-8"});
+    for (message, good) in [
+        ("job", &job),
+        ("result", &result),
+        ("output", &output),
+        ("command", &json!({"cancel": "a"})),
+        ("command", &json!({"ping": {}})),
+    ] {
+        assert!(payload(&document, message).is_valid(good), "{message}: {good}");
+    }
+    result["status"] = "done".into();
+    for (message, bad) in [
+        ("job", json!({"code": "1", "colour": "blue"})),
+        ("job", json!({"code": "1", "limits": {"cpu_ms": 0}})),
+        ("result", result),
+        ("output", json!({"id": "a"})),
+        ("command", json!({"reboot": "now"})),
+        ("pong", json!({})),
+    ] {
+        assert!(!payload(&document, message).is_valid(&bad), "{message}: {bad}");
+    }
+}
+
+fn payload(document: &Value, message: &str) -> jsonschema::Validator {
+    let components = &document["components"];
+    let mut schema = components["messages"][message]["payload"].clone();
+    schema["components"] = components.clone();
+    jsonschema::draft7::new(&schema).unwrap()
+}
+
+#[test]
+fn a_configuration_that_is_wrong_concerns_asyncapi_only() {
+    let wrong = ["--set", "amqp.no_such_key=1"];
+    let asyncapi = run(["schema", "asyncapi"].into_iter().chain(wrong));
+    assert!(asyncapi.code != 0 && asyncapi.complaint().contains("no_such_key"), "{asyncapi:?}");
+    assert_eq!(run(["schema", "job"].into_iter().chain(wrong)).code, 0);
+}
+
 #[test]
 fn another_word_is_refused_with_the_two_that_there_are() {
     let ran = run(["schema", "jobs"]);

@@ -55,7 +55,7 @@ def await_true(what, condition, seconds=30):
 class Worker:
     """A `sandpiper serve` of our own."""
 
-    def __init__(self, name, url, folder):
+    def __init__(self, name, url, folder, settings=None):
         self.name = name
         self.port = free_port()
         self.log = pathlib.Path(folder) / f"{name}.log"
@@ -66,7 +66,7 @@ class Worker:
             "SANDPIPER_WORKER__NAME": name,
             "SANDPIPER_WORKER__SLOTS": "2",
             "SP_TEST_RUN": os.environ.get("SP_TEST_RUN", ""),
-        }
+        } | (settings or {})
         with self.log.open("ab") as log:
             self.process = subprocess.Popen([WORKER, "serve"], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         await_true(f"{name} is ready; its log: {self.log.read_text()}", self.ready)

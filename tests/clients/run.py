@@ -142,6 +142,8 @@ def dify(url, folder):
         assert unread == success("\ufffd", ""), unread
         # Code before the filter is left out unless ENABLE_PRELOAD, as there.
         assert run("print('ran')", preload="raise SystemExit(9)") == success("ran\n", "")
+        # The prescript there has imported os; here a program has only what it imports.
+        assert "NameError: name 'os' is not defined" in run("os.getcwd()")[1]["data"]["error"]
         assert run(17)[1]["code"] == -400
         assert run("x", language="nodejs") == (400, {"code": -400, "message": "unsupported language", "data": None})
         for unfit in (b"", b"[]", b"{", b'{"language": "python3"}'):

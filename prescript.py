@@ -23,7 +23,7 @@ def sandpiper():
             found.setdefault(module.partition(".")[0], []).append(module)
         return found
 
-    ours = new()
+    source = b""
     main = sys.modules["__main__"].__dict__
     for name in [name for name in main if not name.startswith("__")]:
         del main[name]
@@ -172,6 +172,8 @@ def sandpiper():
         if changes:
             sys.meta_path.insert(0, Finder)
 
+    leave = None  # or a shorter way out than python's own
+
     def run(name, source):
         try:
             try:
@@ -184,20 +186,20 @@ def sandpiper():
                 raise
             exec(code, sys.modules["__main__"].__dict__)
         except BaseException as error:
-            if type(error) is not SystemExit or not leave(error.code or 0):
+            code = error.code if type(error) is SystemExit else ""
+            if not leave or code is not None and (type(code) is not int or not 0 <= code < 256):
                 strip(name)
                 raise
-        leave(0)
+        else:
+            code = 0
+        if leave:
+            leave(code or 0)
 
     def open_stdin():
         # Python has read this script from there.
         stdin = open(0, encoding=sys.stdin.encoding, errors=sys.stdin.errors, closefd=False)
         stdin.buffer.raw.name = "<stdin>"
         sys.stdin = sys.__stdin__ = stdin
-
-    def leave(code):
-        # The job's code is through. Does not return where there is a shorter way out than python's own.
-        pass
 
     def shortcut():
         # Python ends by taking itself apart, object by object, and each page that it writes for that is one that
@@ -271,14 +273,14 @@ def sandpiper():
                 streams = ()  # the long way: python flushes them when it lets go of them
 
         def leave(code):
-            if type(code) is int and 0 <= code < 256:
-                sys.__interactivehook__ = Last(code)  # what python lets go of last before the modules
-                end(code)
+            sys.__interactivehook__ = Last(code)  # what python lets go of last before the modules
+            end(code)
 
         kinds = {kind: quiet(kind) for kind in {type(thing) for thing in objects()}}
         return None if any(loud(module) for module in modules.values()) else leave
 
     def zygote(imports):
+        nonlocal leave
         exec(compile(imports, "<imports>", "exec", dont_inherit=True), {"__name__": "<imports>"})
         import gc
         import linecache
@@ -303,7 +305,7 @@ def sandpiper():
         os.close(end)
         open_stdin()
         remember()
-        found = shortcut() or leave, new()
+        leave, ours = shortcut(), new()
         if os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) != 1:
             sys.exit("the environment's imports have started a thread, which a fork would lose")
         # What is here now is never collected, so that a collection does not copy its pages; nor does a child that
@@ -311,6 +313,9 @@ def sandpiper():
         gc.collect()
         gc.freeze()
         trim(0)
+        # Nor is what hangs on it finalized. What the job gets for its own comes after it.
+        sys.modules["__main__"] = type(sys)("__main__")
+        sys.modules["__main__"].__dict__.update(main)
         if ready() != 0:
             os._exit(125)
         while True:
@@ -334,67 +339,68 @@ def sandpiper():
         tempfile._name_sequence = None
         if "uuid" in sys.modules:
             sys.modules["uuid"]._last_timestamp = None
-        return found
+        # From here, so that what this function holds is not let go of.
+        job(os.getuid(), os.getgid(), ours, False)
+
+    def job(uid, gid, ours, renew):
+        # From the lockdown to the end. `renew` where nothing is prepared yet.
+        nonlocal source
+        if shim.lockdown(uid, gid, {{enable_network}}) != 0:
+            os._exit(125)
+
+        # The assignment: key, code, number of arguments, arguments, environment; each ends in NUL.
+        parts = []
+        while True:
+            part = os.read(3, 1 << 16)
+            if not part:
+                break
+            parts.append(part)
+        os.close(3)
+        fields = b"".join(parts).split(b"\0")
+        if len(fields) < 4:
+            os._exit(125)  # the worker went away
+        key = binascii.a2b_base64(fields[0])
+        code = binascii.a2b_base64(fields[1] or b"{{code}}")
+        count = int(fields[2])
+        arguments = fields[3 : 3 + count]
+        environment = fields[3 + count : -1]
+
+        os.dup2(4, 0)
+        os.close(4)
+        if renew:
+            open_stdin()
+        os.chdir("/work")
+        sys.argv[:] = ["<job>", *map(os.fsdecode, arguments)]
+        for variable in environment:
+            name, _, value = variable.partition(b"=")
+            os.environb[name] = value
+            if name == b"TZ":
+                import time
+
+                time.tzset()
+
+        # As one big integer: a loop over bytes takes twenty times as long.
+        size = len(code)
+        pad = (key * (size // len(key) + 1))[:size]
+        source = (int.from_bytes(code, "little") ^ int.from_bytes(pad, "little")).to_bytes(size, "little")
+        del parts, fields, code, pad
+        sys.path.insert(0, "/work")
+        # A job's file wins over a module that only we needed, or the operator's imports.
+        for file in os.listdir("/work"):
+            for module in ours.get(file.partition(".")[0], ()):
+                renew |= sys.modules.pop(module, None) is not None
+        if renew:
+            remember()
+        run("<job>", source)
 
     uid, gid = {{uid}}, {{gid}}
-    preload, warm = binascii.a2b_base64(b"{{preload}}"), uid == 0
-    if warm:
-        leave, ours = zygote(preload)
-        # The job's own: what was there at the freeze is never collected, nor is what hangs on it finalized.
-        sys.modules["__main__"] = type(sys)("__main__")
-        sys.modules["__main__"].__dict__.update(main)
-        uid, gid = os.getuid(), os.getgid()
-    elif preload:
-        run("<preload>", preload)
-
-    if shim.lockdown(uid, gid, {{enable_network}}) != 0:
-        os._exit(125)
-
-    # The assignment: key, code, number of arguments, arguments, environment; each ends in NUL.
-    parts = []
-    while True:
-        part = os.read(3, 1 << 16)
-        if not part:
-            break
-        parts.append(part)
-    os.close(3)
-    fields = b"".join(parts).split(b"\0")
-    if len(fields) < 4:
-        os._exit(125)  # the worker went away
-    key = binascii.a2b_base64(fields[0])
-    code = binascii.a2b_base64(fields[1] or b"{{code}}")
-    count = int(fields[2])
-    arguments = fields[3 : 3 + count]
-    environment = fields[3 + count : -1]
-
-    os.dup2(4, 0)
-    os.close(4)
-    if not warm:
-        open_stdin()
-    os.chdir("/work")
-    sys.argv[:] = ["<job>", *map(os.fsdecode, arguments)]
-    for variable in environment:
-        name, _, value = variable.partition(b"=")
-        os.environb[name] = value
-        if name == b"TZ":
-            import time
-
-            time.tzset()
-
-    # As one big integer: a loop over bytes takes twenty times as long.
-    size = len(code)
-    pad = (key * (size // len(key) + 1))[:size]
-    source = (int.from_bytes(code, "little") ^ int.from_bytes(pad, "little")).to_bytes(size, "little")
-    del parts, fields, code, pad
-    sys.path.insert(0, "/work")
-    # A job's file wins over a module that only we needed, or the operator's imports.
-    renew = not warm
-    for file in os.listdir("/work"):
-        for module in ours.get(file.partition(".")[0], ()):
-            renew |= sys.modules.pop(module, None) is not None
-    if renew:
-        remember()
-    run("<job>", source)
+    preload = binascii.a2b_base64(b"{{preload}}")
+    if uid == 0:
+        zygote(preload)
+    else:
+        if preload:
+            run("<preload>", preload)
+        job(uid, gid, new(), True)
 
 
 # In a namespace of its own: what is left of it must not keep the job's alive when python ends.

@@ -16,7 +16,14 @@ def sandpiper():
     import binascii
     import ctypes
 
-    ours = sys.modules.keys() - known
+    def new():
+        # What has been imported since, by the first part of its name.
+        found = {}
+        for module in sys.modules.keys() - known:
+            found.setdefault(module.partition(".")[0], []).append(module)
+        return found
+
+    source = b""
     main = sys.modules["__main__"].__dict__
     for name in [name for name in main if not name.startswith("__")]:
         del main[name]
@@ -77,10 +84,10 @@ def sandpiper():
         except Exception:
             hook()
 
-    def remember(name, source, ours):
-        # Shows the source to whoever asks linecache for it: tracebacks, warnings, inspect. It is not imported
-        # for that, since it costs as much as starting python does; it is filled when the job imports it. What
-        # prints the exceptions of threads and finalizers shows it as well.
+    def remember():
+        # Shows the job's source to whoever asks linecache for it: tracebacks, warnings, inspect. It is not
+        # imported for that, since it costs as much as starting python does; it is filled when the job imports
+        # it. What prints the exceptions of threads and finalizers shows it as well.
         def hook_unraisable(unraisable, hook=sys.unraisablehook):
             title = ""
             if unraisable.object is not None:
@@ -103,16 +110,29 @@ def sandpiper():
 
             module.excepthook = excepthook
 
+        class Entry(tuple):
+            # Of linecache: size, time, lines, name. The source is taken apart when somebody looks at it.
+            def __iter__(self):
+                return iter((len(source), None, lines(), "<job>"))
+
+            def __getitem__(self, key):
+                return tuple(self)[key]
+
+            def __len__(self):
+                return 4
+
         def fill(module):
+            module.cache["<job>"] = Entry()
+
+        def lines():
             import io
 
             try:
-                text = io.TextIOWrapper(io.BytesIO(source), encoding(source), "replace").read()
-            except LookupError:
-                return
-            module.cache[name] = (len(source), None, text.splitlines(True), name)
+                return io.TextIOWrapper(io.BytesIO(source), encoding(), "replace").read().splitlines(True)
+            except Exception:
+                return []  # a source that cannot be decoded has no lines to show
 
-        def encoding(source):
+        def encoding():
             def detect():
                 import tokenize
 
@@ -142,22 +162,17 @@ def sandpiper():
 
                 def exec_module(module):
                     execute(module)
-                    try:
-                        change(module)
-                    except Exception:
-                        pass  # a source that cannot be decoded has no lines to show
+                    change(module)
 
                 spec.loader.exec_module = exec_module
                 return spec
 
-        # A job's file wins over a module that only we needed, or the operator's imports.
-        files = {file.partition(".")[0] for file in os.listdir("/work")}
-        for module in [module for module in ours if module.partition(".")[0] in files]:
-            del sys.modules[module]
         for module in [module for module in changes if module in sys.modules]:
             changes.pop(module)(sys.modules[module])
         if changes:
             sys.meta_path.insert(0, Finder)
+
+    leave = None  # or a shorter way out than python's own
 
     def run(name, source):
         try:
@@ -170,11 +185,102 @@ def sandpiper():
                     error.text = b"".join(line).decode("utf-8", "replace")
                 raise
             exec(code, sys.modules["__main__"].__dict__)
-        except BaseException:
-            strip(name)
-            raise
+        except BaseException as error:
+            code = error.code if type(error) is SystemExit else ""
+            if not leave or code is not None and (type(code) is not int or not 0 <= code < 256):
+                strip(name)
+                raise
+        else:
+            code = 0
+        if leave:
+            leave(code or 0)
+
+    def open_stdin():
+        # Python has read this script from there.
+        stdin = open(0, encoding=sys.stdin.encoding, errors=sys.stdin.errors, closefd=False)
+        stdin.buffer.raw.name = "<stdin>"
+        sys.stdin = sys.__stdin__ = stdin
+
+    def shortcut():
+        # Python ends by taking itself apart, object by object, and each page that it writes for that is one that
+        # the job's process shares with the zygote until then: this takes longer than most jobs do. So python is
+        # left as it stands where nothing of the job's would notice. That is found out in the midst of its end:
+        # threads have ended, exit handlers have run, garbage is collected; the modules come next.
+        import gc
+        import weakref
+
+        end, flush, exit = ctypes.pythonapi.Py_Exit, ctypes.pythonapi.fflush, os._exit
+        blocks, objects, finalizing = sys.getallocatedblocks, gc.get_objects, sys.is_finalizing
+        modules, streams = sys.modules, (sys.stdout, sys.stderr)
+        bases, names, home = (type.__dict__[name].__get__ for name in ("__mro__", "__dict__", "__module__"))
+        many = blocks() + 50_000  # so many cost no less to look through
+        # Where types in C come from that do nothing at their end, unless they have a finalizer.
+        plain = {"_abc", "_csv", "_frozen_importlib", "_frozen_importlib_external", "_json", "_random", "_struct"}
+        plain |= {"_thread", "array", "builtins", "collections", "contextvars", "datetime", "decimal", "functools"}
+        plain |= {"itertools", "numpy", "operator", "pandas", "re", "types", "weakref", "zipimport", "__main__"}
+        extensions = os.path.join(os.path.dirname(os.__file__), "lib-dynload", "")
+
+        def file(module):
+            return str(object.__getattribute__(module, "__dict__").get("__file__"))
+
+        def quiet(kind):
+            for base in bases(kind):
+                module = modules.get(home(base))
+                if "__del__" in names(base):
+                    return False
+                if home(base).partition(".")[0] not in plain and not (module and file(module).endswith(".py")):
+                    return False
+            return True
+
+        def loud(module):
+            # An extension may hold files that are complete only when it closes them.
+            name, path = module.__name__, file(module)
+            if not path.endswith(".so") or name.partition(".")[0] in plain:
+                return False
+            return not path.startswith(extensions) or name in ("_dbm", "_gdbm", "_sqlite3")
+
+        def unseen(last):
+            if blocks() > many or (sys.stdout, sys.stderr) != streams:
+                return False
+            for thing in objects():
+                kind = type(thing)
+                if kind not in kinds:
+                    kinds[kind] = quiet(kind)
+                if not kinds[kind] and thing is not last:
+                    return False
+                if kind is type(sys) and loud(thing):
+                    return False
+                if issubclass(kind, type) and "__del__" in names(thing):
+                    return False
+                if issubclass(kind, weakref.ref) and getattr(thing.__callback__, "__name__", "_destroy") != "_destroy":
+                    return False
+            return True
+
+        class Last:
+            def __init__(self, code):
+                self.code = code
+
+            def __del__(self):
+                nonlocal streams
+                try:
+                    if finalizing() and unseen(self):
+                        for stream in streams:
+                            stream.closed or stream.flush()
+                        flush(None)
+                        exit(self.code)
+                except BaseException:
+                    pass
+                streams = ()  # the long way: python flushes them when it lets go of them
+
+        def leave(code):
+            sys.__interactivehook__ = Last(code)  # what python lets go of last before the modules
+            end(code)
+
+        kinds = {kind: quiet(kind) for kind in {type(thing) for thing in objects()}}
+        return None if any(loud(module) for module in modules.values()) else leave
 
     def zygote(imports):
+        nonlocal leave
         exec(compile(imports, "<imports>", "exec", dont_inherit=True), {"__name__": "<imports>"})
         import gc
         import linecache
@@ -182,96 +288,119 @@ def sandpiper():
         import tempfile
         import traceback
 
-        fork = ctypes.PyDLL("/run/sandpiper/shim.so").zygote_fork
-        interpreter = ctypes.pythonapi
-        if os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) != 1:
-            sys.exit("the environment's imports have started a thread, which a fork would lose")
-        # What is here now is never collected, so that a collection does not copy its pages.
-        gc.collect()
-        gc.freeze()
-        if shim.zygote_ready() != 0:
-            os._exit(125)
-        while True:
-            if shim.zygote_next() != 1:
-                os._exit(0)
-            interpreter.PyOS_BeforeFork()
-            forked = fork()
-            if forked == 1:
-                interpreter.PyOS_AfterFork_Child()
-                break
-            interpreter.PyOS_AfterFork_Parent()
-            if forked != 0:
-                os._exit(125)
-        if shim.zygote_enter() != 0:
-            os._exit(125)
-        # Whatever has drawn on chance in the zygote must not go on from there in every job. Libraries notice a
-        # fork by the process's number, and that is the same one in every pid namespace.
-        random.seed()
-        tempfile._name_sequence = None
+        # Whatever a child needs is made here, if it can be: each object that a child touches is a page to copy.
         for name in [name for name in os.environ if name.endswith("_NUM_THREADS")]:
             del os.environ[name]  # was for the imports, so that they start no thread
-        for name in "_ssl", "_hashlib":
-            if name in sys.modules:
-                ctypes.CDLL(sys.modules[name].__file__).RAND_poll()
+        fork = ctypes.PyDLL("/run/sandpiper/shim.so").zygote_fork
+        ready, await_order, enter, _ = shim.zygote_ready, shim.zygote_next, shim.zygote_enter, shim.lockdown
+        before, after = ctypes.pythonapi.PyOS_BeforeFork, ctypes.pythonapi.PyOS_AfterFork_Parent
+        as_child, trim = ctypes.pythonapi.PyOS_AfterFork_Child, getattr(ctypes.pythonapi, "malloc_trim", int)
+        libraries = [sys.modules[name].__file__ for name in ("_ssl", "_hashlib") if name in sys.modules]
+        reseeds = [ctypes.CDLL(library).RAND_poll for library in libraries]
+        if "numpy.random" in sys.modules:
+            reseeds.append(sys.modules["numpy.random"].seed)
+        pipe, end = os.pipe()  # as the job's own standard input will be
+        os.dup2(pipe, 0)
+        os.close(pipe)
+        os.close(end)
+        open_stdin()
+        remember()
+        leave, ours = shortcut(), new()
+        if os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) != 1:
+            sys.exit("the environment's imports have started a thread, which a fork would lose")
+        # What is here now is never collected, so that a collection does not copy its pages; nor does a child that
+        # allocates memory put the zygote's free pieces together.
+        gc.collect()
+        gc.freeze()
+        trim(0)
+        # Nor is what hangs on it finalized. What the job gets for its own comes after it.
+        sys.modules["__main__"] = type(sys)("__main__")
+        sys.modules["__main__"].__dict__.update(main)
+        if ready() != 0:
+            os._exit(125)
+        while True:
+            if await_order() != 1:
+                os._exit(0)
+            before()
+            forked = fork()
+            if forked == 1:
+                as_child()
+                break
+            after()
+            if forked != 0:
+                os._exit(125)
+        if enter() != 0:
+            os._exit(125)
+        # Whatever has drawn on chance in the zygote must not go on from there in every job. Libraries notice a
+        # fork by the process's number, and that is the same one in every pid namespace. Python's own generator
+        # has been told of the fork.
+        for reseed in reseeds:
+            reseed()
+        tempfile._name_sequence = None
         if "uuid" in sys.modules:
             sys.modules["uuid"]._last_timestamp = None
-        if "numpy.random" in sys.modules:
-            sys.modules["numpy.random"].seed()
+        # From here, so that what this function holds is not let go of.
+        job(os.getuid(), os.getgid(), ours, False)
+
+    def job(uid, gid, ours, renew):
+        # From the lockdown to the end. `renew` where nothing is prepared yet.
+        nonlocal source
+        if shim.lockdown(uid, gid, {{enable_network}}) != 0:
+            os._exit(125)
+
+        # The assignment: key, code, number of arguments, arguments, environment; each ends in NUL.
+        parts = []
+        while True:
+            part = os.read(3, 1 << 16)
+            if not part:
+                break
+            parts.append(part)
+        os.close(3)
+        fields = b"".join(parts).split(b"\0")
+        if len(fields) < 4:
+            os._exit(125)  # the worker went away
+        key = binascii.a2b_base64(fields[0])
+        code = binascii.a2b_base64(fields[1] or b"{{code}}")
+        count = int(fields[2])
+        arguments = fields[3 : 3 + count]
+        environment = fields[3 + count : -1]
+
+        os.dup2(4, 0)
+        os.close(4)
+        if renew:
+            open_stdin()
+        os.chdir("/work")
+        sys.argv[:] = ["<job>", *map(os.fsdecode, arguments)]
+        for variable in environment:
+            name, _, value = variable.partition(b"=")
+            os.environb[name] = value
+            if name == b"TZ":
+                import time
+
+                time.tzset()
+
+        # As one big integer: a loop over bytes takes twenty times as long.
+        size = len(code)
+        pad = (key * (size // len(key) + 1))[:size]
+        source = (int.from_bytes(code, "little") ^ int.from_bytes(pad, "little")).to_bytes(size, "little")
+        del parts, fields, code, pad
+        sys.path.insert(0, "/work")
+        # A job's file wins over a module that only we needed, or the operator's imports.
+        for file in os.listdir("/work"):
+            for module in ours.get(file.partition(".")[0], ()):
+                renew |= sys.modules.pop(module, None) is not None
+        if renew:
+            remember()
+        run("<job>", source)
 
     uid, gid = {{uid}}, {{gid}}
     preload = binascii.a2b_base64(b"{{preload}}")
     if uid == 0:
         zygote(preload)
-        ours = sys.modules.keys() - known
-        # The job's own: what was there at the freeze is never collected, nor is what hangs on it finalized.
-        sys.modules["__main__"] = type(sys)("__main__")
-        sys.modules["__main__"].__dict__.update(main)
-        uid, gid = os.getuid(), os.getgid()
-    elif preload:
-        run("<preload>", preload)
-
-    if shim.lockdown(uid, gid, {{enable_network}}) != 0:
-        os._exit(125)
-
-    # The assignment: key, code, number of arguments, arguments, environment; each ends in NUL.
-    parts = []
-    while True:
-        part = os.read(3, 1 << 20)
-        if not part:
-            break
-        parts.append(part)
-    os.close(3)
-    fields = b"".join(parts).split(b"\0")
-    if len(fields) < 4:
-        os._exit(125)  # the worker went away
-    key = binascii.a2b_base64(fields[0])
-    code = binascii.a2b_base64(fields[1] or b"{{code}}")
-    count = int(fields[2])
-    arguments = fields[3 : 3 + count]
-    environment = fields[3 + count : -1]
-
-    os.dup2(4, 0)
-    os.close(4)
-    sys.stdin = sys.__stdin__ = open(0, encoding=sys.stdin.encoding, errors=sys.stdin.errors, closefd=False)
-    sys.stdin.buffer.raw.name = "<stdin>"
-    os.chdir("/work")
-    sys.argv[:] = ["<job>", *map(os.fsdecode, arguments)]
-    for variable in environment:
-        name, _, value = variable.partition(b"=")
-        os.environb[name] = value
-    if b"TZ" in os.environb:
-        import time
-
-        time.tzset()
-
-    # As one big integer: a loop over bytes takes twenty times as long.
-    size = len(code)
-    pad = (key * (size // len(key) + 1))[:size]
-    source = (int.from_bytes(code, "little") ^ int.from_bytes(pad, "little")).to_bytes(size, "little")
-    del parts, fields, code, pad
-    sys.path.insert(0, "/work")
-    remember("<job>", source, ours)
-    run("<job>", source)
+    else:
+        if preload:
+            run("<preload>", preload)
+        job(uid, gid, new(), True)
 
 
 # In a namespace of its own: what is left of it must not keep the job's alive when python ends.

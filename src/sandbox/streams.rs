@@ -12,6 +12,8 @@ use crate::sys::{fd, ready};
 
 /// Bytes taken in one read: a pipe's own size.
 const CHUNK: usize = 64 << 10;
+/// In the first one. Most jobs write less, and room that is not needed has to be cleared all the same.
+const FIRST_CHUNK: usize = 4 << 10;
 
 /// One stream of output, up to a limit. Past that nothing more is read: a flood costs a fixed amount of memory.
 #[derive(Debug)]
@@ -90,8 +92,9 @@ impl Output {
 /// One read. The byte after the limit is what tells "exactly" from "more".
 fn take(mut pipe: &File, bytes: &mut Vec<u8>, limit: u64) -> io::Result<State> {
     let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-    let room = limit.saturating_sub(bytes.len()).saturating_add(1).min(CHUNK);
     let held = bytes.len();
+    let chunk = if held == 0 { FIRST_CHUNK } else { CHUNK };
+    let room = limit.saturating_sub(held).saturating_add(1).min(chunk);
     bytes.resize(held + room, 0);
     let read = loop {
         match pipe.read(&mut bytes[held..]) {

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::LazyLock;
 use std::time::{Duration, SystemTime};
 
 use sandpiper_shim::abi::Report;
@@ -32,6 +33,11 @@ const PROMPT_REFUSALS: u64 = 1_000;
 const REFUSAL_DELAY: Duration = Duration::from_millis(10);
 /// Never look at the CPU clock more often than this.
 const CPU_CHECK_MIN: Duration = Duration::from_millis(10);
+/// Asked once: the answer is put together from files of the kernel's.
+static PROCESSORS: LazyLock<u32> = LazyLock::new(|| {
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    u32::try_from(processors).unwrap_or(u32::MAX)
+});
 /// A job that lost a process to its memory limit is noticed within this.
 const MEMORY_CHECK: Duration = Duration::from_millis(50);
 
@@ -380,6 +386,5 @@ fn pause(left: Duration, group: Option<&Group>) -> Duration {
 
 /// The earliest that so much CPU time can have been used: with every processor busy for the job.
 fn soonest(left: Duration) -> Duration {
-    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    (left / u32::try_from(processors).unwrap_or(u32::MAX)).max(CPU_CHECK_MIN)
+    (left / *PROCESSORS).max(CPU_CHECK_MIN)
 }

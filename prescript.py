@@ -201,6 +201,7 @@ def sandpiper():
         stdin.buffer.raw.name = "<stdin>"
         sys.stdin = sys.__stdin__ = stdin
 
+    # Only a zygote is given what follows: it would take a cold process as long to read as all the rest.
     def shortcut():
         # Python ends by taking itself apart, object by object, and each page that it writes for that is one that
         # the job's process shares with the zygote until then: this takes longer than most jobs do. So python is
@@ -342,6 +343,7 @@ def sandpiper():
         # From here, so that what this function holds is not let go of.
         job(os.getuid(), os.getgid(), ours, False)
 
+    # So far.
     def job(uid, gid, ours, renew):
         # From the lockdown to the end. `renew` where nothing is prepared yet.
         nonlocal source

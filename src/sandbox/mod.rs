@@ -344,9 +344,20 @@ impl Shared {
                 );
             }
         };
+        let admitted = match &lease.group {
+            Some(group) if !payload.has_preload => launched.job.pid().map(|pid| group.admit(pid)),
+            _ => None,
+        };
         let mut watch = Watch::new(launched, ends, lease.outside)?;
-        let Some(cause) = watch.start(taken + self.start_timeout, limits, stop).await? else {
-            return Ok(Ok(Started { watch, lease, _generation: None }));
+        let admitted = async { if let Some(admitted) = admitted { admitted.await } else { Ok(()) } };
+        let (started, admitted) = tokio::join!(watch.start(taken + self.start_timeout, limits, stop), admitted);
+        let cause = match (started?, admitted) {
+            (None, Ok(())) => return Ok(Ok(Started { watch, lease, _generation: None })),
+            (Some(cause), _) => cause,
+            (None, Err(error)) => {
+                watch.finish(Cause::Cancelled, limits, lease.group.as_ref()).await?;
+                return failed(format!("the job's process could not enter its control group: {error}"));
+            }
         };
         let explained = match cause {
             Cause::StartFailed(report) => Some(verdict::failed_step(report, &plans)),
@@ -393,7 +404,10 @@ impl Shared {
         let [script, stdin, stdout, stderr, control, policy] = &kept[..] else {
             return Err(io::Error::other("a descriptor is missing"));
         };
-        let doors: Vec<u64> = seat.group.iter().flat_map(Group::doors).map(plan::number).collect();
+        // Only what runs code before the lockdown has to be inside from the start; entering takes as long as
+        // much of python's own start, beside which it is done then.
+        let early = seat.group.iter().filter(|_| payload.has_preload);
+        let doors: Vec<u64> = early.flat_map(Group::doors).map(plan::number).collect();
         let job = plan::Job {
             privilege: self.privilege,
             seat,

@@ -4,6 +4,7 @@
 //! the one when it starts and the other when it has locked itself down.
 
 use std::collections::BTreeMap;
+use std::sync::LazyLock;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -13,6 +14,15 @@ use crate::job::{InputFile, Job};
 
 /// What runs in every python process.
 const TEMPLATE: &str = include_str!("../../prescript.py");
+
+/// The lines in it around what only a zygote needs.
+const ZYGOTE: [&str; 2] = ["    # Only a zygote is given what follows", "    # So far.\n"];
+
+/// What runs in a cold one: without that part, which python would have to read for every job.
+static COLD: LazyLock<String> = LazyLock::new(|| {
+    let [begin, end] = ZYGOTE.map(|line| TEMPLATE.find(line).unwrap_or_default());
+    [&TEMPLATE[..begin], &TEMPLATE[end..]].concat()
+});
 
 /// Bytes of a key: 512 bits.
 const KEY_BYTES: usize = 64;
@@ -78,20 +88,20 @@ impl Payload {
 
     /// The prescript for a process that is to be this user and group.
     pub fn render(&self, uid: u32, gid: u32) -> String {
-        render([uid, gid], self.network, &self.preload, &self.code)
+        render(&COLD, [uid, gid], self.network, &self.preload, &self.code)
     }
 }
 
 /// The prescript for a zygote, which has uid 0 in its own namespace and no code: it does these imports.
 pub fn render_zygote(imports: &[String]) -> String {
     let imports: String = imports.iter().map(|module| format!("import {module}\n")).collect();
-    render([0, 0], false, &BASE64.encode(imports), "")
+    render(TEMPLATE, [0, 0], false, &BASE64.encode(imports), "")
 }
 
-fn render([uid, gid]: [u32; 2], network: bool, preload: &str, code: &str) -> String {
+fn render(template: &str, [uid, gid]: [u32; 2], network: bool, preload: &str, code: &str) -> String {
     let (uid, gid) = (uid.to_string(), gid.to_string());
     let network = if network { "1" } else { "0" };
-    fill(TEMPLATE, |name| match name {
+    fill(template, |name| match name {
         "uid" => Some(&uid),
         "gid" => Some(&gid),
         "enable_network" => Some(network),
@@ -134,6 +144,16 @@ fn fill<'a>(template: &'a str, value: impl Fn(&str) -> Option<&'a str>) -> Strin
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cold_process_is_given_all_but_the_zygote() {
+        let [begin, end] = ZYGOTE.map(|line| TEMPLATE.find(line).unwrap());
+        assert!(begin < end && end - begin > 4 << 10, "{begin} to {end}");
+        assert!(TEMPLATE.contains("def zygote(") && !COLD.contains("def zygote("));
+        for name in ["uid", "gid", "enable_network", "preload", "code"] {
+            assert_eq!(COLD.matches(&format!("{{{{{name}}}}}")).count(), 1, "{name}");
+        }
+    }
 
     #[test]
     fn every_placeholder_of_the_template_is_filled() {

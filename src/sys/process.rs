@@ -65,10 +65,16 @@ impl Child {
         };
     }
 
-    /// CPU time of the child itself so far, all its threads together; none once it has ended.
-    pub fn cpu_time(&self) -> Option<Duration> {
+    /// Its number; none once it was collected.
+    pub fn pid(&self) -> Option<i32> {
         let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.pidfd.as_raw_fd())).ok()?;
         let pid = info.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok()?;
+        (pid > 0).then_some(pid)
+    }
+
+    /// CPU time of the child itself so far, all its threads together; none once it has ended.
+    pub fn cpu_time(&self) -> Option<Duration> {
+        let pid = self.pid()?;
         let clock = nix::time::clock_getcpuclockid(nix::unistd::Pid::from_raw(pid)).ok()?;
         let time = nix::time::clock_gettime(clock).ok()?;
         Some(Duration::from_nanos(time.num_nanoseconds().cast_unsigned()))

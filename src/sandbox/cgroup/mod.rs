@@ -2,8 +2,8 @@
 //!
 //! Version 2 is tried first, then version 1; where neither can be had, the caller is left with rlimits. The groups
 //! are made once, below the worker's own, and handed from job to job with their seat: making one for every job
-//! would cost more than the job. A job enters by itself, through descriptors that were opened for it ([`Group::doors`]);
-//! the first process of its pid namespace stays outside, so that it outlives a kill for memory.
+//! would cost more than the job. A job enters by itself, through descriptors that were opened for it
+//! ([`Group::doors`]), or is [admitted](Group::admit) while its python starts; the first process of its pid namespace stays outside, so that it outlives a kill for memory.
 
 mod counters;
 mod home;
@@ -110,7 +110,7 @@ pub(super) struct Group {
     homes: Arc<Homes>,
     name: String,
     /// `cgroup.procs`, open for writing.
-    doors: Vec<OwnedFd>,
+    doors: Arc<[OwnedFd]>,
     counters: Counters,
     /// Memory and processes, as the kernel has them.
     set: Option<[u64; 2]>,
@@ -143,7 +143,7 @@ impl Group {
         }
         let counters = Counters::open(homes, &name)?;
         let began = counters.read();
-        Ok(Self { homes: Arc::clone(homes), name, doors, counters, set: None, began })
+        Ok(Self { homes: Arc::clone(homes), name, doors: doors.into(), counters, set: None, began })
     }
 
     /// Sets the limits of the next job, and counts anew from here.
@@ -214,6 +214,22 @@ impl Group {
     /// Open `cgroup.procs` files: a process that writes `0` to each of them is in, and whatever it forks.
     pub(super) fn doors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.doors.iter().map(AsFd::as_fd)
+    }
+
+    /// Lets a process in, beside whatever it is doing. That can take the kernel ten milliseconds.
+    ///
+    /// The number must not mean another process before this is done. Numbers are handed out in turn: one that has
+    /// just become free comes back last.
+    pub(super) async fn admit(&self, pid: i32) -> io::Result<()> {
+        let doors = Arc::clone(&self.doors);
+        let entered = tokio::task::spawn_blocking(move || {
+            doors.iter().try_for_each(|door| match nix::unistd::write(door, pid.to_string().as_bytes()) {
+                // It has ended meanwhile, which its watch sees, too.
+                Ok(_) | Err(nix::errno::Errno::ESRCH) => Ok(()),
+                Err(errno) => Err(errno.into()),
+            })
+        });
+        entered.await.map_err(io::Error::other)?
     }
 
     /// CPU time of all processes since [`begin`](Self::begin), those that have ended too.

@@ -11,12 +11,13 @@ use sandpiper_shim::abi::{POLICY_MAGIC, SHIM_PATH};
 
 use super::StartError;
 use super::identity::{INSIDE, Privilege};
+use super::plan;
 use super::policy::{Options, Policy, PolicyError, Program as Filter};
 use super::root::{Root, RootError};
 use super::zygote::Zygote;
 use crate::config;
 use crate::sys::fd;
-use crate::sys::launch::Program;
+use crate::sys::launch::{self, Program};
 
 /// Everything of an environment that its jobs share.
 #[derive(Debug)]
@@ -38,6 +39,8 @@ pub(super) struct Environment {
 #[derive(Debug)]
 pub(super) struct Variant {
     pub(super) root: Root,
+    /// The root as it stands, for cold jobs to join; none where they have to build their own.
+    pub(super) prepared: Option<OwnedFd>,
     pub(super) policy: Policy,
     /// The compiled policy as the shim maps it.
     pub(super) policy_file: OwnedFd,
@@ -86,7 +89,8 @@ impl Environment {
             let file = policy_file(&policy, network, machine.privilege).map_err(PrepareError::Io)?;
             let coarse = policy.coarse().bytes();
             let coarse_zygote = policy.coarse_before_wall().bytes();
-            Ok(Variant { root, policy, policy_file: file, coarse, coarse_zygote })
+            let prepared = prepare(&root, machine.privilege);
+            Ok(Variant { root, prepared, policy, policy_file: file, coarse, coarse_zygote })
         };
         Ok(Self {
             name: name.to_owned(),
@@ -131,6 +135,17 @@ fn program(environment: &config::Environment, zygote: bool) -> Program {
         variables.extend(pools.iter().map(|pool| string(format!("{pool}_NUM_THREADS=1").as_bytes())));
     }
     Program::new(python, arguments, variables)
+}
+
+/// An ordinary user has no namespace of mounts before a job's own user namespace is there.
+fn prepare(root: &Root, privilege: Privilege) -> Option<OwnedFd> {
+    if privilege == Privilege::None {
+        return None;
+    }
+    launch::mount_namespace(plan::prepared_root(root).bytes())
+        .and_then(fd::out_of_the_way)
+        .inspect_err(|error| tracing::warn!(%error, "each cold job builds its own root, which takes longer"))
+        .ok()
 }
 
 /// As [`PolicyHeader`](sandpiper_shim::abi::PolicyHeader) lays it out, in a file that cannot change.

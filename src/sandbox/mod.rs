@@ -350,7 +350,8 @@ impl Shared {
         };
         let mut watch = Watch::new(launched, ends, lease.outside)?;
         let admitted = async { if let Some(admitted) = admitted { admitted.await } else { Ok(()) } };
-        let (started, admitted) = tokio::join!(watch.start(taken + self.start_timeout, limits, stop), admitted);
+        let (started, admitted) =
+            tokio::join!(watch.start(taken + self.start_timeout, limits, stop), admitted);
         let cause = match (started?, admitted) {
             (None, Ok(())) => return Ok(Ok(Started { watch, lease, _generation: None })),
             (Some(cause), _) => cause,
@@ -425,7 +426,7 @@ impl Shared {
             control: control.as_fd(),
             policy: policy.as_fd(),
         };
-        let wall = plan::cold(&job, &variant.root, &variant.coarse, &descriptors);
+        let wall = plan::cold(&job, &variant.root, variant.prepared.as_ref(), &variant.coarse, &descriptors);
         let order = Order {
             origin: plan::origin(self.privilege),
             init: plan::init(self.privilege, seat.namespace.as_ref(), seat.init_outside),

@@ -45,8 +45,8 @@ pub(super) fn mount_proc(plan: &mut Plan, target: &CStr, read_only: bool) {
     mount(plan, [c"proc", target, c"proc"], flags, c"subset=pid,hidepid=invisible");
 }
 
-/// A root of the interpreter's own, read-only.
-pub(super) fn file_system(plan: &mut Plan, root: &Root, proc_read_only: bool) {
+/// A root of the interpreter's own, read-only. Where `proc` is some, with a `/proc`: read-only, or not.
+pub(super) fn file_system(plan: &mut Plan, root: &Root, proc: Option<bool>) {
     // Nothing that is mounted from here on reaches the host.
     mount(plan, [c"none", c"/", NOTHING], PRIVATE, NOTHING);
     // A place to stand while both roots are needed: every path of the host stays reachable below /old.
@@ -88,8 +88,8 @@ pub(super) fn file_system(plan: &mut Plan, root: &Root, proc_read_only: bool) {
     for device in DEVICES {
         bind(plan, &below(OLD, as_path(device)), &below(NEW, as_path(device)));
     }
-    if root.has_proc() {
-        mount_proc(plan, c"/new/proc", proc_read_only);
+    if let Some(read_only) = proc.filter(|_| root.has_proc()) {
+        mount_proc(plan, c"/new/proc", read_only);
     }
     plan.push(&Step::EnterRoot { new: c"/new" });
 }

@@ -125,12 +125,34 @@ fn wait_for_ever(plan: &mut Plan) {
     plan.push(&Step::DieWithParent {});
 }
 
-/// The outer wall of a job that starts cold.
-pub(super) fn cold(job: &Job<'_>, root: &Root, coarse: &[u8], descriptors: &Descriptors<'_>) -> Plan {
+/// Prepares a root in a mount namespace that cold jobs join and then copy: what takes some hundred calls is done
+/// once. Without its `/proc`, which belongs to a job's own pid namespace.
+pub(super) fn prepared_root(root: &Root) -> Plan {
+    let mut plan = Plan::default();
+    plan.push(&Step::DieWithParent {});
+    file_system(&mut plan, root, None);
+    plan
+}
+
+/// The outer wall of a job that starts cold, on its prepared root where there is one.
+pub(super) fn cold(
+    job: &Job<'_>,
+    root: &Root,
+    prepared: Option<&OwnedFd>,
+    coarse: &[u8],
+    descriptors: &Descriptors<'_>,
+) -> Plan {
     let mut plan = Plan::default();
     enter_cgroups(&mut plan, job);
+    if let Some(prepared) = prepared {
+        plan.push(&Step::Setns { fd: number(prepared.as_fd()), kind: flag(libc::CLONE_NEWNS) });
+    }
     namespaces(&mut plan, job.network);
-    file_system(&mut plan, root, true);
+    if prepared.is_none() {
+        file_system(&mut plan, root, Some(true));
+    } else if root.has_proc() {
+        mount_proc(&mut plan, c"/proc", true);
+    }
     let owner = match job.privilege {
         Privilege::Full => job.seat.outside,
         Privilege::None => INSIDE,
@@ -198,7 +220,7 @@ pub(super) fn zygote_origin(privilege: Privilege, namespace: Option<&OwnedFd>, r
     namespaces(&mut plan, false);
     // Its `/proc` is the worker's, and hidden by the zygote's own; the kernel lets a process without privilege
     // mount one only where there is one already.
-    file_system(&mut plan, root, true);
+    file_system(&mut plan, root, Some(true));
     join(&mut plan, namespace);
     plan.push(&Step::Identity { uid: 0, gid: 0, keeps_groups: 0 });
     plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWPID) });
@@ -228,7 +250,7 @@ pub(super) fn zygote(
     } else {
         namespaces(&mut plan, false);
         // Its children write their maps there.
-        file_system(&mut plan, root, false);
+        file_system(&mut plan, root, Some(false));
     }
     plan.push(&Step::Rlimit { resource: libc::RLIMIT_CORE.into(), soft: 0, hard: 0 });
     plan.push(&Step::Setsid {});

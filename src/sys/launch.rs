@@ -121,6 +121,41 @@ pub fn can(namespaces: libc::c_int, plan: &[u8]) -> bool {
     child.and_then(|child| child.wait()).is_ok_and(|(exit, _)| exit == Exit::Code(0))
 }
 
+/// Carries out a plan in a mount namespace of its own, and keeps that for others to join.
+///
+/// # Errors
+/// The plan, or one of the calls around it, failed.
+pub fn mount_namespace(plan: &[u8]) -> io::Result<OwnedFd> {
+    let (hold, release) = fd::pipe()?;
+    let (mut done, doing) = fd::pipe().map(|(read, write)| (std::fs::File::from(read), write))?;
+    // SAFETY: the child only makes system calls on prepared memory, and never returns.
+    let (holder, pid) = match unsafe { fork(libc::CLONE_NEWNS) }? {
+        0 => {
+            let raised = wall::raise(plan).is_ok();
+            // Holds the namespace until it has been opened: the pipe then ends. The own copy of the writing end
+            // would keep it open.
+            // SAFETY: the numbers are this process's own copies; the buffer is live.
+            unsafe {
+                let mut byte = 0_u8;
+                libc::close(release.as_raw_fd());
+                if raised && libc::write(doing.as_raw_fd(), (&raw const byte).cast(), 1) == 1 {
+                    libc::read(hold.as_raw_fd(), (&raw mut byte).cast(), 1);
+                }
+            }
+            end(i32::from(!raised))
+        }
+        pid => (Child::adopt(pid)?, pid),
+    };
+    drop(doing);
+    let namespace = match done.read(&mut [0])? {
+        0 => Err(io::Error::other("a root cannot be prepared once for all jobs")),
+        _ => std::fs::File::open(format!("/proc/{pid}/ns/mnt")),
+    };
+    drop(release);
+    holder.wait()?;
+    Ok(namespace?.into())
+}
+
 fn read_pids(pipe: OwnedFd) -> io::Result<(Option<i32>, Option<i32>)> {
     let mut bytes = Vec::with_capacity(8);
     std::fs::File::from(pipe).read_to_end(&mut bytes)?;

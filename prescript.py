@@ -309,11 +309,14 @@ def sandpiper():
         leave, ours = shortcut(), new()
         if os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) != 1:
             sys.exit("the environment's imports have started a thread, which a fork would lose")
+        for reseed in reseeds:
+            reseed()  # sets up what it needs
         # What is here now is never collected, so that a collection does not copy its pages; nor does a child that
-        # allocates memory put the zygote's free pieces together.
+        # allocates memory put the zygote's free pieces together and in order.
         gc.collect()
         gc.freeze()
         trim(0)
+        bytearray(100_000)
         # Nor is what hangs on it finalized. What the job gets for its own comes after it.
         sys.modules["__main__"] = type(sys)("__main__")
         sys.modules["__main__"].__dict__.update(main)

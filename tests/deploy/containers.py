@@ -151,6 +151,12 @@ def check(deploy, worker, documents, want, run):
         code, said = contain(worker, profile, STEPS % {"layers": layers, "warm": warm}, **settings)
         want(code == 42, f"a container with seccomp.json and the settings of {name} ends with {code}:\n{said}")
 
+    # Root in a pod whose uids do not reach to the default sandbox.uid_base: no worker, instead of failing jobs.
+    lost = example | {"environment": {}}
+    code, said = contain(worker, profile, "sandpiper exec /programs/greeting.py || sandpiper doctor", **lost)
+    want(code == 1 and "sandbox.uid_base: the ids 2000000 to" in said and "MISSING  several_uids" in said,
+         f"a worker whose sandbox.uid_base is outside of its user namespace says ({code}):\n{said}")
+
     # Nothing is in it that need not be: without any one of them a job cannot start.
     for name in sorted(WALLS):
         less = profile | {"syscalls": [entry | {"names": [one for one in entry["names"] if one != name]}

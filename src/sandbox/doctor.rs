@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use super::identity::{Privilege, range_exists};
 use super::{StartError, cgroup};
 use crate::config::Config;
 use crate::sys::probe::{self, Failed, Namespace};
@@ -70,7 +71,7 @@ const USER: Layer = Layer::needed(
     "jobs would need a worker that is root, and an operator's imports would run as root of the host",
     "sysctl kernel.unprivileged_userns_clone=1 and user.max_user_namespaces=15000; on Ubuntu 23.10 and later also \
      kernel.apparmor_restrict_unprivileged_userns=0; in a container, a seccomp profile that allows unshare and \
-     clone with CLONE_NEWUSER",
+     clone with CLONE_NEWUSER; as root in a container also CAP_SETFCAP",
 );
 const IN_A_CONTAINER: &str = "allow it in the container: a seccomp profile that permits unshare and mount \
      (Docker: --security-opt seccomp=PROFILE), or CAP_SYS_ADMIN; the kernel must be built with this namespace";
@@ -104,13 +105,15 @@ const TMPFS: Layer = Layer::needed("tmpfs", "disk_bytes could not be enforced", 
 const ROOT: Layer = Layer::needed("pivot_root", "a job would see the host's files", MOUNT_REMEDY);
 const PROC: Layer = Layer::welcome(
     "proc",
-    "jobs run without /proc: multiprocessing's CPU count, psutil and the like do not work",
+    "jobs run without /proc: multiprocessing's CPU count, psutil and the like do not work; an ordinary user's jobs \
+     all start cold",
     "in a container, unmask /proc (Docker: --security-opt systempaths=unconfined; Kubernetes: procMount: Unmasked)",
 );
 const UIDS: Layer = Layer::welcome(
     "several_uids",
     "jobs and their pid 1 share one uid of the host: the worker's own",
-    "run the worker as root (or with CAP_SYS_ADMIN, CAP_SETUID, CAP_SETGID and CAP_CHOWN)",
+    "run the worker as root (or with CAP_SYS_ADMIN, CAP_SETUID, CAP_SETGID and CAP_CHOWN); in a container with a user \
+     namespace of its own, set sandbox.uid_base to where /proc/self/uid_map has ids",
 );
 const SECCOMP: Layer = Layer::needed(
     "seccomp",
@@ -161,7 +164,7 @@ pub fn examine(config: &Config) -> Vec<Check> {
         TMPFS.check(config, told(probe::tmpfs(with_user))),
         ROOT.check(config, told(probe::new_root(with_user))),
         PROC.check(config, told(probe::proc(with_user))),
-        UIDS.check(config, told(probe::several_uids(config.sandbox.uid_base))),
+        uids(config),
         SECCOMP.check(config, told(probe::seccomp())),
         NOTIFY.check(config, told(probe::seccomp_notify())),
     ]);
@@ -194,6 +197,18 @@ pub fn demand(config: &Config, wanted: impl Fn(&Check) -> bool) -> Result<(), St
     match checks.into_iter().find(|check| !check.ok && wanted(check)) {
         Some(Check { name, detail, .. }) => Err(StartError::Required { name, detail }),
         None => Ok(()),
+    }
+}
+
+/// A worker that may choose uids does choose them, and without the ones it is configured for no job starts.
+fn uids(config: &Config) -> Check {
+    let first = config.sandbox.uid_base;
+    let slots = u32::try_from(config.worker.slots).unwrap_or(u32::MAX);
+    match (Privilege::of_this_process(), range_exists(first, slots)) {
+        (Privilege::Full, Err(error)) => {
+            Check { required: true, ..UIDS.check(config, Err(error.to_string())) }
+        }
+        _ => UIDS.check(config, told(probe::several_uids(first))),
     }
 }
 

@@ -37,6 +37,18 @@ pub enum StartError {
         /// What was found.
         detail: String,
     },
+    /// The ids of jobs do not exist in the worker's own user namespace.
+    #[error(
+        "sandbox.uid_base: the ids {first} to {last} do not exist here; set it to where {path} has that many"
+    )]
+    Ids {
+        /// The first of them.
+        first: u32,
+        /// And the last.
+        last: u32,
+        /// The map that lacks them.
+        path: &'static str,
+    },
     /// `sandbox.require` names something that there is not.
     #[error("sandbox.require: there is no layer {name}; the layers are {known}")]
     UnknownLayer {

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::cgroup::Group;
+use super::error::StartError;
 use super::plan;
 use crate::sys::userns::{self, Mapping};
 
@@ -40,6 +41,33 @@ impl Privilege {
             .and_then(|set| u64::from_str_radix(set.trim(), 16).ok());
         if effective.is_some_and(|set| set & NEEDED == NEEDED) { Self::Full } else { Self::None }
     }
+}
+
+/// Insists that a worker that may choose ids has those from `first` on, so many: in a container with a user
+/// namespace of its own there are only the ones that were mapped into it.
+pub(super) fn range_exists(first: u32, count: u32) -> Result<(), StartError> {
+    let last = first.saturating_add(count);
+    for path in ["/proc/self/uid_map", "/proc/self/gid_map"] {
+        // Where the map cannot be read, the first attempt to use the ids has to tell.
+        let Ok(map) = std::fs::read_to_string(path) else { continue };
+        if !covers(&map, first, last) {
+            return Err(StartError::Ids { first, last, path });
+        }
+    }
+    Ok(())
+}
+
+/// One line of a uid or gid map has all of these ids.
+fn covers(map: &str, first: u32, last: u32) -> bool {
+    map.lines().any(|line| {
+        let mut numbers = line.split_ascii_whitespace().map(str::parse::<u64>);
+        let (Some(Ok(inside)), Some(Ok(_)), Some(Ok(count))) =
+            (numbers.next(), numbers.next(), numbers.next())
+        else {
+            return false;
+        };
+        inside <= first.into() && u64::from(last) < inside.saturating_add(count)
+    })
 }
 
 /// One job's identity while it runs.
@@ -160,5 +188,23 @@ impl std::ops::DerefMut for Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         self.seats.free.lock().unwrap_or_else(PoisonError::into_inner).extend(self.seat.take());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::covers;
+
+    #[test]
+    fn a_range_lies_within_one_line_of_a_map() {
+        let host = "         0          0 4294967295\n";
+        let pod = "         0    1000000      65536\n";
+        assert!(covers(host, 2_000_000, 2_000_130));
+        assert!(covers(pod, 20_000, 65_535));
+        assert!(!covers(pod, 20_000, 65_536));
+        assert!(!covers(pod, 2_000_000, 2_000_004));
+        assert!(covers("0 0 1\n100000 100000 65536\n", 100_000, 100_004));
+        assert!(!covers("0 0 1\n", 0, 1));
+        assert!(!covers("", 0, 0));
     }
 }

@@ -100,6 +100,9 @@ impl Sandbox {
             Vec::new()
         });
         let seat_count = u32::try_from(seats).unwrap_or(u32::MAX);
+        if privilege == Privilege::Full {
+            identity::range_exists(settings.uid_base, seat_count)?;
+        }
         let zygote_namespace = match privilege {
             Privilege::Full => {
                 let (inside, outside) = (INSIDE, settings.uid_base.saturating_add(1));

@@ -212,7 +212,8 @@ impl Sandbox {
         match run.await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(error)) => {
-                tracing::error!(%error, "a job could not be run");
+                let error = error::explained(&error);
+                tracing::error!(error, "a job could not be run");
                 Outcome::not_run(Status::WorkerError, format!("the sandbox failed: {error}"))
             }
             Err(error) => {
@@ -340,7 +341,7 @@ impl Shared {
             Err(error) => {
                 let report = events::read_report(&ends.control).ok().and_then(|(report, _)| report);
                 return failed(
-                    report.map_or_else(|| error.to_string(), |report| verdict::failed_step(report, &plans)),
+                    report.map_or_else(|| error::explained(&error), |report| verdict::failed_step(report, &plans)),
                 );
             }
         };

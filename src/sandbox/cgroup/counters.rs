@@ -17,6 +17,8 @@ const TICK_MS: u64 = 10;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Reading {
     pub(super) kills: u64,
+    /// How often the group's own limit stood in the way.
+    pub(super) own: u64,
     pub(super) cpu: Duration,
     pub(super) user: Duration,
     pub(super) system: Duration,
@@ -28,6 +30,8 @@ pub(super) struct Counters {
     version: Version,
     /// `memory.oom_control` or `memory.events`
     kills: File,
+    /// `memory.failcnt` or `memory.events`
+    own: File,
     /// `cpuacct.usage` or `cpu.stat`
     cpu: File,
     /// `cpuacct.stat` or `cpu.stat`
@@ -60,6 +64,7 @@ impl Counters {
             Version::One => Self {
                 version,
                 kills: open("memory", "memory.oom_control")?,
+                own: open("memory", "memory.failcnt")?,
                 cpu: open("cpuacct", "cpuacct.usage")?,
                 times: open("cpuacct", "cpuacct.stat")?,
                 memory: open("memory", "memory.usage_in_bytes")?,
@@ -68,6 +73,7 @@ impl Counters {
             Version::Two => Self {
                 version,
                 kills: open("memory", "memory.events")?,
+                own: open("memory", "memory.events")?,
                 cpu: open("memory", "cpu.stat")?,
                 times: open("memory", "cpu.stat")?,
                 memory: open("memory", "memory.current")?,
@@ -78,6 +84,14 @@ impl Counters {
 
     pub(super) fn kills(&self) -> Option<u64> {
         with_text(&self.kills, |text| field(text, "oom_kill"))
+    }
+
+    /// Not those of a group around it: in version 2 `oom` counts where the limit was that could not be kept.
+    pub(super) fn own(&self) -> Option<u64> {
+        with_text(&self.own, |text| match self.version {
+            Version::One => number(text),
+            Version::Two => field(text, "oom"),
+        })
     }
 
     pub(super) fn cpu_time(&self) -> Option<Duration> {
@@ -92,6 +106,7 @@ impl Counters {
         let [user, system] = with_text(&self.times, |text| times(self.version, text)).unwrap_or_default();
         Reading {
             kills: self.kills().unwrap_or_default(),
+            own: self.own().unwrap_or_default(),
             cpu: self.cpu_time().unwrap_or_default(),
             user,
             system,
@@ -186,6 +201,7 @@ throttled_usec 0
     fn kills_are_not_taken_for_other_events() {
         assert_eq!(field(OOM_CONTROL, "oom_kill"), Some(3));
         assert_eq!(field(EVENTS, "oom_kill"), Some(2));
+        assert_eq!(field(EVENTS, "oom"), Some(12));
         assert_eq!(field("oom 12\noom_group_kill 1\n", "oom_kill"), None);
         assert_eq!(field("oom_kill many\n", "oom_kill"), None);
         assert_eq!(field("", "oom_kill"), None);

@@ -340,9 +340,10 @@ impl Shared {
             Ok(launched) => launched,
             Err(error) => {
                 let report = events::read_report(&ends.control).ok().and_then(|(report, _)| report);
-                return failed(
-                    report.map_or_else(|| error::explained(&error), |report| verdict::failed_step(report, &plans)),
-                );
+                return failed(report.map_or_else(
+                    || error::explained(&error),
+                    |report| verdict::failed_step(report, &plans),
+                ));
             }
         };
         let admitted = match &lease.group {

@@ -97,7 +97,9 @@ static CAN_GO_FIRST: LazyLock<bool> = LazyLock::new(|| {
     goes_first(&mut plan);
     let can = launch::can(0, plan.bytes());
     if !can {
-        tracing::warn!("where memory is over the kernel may end the worker: /proc/self/oom_score_adj is closed");
+        tracing::warn!(
+            "where memory is over the kernel may end the worker: /proc/self/oom_score_adj is closed"
+        );
     }
     can
 });

@@ -40,7 +40,10 @@ pub(super) fn judge(seen: Observation, limits: &Limits, has_preload: bool, taken
         }
         Cause::OutOfMemory => {
             let kernel = std::io::Error::from_raw_os_error(libc::ENOMEM);
-            (Status::WorkerError, format!("the kernel ended the job though it kept its limit: {}", explained(&kernel)))
+            (
+                Status::WorkerError,
+                format!("the kernel ended the job though it kept its limit: {}", explained(&kernel)),
+            )
         }
         Cause::OutputLimit => (
             Status::OutputLimit,

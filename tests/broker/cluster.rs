@@ -3,11 +3,8 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
-
 use crate::broker::Cluster;
-use crate::requester::Requester;
+use crate::requester::{Load, Requester};
 use crate::worker::Worker;
 use crate::{Queues, eventually, oracle};
 
@@ -26,8 +23,7 @@ struct Scene {
     /// At one that is not.
     far: Worker,
     requester: Requester,
-    load: JoinHandle<Vec<String>>,
-    enough: CancellationToken,
+    load: Load,
 }
 
 impl Scene {
@@ -39,13 +35,13 @@ impl Scene {
         assert_eq!(cluster.leader(2, &queues.jobs), LOST);
         let requester = Requester::connect(cluster.node(2).url()).await;
         requester.declare_on_all_nodes(&queues.replies).await;
-        let enough = CancellationToken::new();
-        let asking = Requester::connect(cluster.node(2).url()).await;
-        let load = tokio::spawn(ask(asking, queues.jobs.clone(), queues.replies.clone(), enough.clone()));
+        // A little less than two workers can do.
+        let pause = Duration::from_millis(200);
+        let load = Load::start(cluster.node(2).url(), &queues, 0.4, pause).await;
         for worker in [&near, &far] {
             eventually("both work", async || (succeeded(worker) >= 2.0).then_some(())).await;
         }
-        Self { queues, near, far, requester, load, enough }
+        Self { queues, near, far, requester, load }
     }
 
     /// Waits until the worker that lost its node is at another one, and both have done more than before.
@@ -54,9 +50,12 @@ impl Scene {
         let elsewhere = [1, 2].map(|at| host(cluster.node(at).url()));
         eventually("the worker is at another node", async || {
             let log = self.near.log();
-            let connected: Vec<_> = log.lines().filter(|line| line.contains("connected to the broker")).collect();
+            let connected: Vec<_> =
+                log.lines().filter(|line| line.contains("connected to the broker")).collect();
             let moved = |role: &str| {
-                connected.iter().any(|line| line.contains(role) && elsewhere.iter().any(|host| line.contains(host)))
+                connected
+                    .iter()
+                    .any(|line| line.contains(role) && elsewhere.iter().any(|host| line.contains(host)))
             };
             (moved("\"consume\"") && moved("\"publish\"")).then_some(())
         })
@@ -75,28 +74,13 @@ impl Scene {
     /// The cluster is whole again: nothing was lost.
     async fn ends_well(mut self, cluster: &Cluster) {
         eventually("all nodes run", async || (cluster.running(1) == 3).then_some(())).await;
-        self.enough.cancel();
-        let ids = self.load.await.unwrap();
-        println!("{} jobs", ids.len());
+        let ids = self.load.end().await;
         // Acks that had not reached most of the nodes are lost, and which these are nobody outside can tell.
         let doubled: HashSet<String> = ids.iter().cloned().collect();
         let workers = &mut [&mut self.near, &mut self.far];
         let mut replies = self.requester.listen(&self.queues.replies).await;
         oracle::holds(cluster.node(1), workers, &self.queues, &mut replies, &ids, &doubled).await;
     }
-}
-
-/// Publishes until there were enough, a little slower than two workers can do, so that some jobs are always
-/// under way. Their ids.
-async fn ask(requester: Requester, jobs: String, replies: String, enough: CancellationToken) -> Vec<String> {
-    let mut ids = Vec::new();
-    while !enough.is_cancelled() {
-        let id = format!("job-{}", ids.len());
-        requester.run_until_kept(&jobs, &id, &replies, "import time; time.sleep(0.4)").await;
-        ids.push(id);
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
-    ids
 }
 
 fn succeeded(worker: &Worker) -> f64 {

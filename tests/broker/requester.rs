@@ -11,8 +11,45 @@ use lapin::options::{
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Consumer};
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
-use crate::{PATIENCE, eventually};
+use crate::{PATIENCE, Queues, eventually};
+
+/// Somebody who publishes jobs without a pause, so that some are under way whenever a fault comes, however long
+/// it takes to bring about.
+pub(crate) struct Load {
+    task: JoinHandle<Vec<String>>,
+    enough: CancellationToken,
+}
+
+impl Load {
+    /// Jobs of so many seconds, one every `pause`.
+    pub(crate) async fn start(url: &str, queues: &Queues, seconds: f64, pause: Duration) -> Self {
+        let requester = Requester::connect(url).await;
+        let enough = CancellationToken::new();
+        let (jobs, replies, ended) = (queues.jobs.clone(), queues.replies.clone(), enough.clone());
+        let task = tokio::spawn(async move {
+            let (code, mut ids) = (format!("import time; time.sleep({seconds})"), Vec::new());
+            while !ended.is_cancelled() {
+                let id = format!("job-{}", ids.len());
+                requester.run_until_kept(&jobs, &id, &replies, &code).await;
+                ids.push(id);
+                tokio::time::sleep(pause).await;
+            }
+            ids
+        });
+        Self { task, enough }
+    }
+
+    /// No more of them. The ids of all.
+    pub(crate) async fn end(self) -> Vec<String> {
+        self.enough.cancel();
+        let ids = self.task.await.unwrap();
+        println!("{} jobs", ids.len());
+        ids
+    }
+}
 
 pub(crate) struct Requester {
     connection: Connection,
@@ -78,12 +115,12 @@ impl Requester {
         self.publish(queue, &job, properties).await;
     }
 
-    /// The same while queues change their leaders: published again until one keeps it.
+    /// The same while queues change their leaders or the broker takes nothing: published again until it is kept.
     pub(crate) async fn run_until_kept(&self, queue: &str, id: &str, reply_to: &str, code: &str) {
         let (job, properties) = job(id, reply_to, code);
         let begin = Instant::now();
         while !self.is_kept(queue, &job, properties.clone()).await {
-            assert!(begin.elapsed() < PATIENCE, "{queue} keeps no job");
+            assert!(begin.elapsed() < 3 * PATIENCE, "{queue} keeps no job");
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }

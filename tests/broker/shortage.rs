@@ -47,7 +47,11 @@ fn assert_ours(results: &[Value], remedy: &str) {
             "succeeded" => {}
             "worker_error" => {
                 ours += 1;
-                assert!(result["error"].as_str().unwrap().contains(remedy), "no remedy in {}", result["error"]);
+                assert!(
+                    result["error"].as_str().unwrap().contains(remedy),
+                    "no remedy in {}",
+                    result["error"]
+                );
                 assert_eq!(result["started_at"], Value::Null, "{result}");
                 assert_eq!(result["attempt"], 3, "not tried again: {result}");
             }
@@ -99,7 +103,10 @@ pub(crate) async fn no_descriptors_are_left(node: &Node) {
     let said = worker.log().len();
     proxy.reset();
     eventually("it has tried to connect", async || {
-        worker.log()[said..].lines().any(|line| line.contains("trying again") && line.contains("os error 24")).then_some(())
+        worker.log()[said..]
+            .lines()
+            .any(|line| line.contains("trying again") && line.contains("os error 24"))
+            .then_some(())
     })
     .await;
     allow_descriptors(&worker, 4_096);
@@ -186,8 +193,10 @@ pub(crate) async fn no_processes_are_left(node: &Node) {
     // A connection takes a thread.
     let reconnects = worker.metric(RECONNECTS);
     proxy.reset();
-    eventually("it has tried to connect", async || (worker.metric(RECONNECTS) > reconnects + 1.0).then_some(()))
-        .await;
+    eventually("it has tried to connect", async || {
+        (worker.metric(RECONNECTS) > reconnects + 1.0).then_some(())
+    })
+    .await;
     worker.assert_alive();
     group.set("pids.max", "max");
     worker.until_ready().await;
@@ -196,7 +205,9 @@ pub(crate) async fn no_processes_are_left(node: &Node) {
 
 pub(crate) async fn no_memory_is_left(node: &Node) {
     const ROOM: u64 = 48 << 20;
-    let Some(group) = Group::make("memory") else { return skip("no control group of memory can be made here") };
+    let Some(group) = Group::make("memory") else {
+        return skip("no control group of memory can be made here");
+    };
     let (has, most) = match group.version {
         1 => ("memory.usage_in_bytes", "memory.limit_in_bytes"),
         _ => ("memory.current", "memory.max"),
@@ -226,7 +237,10 @@ struct Disk(tempfile::TempDir);
 impl Disk {
     fn mount() -> Option<Self> {
         let place = tempfile::tempdir().unwrap();
-        let mount = Command::new("mount").args(["-t", "tmpfs", "-o", "size=256k", "none"]).arg(place.path()).status();
+        let mount = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=256k", "sp-test"])
+            .arg(place.path())
+            .status();
         mount.is_ok_and(|status| status.success()).then_some(Self(place))
     }
 }

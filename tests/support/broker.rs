@@ -116,7 +116,8 @@ impl Cluster {
     /// Which node leads a quorum queue, as the node `asked` knows it.
     pub(crate) fn leader(&self, asked: usize, queue: &str) -> usize {
         let table = self.nodes[asked].ctl(&["-q", "list_queues", "--no-table-headers", "name", "leader"]);
-        let line = table.lines().find_map(|line| line.strip_prefix(queue)).unwrap_or_else(|| panic!("{table}"));
+        let line =
+            table.lines().find_map(|line| line.strip_prefix(queue)).unwrap_or_else(|| panic!("{table}"));
         let number = line.trim().split_once('@').and_then(|(name, _)| name.rsplit_once('-')).unwrap().1;
         number.parse::<usize>().unwrap() - 1
     }
@@ -135,7 +136,8 @@ impl Cluster {
 
     /// Lets it find the others again.
     pub(crate) fn reunite(&self, at: usize) {
-        self.nodes[at].ctl(&["eval", "[erlang:set_cookie(N, erlang:get_cookie()) || N <- rabbit_nodes:all()]."]);
+        self.nodes[at]
+            .ctl(&["eval", "[erlang:set_cookie(N, erlang:get_cookie()) || N <- rabbit_nodes:all()]."]);
     }
 
     /// How many of them run, as the node `asked` knows it.

@@ -158,6 +158,7 @@ impl Group {
 }
 
 impl Drop for Group {
+    #[expect(clippy::disallowed_methods, reason = "a drop cannot wait in any other way")]
     fn drop(&mut self) {
         // Of a worker that was killed its own groups are left in it; processes of theirs may still be dying.
         let begin = std::time::Instant::now();

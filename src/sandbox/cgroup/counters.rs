@@ -32,6 +32,8 @@ pub(super) struct Counters {
     kills: File,
     /// `memory.failcnt` or `memory.events`
     own: File,
+    /// `memory.memsw.failcnt` of version 1, which meets the same limit first where the kernel has it.
+    own_with_swap: Option<File>,
     /// `cpuacct.usage` or `cpu.stat`
     cpu: File,
     /// `cpuacct.stat` or `cpu.stat`
@@ -65,6 +67,7 @@ impl Counters {
                 version,
                 kills: open("memory", "memory.oom_control")?,
                 own: open("memory", "memory.failcnt")?,
+                own_with_swap: open("memory", "memory.memsw.failcnt").ok(),
                 cpu: open("cpuacct", "cpuacct.usage")?,
                 times: open("cpuacct", "cpuacct.stat")?,
                 memory: open("memory", "memory.usage_in_bytes")?,
@@ -74,6 +77,7 @@ impl Counters {
                 version,
                 kills: open("memory", "memory.events")?,
                 own: open("memory", "memory.events")?,
+                own_with_swap: None,
                 cpu: open("memory", "cpu.stat")?,
                 times: open("memory", "cpu.stat")?,
                 memory: open("memory", "memory.current")?,
@@ -88,10 +92,12 @@ impl Counters {
 
     /// Not those of a group around it: in version 2 `oom` counts where the limit was that could not be kept.
     pub(super) fn own(&self) -> Option<u64> {
-        with_text(&self.own, |text| match self.version {
+        let own = with_text(&self.own, |text| match self.version {
             Version::One => number(text),
             Version::Two => field(text, "oom"),
-        })
+        })?;
+        let with_swap = self.own_with_swap.as_ref().and_then(|file| with_text(file, number));
+        Some(own.saturating_add(with_swap.unwrap_or_default()))
     }
 
     pub(super) fn cpu_time(&self) -> Option<Duration> {

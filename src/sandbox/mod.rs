@@ -352,7 +352,8 @@ impl Shared {
         };
         let mut watch = Watch::new(launched, ends, lease.outside)?;
         let admitted = async { if let Some(admitted) = admitted { admitted.await } else { Ok(()) } };
-        let (started, admitted) = tokio::join!(watch.start(taken + self.start_timeout, limits, stop), admitted);
+        let (started, admitted) =
+            tokio::join!(watch.start(taken + self.start_timeout, limits, stop), admitted);
         let cause = match (started?, admitted) {
             (None, Ok(())) => return Ok(Ok(Started { watch, lease, _generation: None })),
             (Some(cause), _) => cause,

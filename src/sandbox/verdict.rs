@@ -38,13 +38,6 @@ pub(super) fn judge(seen: Observation, limits: &Limits, has_preload: bool, taken
         Cause::MemoryLimit => {
             (Status::MemoryLimit, format!("the job used more than {} bytes of memory", limits.memory_bytes))
         }
-        Cause::OutOfMemory => {
-            let kernel = std::io::Error::from_raw_os_error(libc::ENOMEM);
-            (
-                Status::WorkerError,
-                format!("the kernel ended the job though it kept its limit: {}", explained(&kernel)),
-            )
-        }
         Cause::OutputLimit => (
             Status::OutputLimit,
             format!("the job wrote more than {} bytes to one stream", limits.output_bytes),

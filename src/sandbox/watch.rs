@@ -52,8 +52,6 @@ pub(super) enum Cause {
     CpuLimit,
     /// The kernel killed one of its processes because memory was over.
     MemoryLimit,
-    /// The same, and not for its own limit: the worker's memory was over, or this machine's.
-    OutOfMemory,
     /// It wrote too much.
     OutputLimit,
     /// It made this forbidden call.
@@ -302,10 +300,6 @@ impl Watch {
             }
             // The last of it was still in the pipe.
             Cause::Ended if stdout.truncated || stderr.truncated => Cause::OutputLimit,
-            cause => cause,
-        };
-        let cause = match cause {
-            Cause::MemoryLimit if group.is_some_and(Group::killed_for_others) => Cause::OutOfMemory,
             cause => cause,
         };
         Ok(Observation {

@@ -17,8 +17,6 @@ const TICK_MS: u64 = 10;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Reading {
     pub(super) kills: u64,
-    /// How often the group's own limit stood in the way.
-    pub(super) own: u64,
     pub(super) cpu: Duration,
     pub(super) user: Duration,
     pub(super) system: Duration,
@@ -30,10 +28,6 @@ pub(super) struct Counters {
     version: Version,
     /// `memory.oom_control` or `memory.events`
     kills: File,
-    /// `memory.failcnt` or `memory.events`
-    own: File,
-    /// `memory.memsw.failcnt` of version 1, which meets the same limit first where the kernel has it.
-    own_with_swap: Option<File>,
     /// `cpuacct.usage` or `cpu.stat`
     cpu: File,
     /// `cpuacct.stat` or `cpu.stat`
@@ -66,8 +60,6 @@ impl Counters {
             Version::One => Self {
                 version,
                 kills: open("memory", "memory.oom_control")?,
-                own: open("memory", "memory.failcnt")?,
-                own_with_swap: open("memory", "memory.memsw.failcnt").ok(),
                 cpu: open("cpuacct", "cpuacct.usage")?,
                 times: open("cpuacct", "cpuacct.stat")?,
                 memory: open("memory", "memory.usage_in_bytes")?,
@@ -76,8 +68,6 @@ impl Counters {
             Version::Two => Self {
                 version,
                 kills: open("memory", "memory.events")?,
-                own: open("memory", "memory.events")?,
-                own_with_swap: None,
                 cpu: open("memory", "cpu.stat")?,
                 times: open("memory", "cpu.stat")?,
                 memory: open("memory", "memory.current")?,
@@ -88,16 +78,6 @@ impl Counters {
 
     pub(super) fn kills(&self) -> Option<u64> {
         with_text(&self.kills, |text| field(text, "oom_kill"))
-    }
-
-    /// Not those of a group around it: in version 2 `oom` counts where the limit was that could not be kept.
-    pub(super) fn own(&self) -> Option<u64> {
-        let own = with_text(&self.own, |text| match self.version {
-            Version::One => number(text),
-            Version::Two => field(text, "oom"),
-        })?;
-        let with_swap = self.own_with_swap.as_ref().and_then(|file| with_text(file, number));
-        Some(own.saturating_add(with_swap.unwrap_or_default()))
     }
 
     pub(super) fn cpu_time(&self) -> Option<Duration> {
@@ -112,7 +92,6 @@ impl Counters {
         let [user, system] = with_text(&self.times, |text| times(self.version, text)).unwrap_or_default();
         Reading {
             kills: self.kills().unwrap_or_default(),
-            own: self.own().unwrap_or_default(),
             cpu: self.cpu_time().unwrap_or_default(),
             user,
             system,
@@ -207,7 +186,6 @@ throttled_usec 0
     fn kills_are_not_taken_for_other_events() {
         assert_eq!(field(OOM_CONTROL, "oom_kill"), Some(3));
         assert_eq!(field(EVENTS, "oom_kill"), Some(2));
-        assert_eq!(field(EVENTS, "oom"), Some(12));
         assert_eq!(field("oom 12\noom_group_kill 1\n", "oom_kill"), None);
         assert_eq!(field("oom_kill many\n", "oom_kill"), None);
         assert_eq!(field("", "oom_kill"), None);

@@ -242,12 +242,6 @@ impl Group {
         self.counters.kills().is_some_and(|kills| kills > self.began.kills)
     }
 
-    /// Such a process died for the limit of somebody else: the worker's, or this machine's. The group's own limit
-    /// was never reached.
-    pub(super) fn killed_for_others(&self) -> bool {
-        self.killed_for_memory() && self.counters.own().is_some_and(|own| own == self.began.own)
-    }
-
     /// All that was used since [`begin`](Self::begin).
     pub(super) fn used(&self) -> Used {
         let now = self.counters.read();

@@ -6,7 +6,7 @@ use std::future::Future;
 use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -30,6 +30,7 @@ pub(super) struct Dialer {
 impl Dialer {
     /// `name` is what operators see in the broker's list of connections.
     pub(super) fn new(config: &config::Amqp, name: String) -> Self {
+        prepare_lapin();
         Self { config: config.clone(), name }
     }
 
@@ -119,6 +120,18 @@ impl Dialer {
             .with_client_property("version".into(), env!("CARGO_PKG_VERSION").into())
             .with_client_property("platform".into(), "Rust".into())
     }
+}
+
+/// Makes now what lapin would make at its first need: it lets go of a socket on a thread of its own, and there that
+/// takes a second tokio runtime. A worker that has no descriptor or thread left at that moment would panic, then
+/// and each time after.
+fn prepare_lapin() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let made = std::thread::Builder::new().spawn(|| drop(async_compat::Compat::new(())));
+        // Where not even this thread can be had, nothing is lost but the provision.
+        let _ = made.map(std::thread::JoinHandle::join);
+    });
 }
 
 fn failed(broker: &str, tls: bool) -> impl Fn(lapin::Error) -> Error {

@@ -21,6 +21,7 @@ mod signals;
 mod submit;
 
 use std::ffi::OsString;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
@@ -163,5 +164,16 @@ pub fn run(command_line: impl IntoIterator<Item = OsString>) -> Result<End, Fail
 /// The runtime that the verbs run on.
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     use anyhow::Context;
-    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("failed to start the runtime")
+    /// Threads for what blocks. Each is short work: more of them would only wait for the disk and the processors.
+    const BLOCKING: usize = 64;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .max_blocking_threads(BLOCKING)
+        .thread_keep_alive(Duration::MAX)
+        .enable_all()
+        .build()
+        .context("failed to start the runtime")?;
+    // One of them from the start and for ever: where the system gives no more threads, work waits for this one,
+    // where tokio would panic if there were none.
+    runtime.spawn_blocking(|| ());
+    Ok(runtime)
 }

@@ -1,5 +1,6 @@
-//! Why a sandbox does not start, each with what to do about it.
+//! Why a sandbox does not start, and what the worker itself ran short of, each with what to do about it.
 
+use std::error::Error;
 use std::io;
 use std::path::PathBuf;
 
@@ -60,4 +61,52 @@ pub enum StartError {
     /// A descriptor or a thread could not be had.
     #[error("set up the sandbox: {0}")]
     Io(#[from] io::Error),
+}
+
+/// What went wrong, and where the worker itself ran short of something, what to do about it.
+pub(super) fn explained(error: &io::Error) -> String {
+    let remedy = match errno(error) {
+        Some(libc::EMFILE) => {
+            "the worker has no descriptors left: raise its limit of open files (LimitNOFILE=, ulimit -n), or lower \
+             worker.slots"
+        }
+        Some(libc::ENFILE) => "this machine has no descriptors left: raise fs.file-max",
+        Some(libc::EAGAIN) => {
+            "the worker may start no more processes: raise its limit (TasksMax=, pids.max, ulimit -u), or lower \
+             worker.slots"
+        }
+        Some(libc::ENOMEM) => {
+            "the worker has no memory left: raise its limit (MemoryMax=), or lower worker.slots"
+        }
+        _ => return error.to_string(),
+    };
+    format!("{error}; {remedy}")
+}
+
+/// The kernel's number, which may stand behind words of ours.
+fn errno(error: &io::Error) -> Option<i32> {
+    let mut error: Option<&(dyn Error + 'static)> = Some(error);
+    while let Some(this) = error {
+        if let Some(number) = this.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
+            return Some(number);
+        }
+        error = this.source();
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_ran_short_is_told_with_its_remedy_however_it_is_wrapped() {
+        let kernel = || io::Error::from_raw_os_error(libc::EMFILE);
+        let said = explained(&kernel());
+        assert!(said.starts_with("Too many open files") && said.contains("LimitNOFILE"), "{said}");
+        assert!(explained(&io::Error::other(StartError::Io(kernel()))).contains("LimitNOFILE"));
+        assert_eq!(explained(&io::Error::other("a reason")), "a reason");
+        let denied = io::Error::from_raw_os_error(libc::EACCES);
+        assert_eq!(explained(&denied), denied.to_string());
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 
+use super::error::explained;
 use super::mounts::INODES;
 use crate::job::{InputFile, Limits};
 use crate::sys::place::Place;
@@ -53,6 +54,6 @@ fn explain(index: usize, path: &str, error: &io::Error, limits: &Limits) -> Unla
         io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => Unlaid::Refused(format!(
             "`files[{index}].path` is {path:?}, where the preload has made something else; rename one of them"
         )),
-        _ => Unlaid::Failed(format!("failed to write the job's file {path:?}: {error}")),
+        _ => Unlaid::Failed(format!("failed to write the job's file {path:?}: {}", explained(error))),
     }
 }

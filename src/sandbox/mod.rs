@@ -215,7 +215,8 @@ impl Sandbox {
         match run.await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(error)) => {
-                tracing::error!(%error, "a job could not be run");
+                let error = error::explained(&error);
+                tracing::error!(error, "a job could not be run");
                 Outcome::not_run(Status::WorkerError, format!("the sandbox failed: {error}"))
             }
             Err(error) => {
@@ -342,9 +343,10 @@ impl Shared {
             Ok(launched) => launched,
             Err(error) => {
                 let report = events::read_report(&ends.control).ok().and_then(|(report, _)| report);
-                return failed(
-                    report.map_or_else(|| error.to_string(), |report| verdict::failed_step(report, &plans)),
-                );
+                return failed(report.map_or_else(
+                    || error::explained(&error),
+                    |report| verdict::failed_step(report, &plans),
+                ));
             }
         };
         let admitted = match &lease.group {

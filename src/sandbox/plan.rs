@@ -67,6 +67,9 @@ pub(super) fn origin(privilege: Privilege) -> Plan {
 fn origin_as(privilege: Privilege, inside: u32) -> Plan {
     let mut plan = Plan::default();
     plan.push(&Step::DieWithParent {});
+    if *CAN_GO_FIRST {
+        goes_first(&mut plan);
+    }
     if privilege == Privilege::None {
         let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
         plan.push(&Step::Chdir { path: c"/proc" });
@@ -79,6 +82,27 @@ fn origin_as(privilege: Privilege, inside: u32) -> Plan {
     plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWPID) });
     plan
 }
+
+/// Where the worker's own memory is over, or this machine's, the kernel takes what has this number before all
+/// else: a job, with what it started, and never the worker, with every other job. All children have it too.
+fn goes_first(plan: &mut Plan) {
+    // What it says of itself is another user's to a process that is not dumpable.
+    plan.push(&Step::Dumpable { value: 1 });
+    plan.push(&Step::WriteFile { path: c"/proc/self/oom_score_adj", content: b"1000" });
+}
+
+/// Whether it can be said: not where `/proc` is read-only.
+static CAN_GO_FIRST: LazyLock<bool> = LazyLock::new(|| {
+    let mut plan = Plan::default();
+    goes_first(&mut plan);
+    let can = launch::can(0, plan.bytes());
+    if !can {
+        tracing::warn!(
+            "where memory is over the kernel may end the worker: /proc/self/oom_score_adj is closed"
+        );
+    }
+    can
+});
 
 /// Inotify instances are counted for a user of the host, up through the owners of user namespaces: without a
 /// limit of its own a job uses up the 128 that the worker's user has, root's too.
@@ -217,6 +241,9 @@ pub(super) fn zygote_origin(privilege: Privilege, namespace: Option<&OwnedFd>, r
     }
     let mut plan = Plan::default();
     plan.push(&Step::DieWithParent {});
+    if *CAN_GO_FIRST {
+        goes_first(&mut plan);
+    }
     namespaces(&mut plan, false);
     // Its `/proc` is the worker's, and hidden by the zygote's own; the kernel lets a process without privilege
     // mount one only where there is one already.

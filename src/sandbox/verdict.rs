@@ -7,6 +7,7 @@ use sandpiper_shim::lockdown;
 use sandpiper_shim::plan::Steps;
 use tokio::time::Instant;
 
+use super::error::explained;
 use super::files::Unlaid;
 use super::plan::Plan;
 use super::watch::{Cause, Observation};
@@ -125,7 +126,7 @@ fn describe(exit: Exit) -> String {
 /// The plans are those of the origin, of init and of the job.
 pub(super) fn failed_step(report: Report, [origin, init, wall]: &[Plan; 3]) -> String {
     let Report::Failed { stage, step, errno } = report else { return "no step failed".into() };
-    let why = std::io::Error::from_raw_os_error(errno);
+    let why = explained(&std::io::Error::from_raw_os_error(errno));
     let of = |plan: &Plan| {
         let found = usize::try_from(step).ok().and_then(|at| Steps::new(plan.bytes()).nth(at)?.ok());
         found.map_or_else(

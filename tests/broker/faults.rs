@@ -1,9 +1,11 @@
 //! What may happen to the broker while jobs are under way. No job is lost; some may come twice.
 
+use std::time::Duration;
+
 use lapin::options::QueueDeleteOptions;
 
 use crate::broker::Node;
-use crate::requester::{Requester, collect};
+use crate::requester::{Load, Requester, collect};
 use crate::worker::Worker;
 use crate::{Queues, eventually};
 
@@ -12,15 +14,9 @@ const SUCCEEDED: &str = "sandpiper_jobs_completed_total{status=\"succeeded\"}";
 
 /// Publishes jobs that take a moment, so that some are under way when the fault comes.
 async fn publish(requester: &Requester, queues: &Queues, name: &str) -> Vec<String> {
-    publish_lasting(requester, queues, name, 0.1).await
-}
-
-async fn publish_lasting(requester: &Requester, queues: &Queues, name: &str, seconds: f64) -> Vec<String> {
     let ids: Vec<String> = (0..JOBS).map(|at| format!("{name}-{at}")).collect();
     for id in &ids {
-        requester
-            .run(&queues.jobs, id, &queues.replies, &format!("import time; time.sleep({seconds})"))
-            .await;
+        requester.run(&queues.jobs, id, &queues.replies, "import time; time.sleep(0.1)").await;
     }
     ids
 }
@@ -86,9 +82,8 @@ async fn an_alarm(node: &Node, name: &str, set: &str, on: &[&str], off: &[&str])
     let mut leaver = Worker::ready(node.url(), &queues.settings(&["worker.drain_timeout_ms=2000"])).await;
     let requester = Requester::connect(node.url()).await;
     requester.declare(&queues.replies).await;
-    // Long enough for results to be written while the alarm is on: the broker blocks whoever publishes, and
-    // tells nobody else.
-    let ids = publish_lasting(&requester, &queues, "job", 0.5).await;
+    // Without an end, for the broker blocks whoever publishes while the alarm is on, and tells nobody else.
+    let load = Load::start(node.url(), &queues, 0.2, Duration::from_millis(50)).await;
     under_way(&worker).await;
     node.ctl(&[&[set], on].concat());
     worker.until_not_ready().await;
@@ -104,6 +99,7 @@ async fn an_alarm(node: &Node, name: &str, set: &str, on: &[&str], off: &[&str])
     })
     .await;
     node.ctl(&[&[set], off].concat());
+    let ids = load.end().await;
     all_is_well(node, &mut worker, &queues, &ids).await;
     assert_eq!(worker.metric("sandpiper_connection_reconnects_total{role=\"publish\"}"), 0.0);
 }

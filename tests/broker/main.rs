@@ -10,6 +10,8 @@
 
 #[path = "../support/broker.rs"]
 mod broker;
+mod clock;
+mod cluster;
 mod faults;
 mod fleet;
 mod network;
@@ -19,6 +21,7 @@ mod oracle;
 mod proxy;
 mod replies;
 mod requester;
+mod shortage;
 mod shutdown;
 mod soak;
 mod stream;
@@ -28,7 +31,7 @@ mod worker;
 
 use std::time::Duration;
 
-use broker::Node;
+use broker::{Cluster, Node};
 
 /// How long anything may take that has to happen. Generous: a busy machine is no failure.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -46,6 +49,12 @@ async fn eventually<T>(what: &str, mut condition: impl AsyncFnMut() -> Option<T>
     tokio::time::timeout(PATIENCE, trying)
         .await
         .unwrap_or_else(|_| panic!("it never came to pass that {what}"))
+}
+
+/// Says that this machine cannot do a part; in CI that is a failure.
+fn skip(why: &str) {
+    assert!(std::env::var("CI").as_deref() != Ok("true"), "SKIPPED: {why}");
+    println!("SKIPPED: {why}");
 }
 
 /// Names and settings of queues for one scenario.
@@ -128,6 +137,23 @@ async fn workers_come_and_go() {
     stream::output_comes_in_order_before_the_result(&node).await;
     stream::a_flood_is_sent_in_few_pieces(&node).await;
     stream::nobody_listening_delays_nothing(&node).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_loses_a_node() {
+    let cluster = Cluster::start();
+    cluster::the_leader_is_cut_off(&cluster).await;
+    cluster::the_leader_is_killed(&cluster).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_runs_out_in_the_worker_is_survived() {
+    let node = Node::start();
+    clock::the_clock_jumps(&node).await;
+    shortage::no_descriptors_are_left(&node).await;
+    shortage::no_processes_are_left(&node).await;
+    shortage::no_memory_is_left(&node).await;
+    shortage::the_disk_of_the_log_is_full(&node).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

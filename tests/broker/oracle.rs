@@ -112,28 +112,33 @@ pub(crate) async fn are_gone(processes: &[Process]) {
 
 /// Control groups that a worker made, by its process id in their names.
 pub(crate) fn cgroups_of(pid: u32) -> Vec<PathBuf> {
-    fn walk(directory: &Path, pid: &str, found: &mut Vec<PathBuf>, depth: usize) {
+    fn walk(directory: &Path, prefix: &str, found: &mut Vec<PathBuf>, depth: usize) {
         for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 continue;
             }
-            if name.contains("sandpiper") && name.contains(pid) {
+            if name.starts_with(prefix) {
                 found.push(entry.path());
             }
             if depth > 0 {
-                walk(&entry.path(), pid, found, depth - 1);
+                walk(&entry.path(), prefix, found, depth - 1);
             }
         }
     }
     let mut found = Vec::new();
-    walk(Path::new("/sys/fs/cgroup"), &pid.to_string(), &mut found, 8);
+    walk(Path::new("/sys/fs/cgroup"), &format!("sandpiper-{pid}-"), &mut found, 8);
     found
 }
 
-/// Mounts that this machine, as opposed to a job's namespace, knows of.
+/// Mounts that this machine, as opposed to a job's namespace, knows of; but for those of other tests, which say so.
 pub(crate) fn mounts() -> HashSet<String> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
     // Without numbers, which say nothing of what is mounted where.
-    mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(str::to_owned).collect()
+    mounts
+        .lines()
+        .filter(|line| !line.contains(" sp-test "))
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(str::to_owned)
+        .collect()
 }

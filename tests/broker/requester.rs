@@ -1,21 +1,58 @@
 //! Somebody who publishes jobs and reads results: lapin without anything of ours.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use lapin::message::Delivery;
 use lapin::options::{
     BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions,
 };
-use lapin::types::FieldTable;
+use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Consumer};
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
-use crate::{PATIENCE, eventually};
+use crate::{PATIENCE, Queues, eventually};
+
+/// Somebody who publishes jobs without a pause, so that some are under way whenever a fault comes, however long
+/// it takes to bring about.
+pub(crate) struct Load {
+    task: JoinHandle<Vec<String>>,
+    enough: CancellationToken,
+}
+
+impl Load {
+    /// Jobs of so many seconds, one every `pause`.
+    pub(crate) async fn start(url: &str, queues: &Queues, seconds: f64, pause: Duration) -> Self {
+        let requester = Requester::connect(url).await;
+        let enough = CancellationToken::new();
+        let (jobs, replies, ended) = (queues.jobs.clone(), queues.replies.clone(), enough.clone());
+        let task = tokio::spawn(async move {
+            let (code, mut ids) = (format!("import time; time.sleep({seconds})"), Vec::new());
+            while !ended.is_cancelled() {
+                let id = format!("job-{}", ids.len());
+                requester.run_until_kept(&jobs, &id, &replies, &code).await;
+                ids.push(id);
+                tokio::time::sleep(pause).await;
+            }
+            ids
+        });
+        Self { task, enough }
+    }
+
+    /// No more of them. The ids of all.
+    pub(crate) async fn end(self) -> Vec<String> {
+        self.enough.cancel();
+        let ids = self.task.await.unwrap();
+        println!("{} jobs", ids.len());
+        ids
+    }
+}
 
 pub(crate) struct Requester {
-    _connection: Connection,
+    connection: Connection,
     pub(crate) channel: Channel,
 }
 
@@ -27,7 +64,7 @@ impl Requester {
         .await;
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
-        Self { _connection: connection, channel }
+        Self { connection, channel }
     }
 
     /// A reply queue of our own that outlives a restart of the broker, and what comes out of it.
@@ -36,10 +73,18 @@ impl Requester {
         self.listen(queue).await
     }
 
-    /// The same, and nobody reads it yet.
+    /// A reply queue that nobody reads yet.
     pub(crate) async fn declare(&self, queue: &str) {
         let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
         self.channel.queue_declare(queue.into(), options, FieldTable::default()).await.unwrap();
+    }
+
+    /// The same on every node of a cluster, so that it outlives each of them.
+    pub(crate) async fn declare_on_all_nodes(&self, queue: &str) {
+        let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+        self.channel.queue_declare(queue.into(), options, arguments).await.unwrap();
     }
 
     pub(crate) async fn listen(&self, queue: &str) -> Consumer {
@@ -66,11 +111,34 @@ impl Requester {
     }
 
     pub(crate) async fn run(&self, queue: &str, id: &str, reply_to: &str, code: &str) {
-        let properties = BasicProperties::default()
-            .with_reply_to(reply_to.into())
-            .with_correlation_id(format!("c-{id}").into());
-        let job = json!({"id": id, "code": code, "timeout_ms": 60_000});
-        self.publish(queue, job.to_string().as_bytes(), properties).await;
+        let (job, properties) = job(id, reply_to, code);
+        self.publish(queue, &job, properties).await;
+    }
+
+    /// The same while queues change their leaders or the broker takes nothing: published again until it is kept.
+    pub(crate) async fn run_until_kept(&self, queue: &str, id: &str, reply_to: &str, code: &str) {
+        let (job, properties) = job(id, reply_to, code);
+        let begin = Instant::now();
+        while !self.is_kept(queue, &job, properties.clone()).await {
+            assert!(begin.elapsed() < 3 * PATIENCE, "{queue} keeps no job");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// By a channel of its own each time: one that has met an election may refuse for ever.
+    async fn is_kept(&self, queue: &str, body: &[u8], properties: BasicProperties) -> bool {
+        let channel = self.connection.create_channel().await.unwrap();
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        let publishing = async {
+            let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+            let properties = properties.with_delivery_mode(2);
+            channel.basic_publish("".into(), queue.into(), options, body, properties).await?.await
+        };
+        let confirm = tokio::time::timeout(Duration::from_secs(5), publishing).await;
+        drop(channel.close(200, "done".into()).await);
+        confirm.is_ok_and(|confirm| {
+            confirm.is_ok_and(|confirm| confirm.is_ack() && confirm.take_message().is_none())
+        })
     }
 
     /// How many messages wait in a queue.
@@ -91,6 +159,13 @@ impl Requester {
         })
         .await
     }
+}
+
+fn job(id: &str, reply_to: &str, code: &str) -> (Vec<u8>, BasicProperties) {
+    let properties = BasicProperties::default()
+        .with_reply_to(reply_to.into())
+        .with_correlation_id(format!("c-{id}").into());
+    (json!({"id": id, "code": code, "timeout_ms": 60_000}).to_string().into_bytes(), properties)
 }
 
 /// The next message as its properties and its body.

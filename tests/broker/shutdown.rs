@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::broker::Node;
-use crate::requester::{Requester, assert_silent, collect, next};
+use crate::requester::{Requester, assert_silent, collect, rest};
 use crate::worker::Worker;
 use crate::{Queues, eventually};
 
@@ -28,16 +28,18 @@ pub(crate) async fn drained_under_load(node: &Node) {
     running(&worker, 2.0).await;
     worker.terminate();
     eventually("what has not started is given back at once", async || {
-        (requester.waiting(&queues.jobs).await == 8).then_some(())
+        (requester.waiting(&queues.jobs).await > 0).then_some(())
     })
     .await;
+    worker.assert_alive();
     assert_eq!(worker.ended().await.code(), Some(0), "{}", worker.log());
-    // The two that ran have their results; the rest is for another worker. Nothing comes twice.
-    for _ in 0..2 {
-        assert_eq!(next(&mut replies).await.1["status"], "succeeded");
-    }
-    assert_silent(&mut replies).await;
-    assert_eq!(requester.waiting(&queues.jobs).await, 8);
+    // What ran has its result; the rest is for another worker. Nothing comes twice, and nothing is in both places.
+    let seen = rest(&mut replies).await;
+    assert!(seen.len() >= 2 && seen.values().all(|count| *count == 1), "{seen:?}");
+    assert_eq!(requester.waiting(&queues.jobs).await as usize, ids.len() - seen.len());
+    let _next = Worker::ready(node.url(), &settings).await;
+    let left: Vec<String> = ids.into_iter().filter(|id| !seen.contains_key(id)).collect();
+    collect(&mut replies, &left).await;
 }
 
 pub(crate) async fn killed_at_the_end_of_the_drain_time(node: &Node) {
@@ -68,11 +70,9 @@ pub(crate) async fn a_second_signal_ends_at_once(node: &Node) {
     running(&worker, 1.0).await;
     worker.terminate();
     eventually("it drains", async || worker.log().contains("\"draining\"").then_some(())).await;
-    let start = Instant::now();
     worker.terminate();
-    let status = worker.ended().await;
-    assert!(start.elapsed() < Duration::from_secs(4), "it waited for its job");
-    assert!(status.code().is_some_and(|code| code != 0), "{status:?}: cut off is not in good order");
+    // Another code than after a drain: it did not wait for its job.
+    assert_eq!(worker.ended().await.code(), Some(3), "{}", worker.log());
     // The broker gives the job to the next one.
     let _next = Worker::ready(node.url(), &settings).await;
     collect(&mut replies, &ids(1)).await;

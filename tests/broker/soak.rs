@@ -110,7 +110,10 @@ async fn happen(
             node.thaw();
         }
         Event::KilledWorker => {
+            let processes = workers[one].processes();
             workers[one].kill();
+            oracle::are_gone(&processes).await;
+            assert_eq!(workers[one].scratch(), Vec::<std::path::PathBuf>::new());
             workers[one] = Worker::start(&proxy.url(), settings).await;
         }
         Event::Restarted => {

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -21,12 +22,30 @@ pub(crate) struct Worker {
     scratch: tempfile::TempDir,
 }
 
+/// What is unusual about where a worker runs.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Surroundings {
+    /// A program and its arguments that becomes the worker, whose own command line follows.
+    pub(crate) through: Vec<String>,
+    pub(crate) environment: Vec<(&'static str, String)>,
+    /// Where its log and its temporary files are.
+    pub(crate) disk: Option<PathBuf>,
+}
+
 impl Worker {
     /// Starts one with further settings (`worker.slots=4`) and waits for its port, not for the broker.
     pub(crate) async fn start(url: &str, settings: &[String]) -> Self {
-        let log = tempfile::NamedTempFile::new().unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_sandpiper"));
-        command.args(["serve", "--listen", "127.0.0.1:0", "--set", "log.format=json"]);
+        Self::start_in(url, settings, &Surroundings::default()).await
+    }
+
+    /// The same in a place of its own kind.
+    pub(crate) async fn start_in(url: &str, settings: &[String], surroundings: &Surroundings) -> Self {
+        let disk = surroundings.disk.clone().unwrap_or_else(std::env::temp_dir);
+        let log = tempfile::NamedTempFile::new_in(&disk).unwrap();
+        let program = env!("CARGO_BIN_EXE_sandpiper").to_owned();
+        let line: Vec<&String> = surroundings.through.iter().chain([&program]).collect();
+        let mut command = Command::new(line[0]);
+        command.args(&line[1..]).args(["serve", "--listen", "127.0.0.1:0", "--set", "log.format=json"]);
         // Reconnects in tests shall not wait for half a minute.
         command.args(["--set", "amqp.reconnect_max_ms=2000"]);
         // Jobs of two workers under one user would share what the kernel counts for it, and any number of tests
@@ -37,8 +56,9 @@ impl Worker {
         for setting in settings {
             command.args(["--set", setting]);
         }
-        let scratch = tempfile::tempdir().unwrap();
+        let scratch = tempfile::tempdir_in(&disk).unwrap();
         let child = command
+            .envs(surroundings.environment.iter().map(|(name, value)| (name, value)))
             .env("SANDPIPER_AMQP__URL", url)
             .env("TMPDIR", scratch.path())
             .stdin(Stdio::null())
@@ -58,9 +78,20 @@ impl Worker {
 
     /// Starts one and waits until it takes jobs.
     pub(crate) async fn ready(url: &str, settings: &[String]) -> Self {
-        let worker = Self::start(url, settings).await;
+        Self::ready_in(url, settings, &Surroundings::default()).await
+    }
+
+    /// The same in a place of its own kind.
+    pub(crate) async fn ready_in(url: &str, settings: &[String], surroundings: &Surroundings) -> Self {
+        let worker = Self::start_in(url, settings, surroundings).await;
         worker.until_ready().await;
         worker
+    }
+
+    /// Waits until as many children stand by as do by default.
+    pub(crate) async fn until_warm(&self) {
+        let standing = "sandpiper_standby_children{environment=\"default\"}";
+        eventually("children stand by", async || (self.metric(standing) >= 2.0).then_some(())).await;
     }
 
     pub(crate) async fn until_ready(&self) {

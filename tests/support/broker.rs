@@ -1,12 +1,16 @@
-//! A private RabbitMQ node, by way of `deploy/broker`, in a directory that goes with it.
+//! Private RabbitMQ nodes, by way of `deploy/broker`, in a directory that goes with them.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// A running node. Stopped, with everything of it, when this is dropped.
+use nix::sys::signal::Signal;
+
+/// A running node. One that is alone is stopped, with everything of it, when this is dropped.
 pub(crate) struct Node {
-    directory: tempfile::TempDir,
+    directory: PathBuf,
     url: String,
+    /// None for a node of a cluster.
+    home: Option<tempfile::TempDir>,
 }
 
 impl Node {
@@ -17,8 +21,9 @@ impl Node {
 
     /// The same with further options of `deploy/broker start`.
     pub(crate) fn start_with(options: &[&str]) -> Self {
-        let mut node = Self { directory: tempfile::tempdir().unwrap(), url: String::new() };
-        node.url = node.start_with_options(options);
+        let home = tempfile::tempdir().unwrap();
+        let mut node = Self { directory: home.path().into(), url: String::new(), home: Some(home) };
+        node.url = start(&node.directory, options);
         node
     }
 
@@ -28,65 +33,147 @@ impl Node {
     }
 
     /// Brings a stopped node back, with its queues.
-    pub(crate) fn start_again(&self) -> String {
-        self.start_with_options(&[])
-    }
-
-    fn start_with_options(&self, options: &[&str]) -> String {
-        let line = self.run("start", options);
-        let url = line.trim().strip_prefix("SANDPIPER_AMQP__URL=");
-        url.unwrap_or_else(|| panic!("deploy/broker start printed {line:?}")).to_owned()
+    pub(crate) fn start_again(&self) {
+        assert_eq!(start(&self.directory, &[]), self.url);
     }
 
     /// Shuts it down in good order.
     pub(crate) fn stop(&self) {
-        self.run("stop", &[]);
+        run("stop", &self.directory, &[]);
     }
 
     /// Kills it as a crash would.
     pub(crate) fn kill(&self) {
-        self.run("kill", &[]);
+        run("kill", &self.directory, &[]);
     }
 
     /// Stops its processor: connections stay, and nobody answers.
     pub(crate) fn freeze(&self) {
-        self.signal(nix::sys::signal::Signal::SIGSTOP);
+        self.signal(Signal::SIGSTOP);
     }
 
     /// Lets a frozen node go on.
     pub(crate) fn thaw(&self) {
-        self.signal(nix::sys::signal::Signal::SIGCONT);
+        self.signal(Signal::SIGCONT);
     }
 
-    fn signal(&self, signal: nix::sys::signal::Signal) {
-        let pid = std::fs::read_to_string(self.directory.path().join("pid")).unwrap();
+    fn signal(&self, signal: Signal) {
+        let pid = std::fs::read_to_string(self.directory.join("pid")).unwrap();
         let pid = nix::unistd::Pid::from_raw(pid.trim().parse().unwrap());
         nix::sys::signal::kill(pid, signal).unwrap();
     }
 
     /// `rabbitmqctl`.
     pub(crate) fn ctl(&self, arguments: &[&str]) -> String {
-        self.run("ctl", arguments)
-    }
-
-    fn run(&self, verb: &str, arguments: &[&str]) -> String {
-        let script: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/broker");
-        let output = Command::new(script)
-            .arg(verb)
-            .arg(self.directory.path())
-            .args(arguments)
-            .stdin(Stdio::null())
-            .output()
-            .unwrap();
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "deploy/broker {verb} {arguments:?} failed: {errors}");
-        String::from_utf8(output.stdout).unwrap()
+        run("ctl", &self.directory, arguments)
     }
 }
 
 impl Drop for Node {
     fn drop(&mut self) {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/broker");
-        drop(Command::new(script).arg("stop").arg(self.directory.path()).stderr(Stdio::null()).status());
+        if self.home.is_some() {
+            clear(&self.directory);
+        }
     }
+}
+
+/// Three nodes that hold queues together. All of them end when this is dropped.
+pub(crate) struct Cluster {
+    home: tempfile::TempDir,
+    nodes: Vec<Node>,
+}
+
+impl Cluster {
+    /// Starts them and waits until they have found each other.
+    pub(crate) fn start() -> Self {
+        let home = tempfile::tempdir().unwrap();
+        // First, so that nothing stays where a node does not start.
+        let mut cluster = Self { home, nodes: Vec::new() };
+        let urls = start(cluster.home.path(), &["--nodes", "3"]);
+        let urls: Vec<String> = serde_json::from_str(&urls).unwrap();
+        cluster.nodes = urls
+            .into_iter()
+            .zip(1..)
+            .map(|(url, number)| Node {
+                directory: cluster.home.path().join(number.to_string()),
+                url,
+                home: None,
+            })
+            .collect();
+        cluster
+    }
+
+    pub(crate) fn node(&self, at: usize) -> &Node {
+        &self.nodes[at]
+    }
+
+    /// Every address, that of node `first` first, as `amqp.url` takes them.
+    pub(crate) fn urls(&self, first: usize) -> String {
+        let turned = self.nodes[first..].iter().chain(&self.nodes[..first]);
+        format!("{:?}", turned.map(Node::url).collect::<Vec<_>>())
+    }
+
+    /// Which node leads a quorum queue, as the node `asked` knows it.
+    pub(crate) fn leader(&self, asked: usize, queue: &str) -> usize {
+        let table = self.nodes[asked].ctl(&["-q", "list_queues", "--no-table-headers", "name", "leader"]);
+        let line =
+            table.lines().find_map(|line| line.strip_prefix(queue)).unwrap_or_else(|| panic!("{table}"));
+        let number = line.trim().split_once('@').and_then(|(name, _)| name.rsplit_once('-')).unwrap().1;
+        number.parse::<usize>().unwrap() - 1
+    }
+
+    /// Cuts a node off from the others and from nobody else: it knows the others by a wrong cookie from here on,
+    /// so that it neither lets them in nor is let in. Unlike a filter of packets this takes no rights and no
+    /// firewall, touches nothing else of the machine, and comes at once: both sides see a closed connection,
+    /// where packets that are dropped would have to be missed for a minute.
+    pub(crate) fn cut_off(&self, at: usize) {
+        self.nodes[at].ctl(&[
+            "eval",
+            "[begin erlang:set_cookie(N, cut_off), erlang:disconnect_node(N) end \
+             || N <- rabbit_nodes:all(), N =/= node()].",
+        ]);
+    }
+
+    /// Lets it find the others again.
+    pub(crate) fn reunite(&self, at: usize) {
+        self.nodes[at]
+            .ctl(&["eval", "[erlang:set_cookie(N, erlang:get_cookie()) || N <- rabbit_nodes:all()]."]);
+    }
+
+    /// How many of them run, as the node `asked` knows it.
+    pub(crate) fn running(&self, asked: usize) -> usize {
+        let said = self.nodes[asked].ctl(&["eval", "length(rabbit_nodes:all_running())."]);
+        said.trim().parse().unwrap_or_else(|_| panic!("{said}"))
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        // Nobody needs its queues again, and a node in good order would wait for the others.
+        drop(broker("kill", self.home.path(), &[]));
+        clear(self.home.path());
+    }
+}
+
+/// The address or addresses that it prints.
+fn start(directory: &Path, options: &[&str]) -> String {
+    let line = run("start", directory, options);
+    let url = line.trim().strip_prefix("SANDPIPER_AMQP__URL=");
+    url.unwrap_or_else(|| panic!("deploy/broker start printed {line:?}")).to_owned()
+}
+
+fn clear(directory: &Path) {
+    drop(broker("stop", directory, &[]));
+}
+
+fn run(verb: &str, directory: &Path, arguments: &[&str]) -> String {
+    let output = broker(verb, directory, arguments).unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "deploy/broker {verb} {arguments:?} failed: {errors}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn broker(verb: &str, directory: &Path, arguments: &[&str]) -> std::io::Result<std::process::Output> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/broker");
+    Command::new(script).arg(verb).arg(directory).args(arguments).stdin(Stdio::null()).output()
 }

@@ -76,7 +76,8 @@ def steps(*pairs):
     return [(None, first), *rest]
 
 
-BAD_FROM = lambda value: steps(GREEN, (value, RED))  # noqa: E731 - a name for what many panels say
+def bad_from(value):
+    return steps(GREEN, (value, RED))
 
 COMPLETED = rate("sandpiper_jobs_completed_total", W)
 OUR_FAULT = 'sum(rate(sandpiper_jobs_completed_total{job=~"$job",instance=~"$instance",status="worker_error"}[$__rate_interval]))'
@@ -109,7 +110,7 @@ OVERVIEW = {
                  " beyond its maximum a job is stuck.", "s", f"max(sandpiper_oldest_running_job_seconds{W})",
                  steps(GREEN, (300, YELLOW), (420, RED)), more="sandpiper-jobs", decimals=1),
             stat(8, "Dead queue", "Messages that could not be handled and wait for a person: `sandpiper dead list`.",
-                 "short", f"sum(max by (vhost, queue) (rabbitmq_detailed_queue_messages{DEAD}))", BAD_FROM(1),
+                 "short", f"sum(max by (vhost, queue) (rabbitmq_detailed_queue_messages{DEAD}))", bad_from(1),
                  more="sandpiper-rabbitmq"),
         ]),
         ("Over time", [
@@ -125,7 +126,7 @@ OVERVIEW = {
                   }, colors={"waiting": ORANGE, "under way": BLUE}, more="sandpiper-rabbitmq"),
             lines(12, "Waiting time in the queue", "From publishing a job, by its timestamp, to its delivery. Jobs"
                   " without a timestamp do not count.", "s", quantiles("sandpiper_job_queue_wait_seconds", W),
-                  thresholds=BAD_FROM(60), more="sandpiper-autoscaling"),
+                  thresholds=bad_from(60), more="sandpiper-autoscaling"),
             lines(13, "Slots", "Jobs that run, and how many may.", "short", {
                 "running": f"sum(sandpiper_jobs_running{W})", "slots": f"sum(sandpiper_slots{W})",
             }, colors={"running": BLUE, "slots": GREY}, more="sandpiper-autoscaling"),
@@ -168,7 +169,7 @@ JOBS = {
                       + COMPLETED}, colors=STATUS, stacked=True),
             lines(5, "Our own failures, share", "worker_error among all jobs that ended. The alert on it burns through"
                   " an error budget of one in a thousand.", "percentunit", {"worker_error": f"{OUR_FAULT} / {COMPLETED}"},
-                  colors={"worker_error": RED}, thresholds=BAD_FROM(0.001)),
+                  colors={"worker_error": RED}, thresholds=bad_from(0.001)),
             table(6, "Jobs by environment and status", "How many ended in the time range shown.", "short",
                   {"": f"sum by (environment, status) (increase(sandpiper_job_run_seconds_count{WE}[$__range])) > 0"},
                   width=8, decimals=0),
@@ -182,7 +183,7 @@ JOBS = {
             lines(10, "From delivery to answer", "With the wait for a slot, the start, the run and the confirm.", "s",
                   quantiles("sandpiper_job_total_seconds", W)),
             lines(11, "Waiting time in the queue", "By the timestamp that the publisher wrote.", "s",
-                  quantiles("sandpiper_job_queue_wait_seconds", W), thresholds=BAD_FROM(60)),
+                  quantiles("sandpiper_job_queue_wait_seconds", W), thresholds=bad_from(60)),
             lines(12, "Oldest", "The job that has run longest, and the delivery that has been held longest.", "s", {
                 "running job": f"max(sandpiper_oldest_running_job_seconds{W})",
                 "delivery": f"max(sandpiper_oldest_delivery_seconds{W})",
@@ -193,7 +194,7 @@ JOBS = {
                   quantiles("sandpiper_job_memory_peak_bytes", W)),
             lines(15, "Stuck workers", "Workers with a job that is minutes past its end; /healthz fails, and whoever"
                   " supervises them should restart them.", "short", {"{{instance}}": f"sandpiper_stuck{W}"},
-                  thresholds=BAD_FROM(1)),
+                  thresholds=bad_from(1)),
         ]),
     ],
 }
@@ -216,10 +217,12 @@ SANDBOX = {
                  f"sum(increase(sandpiper_job_timeouts_total{W}[$__range]))", steps(BLUE), decimals=0, width=4, height=8),
             stat(5, "Killed for a system call", "In the time range shown.", "short",
                  f"sum(increase(sandpiper_syscall_kills_total{W}[$__range]))", steps(PURPLE), decimals=0, width=4, height=8),
-            table(6, "Forbidden and refused calls", "Jobs killed for them in the time range shown, by the name in the"
-                  " kernel's table.", "short", {"": "topk(20, sum by (syscall) "
-                                                f"(increase(sandpiper_syscall_kills_total{W}[$__range])) > 0)"},
-                  width=16, decimals=0),
+            table(6, "Jobs killed, by call", "In the time range shown, by the name in the kernel's table.", "short",
+                  {"": f"topk(20, sum by (syscall) (increase(sandpiper_syscall_kills_total{W}[$__range])) > 0)"},
+                  width=8, decimals=0),
+            table(15, "Calls refused", "In the time range shown, by the name in the kernel's table.", "short",
+                  {"": f"topk(20, sum by (syscall) (increase(sandpiper_syscalls_refused_total{W}[$__range])) > 0)"},
+                  width=8, decimals=0),
         ]),
         ("Starts", [
             lines(7, "Start time, warm", "From taking a job on to handing over its code, for forks of a warm python.",
@@ -242,7 +245,7 @@ SANDBOX = {
             lines(13, "Processes that could not be started, a second", "Each is tried again a few times, then answered"
                   " as worker_error: `sandpiper doctor` on that machine.", "short",
                   {"{{environment}}": rate("sandpiper_job_start_failures_total", WE, "environment")},
-                  thresholds=BAD_FROM(0.01), width=12),
+                  thresholds=bad_from(0.01), width=12),
             lines(14, "Peak memory of jobs", "Of all processes of a job together, where the kernel tells.", "bytes",
                   quantiles("sandpiper_job_memory_peak_bytes", W), width=12),
         ]),
@@ -257,7 +260,7 @@ LINK = {
             lines(1, "Connections up", "Each worker has two: one takes jobs, one publishes results.", "short",
                   {"{{role}}": f"sum by (role) (sandpiper_connection_up{W})"}),
             lines(2, "Blocked by the broker", "The broker takes no messages: short of memory or disk.", "short",
-                  {"{{role}}": f"sum by (role) (sandpiper_connection_blocked{W})"}, thresholds=BAD_FROM(1)),
+                  {"{{role}}": f"sum by (role) (sandpiper_connection_blocked{W})"}, thresholds=bad_from(1)),
             lines(3, "Reconnects a second", "Attempts after the first; they go on for ever.", "short",
                   {"{{role}}": rate("sandpiper_connection_reconnects_total", W, "role")}),
         ]),
@@ -308,7 +311,7 @@ RABBITMQ = {
                   {"{{queue}}": f"max by (vhost, queue) (rabbitmq_detailed_queue_consumers{Q})"}),
             lines(4, "Dead queue", "Wait for a person: `sandpiper dead list`.", "short",
                   {"{{queue}}": f"max by (vhost, queue) (rabbitmq_detailed_queue_messages{DEAD})"},
-                  thresholds=BAD_FROM(1)),
+                  thresholds=bad_from(1)),
             lines(5, "Results queue", "Results without a reply queue. Somebody has to read them.", "short", {
                 "{{queue}}": 'max by (vhost, queue) (rabbitmq_detailed_queue_messages{queue=~"$results_queue"})'}),
             lines(6, "Consumer capacity", "The share of time in which the queue could hand out at once. Below 1 with"
@@ -335,10 +338,10 @@ RABBITMQ = {
                 "memory": f"max(rabbitmq_alarms_memory_used_watermark{NODE})",
                 "disk": f"max(rabbitmq_alarms_free_disk_space_watermark{NODE})",
                 "descriptors": f"max(rabbitmq_alarms_file_descriptor_limit{NODE})",
-            }, thresholds=BAD_FROM(1)),
+            }, thresholds=bad_from(1)),
             lines(12, "Memory before the alarm", "Used, of what sets it off.", "percentunit", {
                 "{{instance}}": f"rabbitmq_process_resident_memory_bytes{NODE} / rabbitmq_resident_memory_limit_bytes{NODE}"},
-                thresholds=BAD_FROM(0.9)),
+                thresholds=bad_from(0.9)),
             lines(13, "Free disk above the alarm", "Beyond the limit that sets it off.", "bytes", {
                 "{{instance}}": f"rabbitmq_disk_space_available_bytes{NODE} - "
                                 f"rabbitmq_disk_space_available_limit_bytes{NODE}"}),
@@ -365,7 +368,7 @@ AUTOSCALING = {
             lines(2, "Busy slots", "Always near 1: more workers. Always near 0: fewer.", "percentunit", {
                 "busy": f"sum(sandpiper_jobs_running{W}) / sum(sandpiper_slots{W})",
                 "{{instance}}": f"sandpiper_jobs_running{W} / sandpiper_slots{W}"},
-                thresholds=BAD_FROM(0.95)),
+                thresholds=bad_from(0.95)),
             lines(3, "Slots needed", "Jobs taken a second, times what one holds its slot: so many are busy on average"
                   " (Little's law). The slots that there are should stay above.", "short", {
                       "needed": f"{rate('sandpiper_job_run_seconds_sum', W)} + {rate('sandpiper_job_start_seconds_sum', W)}",
@@ -385,7 +388,7 @@ AUTOSCALING = {
             lines(8, "Memory of the worker itself", "Resident; its jobs' processes count for themselves.", "bytes",
                   {"{{instance}}": f"process_resident_memory_bytes{W}"}),
             lines(9, "Open descriptors", "Of those that it may have.", "percentunit",
-                  {"{{instance}}": f"process_open_fds{W} / process_max_fds{W}"}, thresholds=BAD_FROM(0.9)),
+                  {"{{instance}}": f"process_open_fds{W} / process_max_fds{W}"}, thresholds=bad_from(0.9)),
             lines(10, "Jobs a second by worker", "Fair shares look alike.", "short",
                   {"{{instance}}": rate("sandpiper_jobs_completed_total", W, "instance")}, stacked=True, width=12),
             lines(11, "Given back a second", "By workers that drain, or could not start a job.", "short", {

@@ -18,6 +18,7 @@ import tempfile
 import time
 
 import dashboards
+import picture
 from stack import CONFIG, KINDS, ROOT, Client, Load, Stack, await_true, mishaps
 
 INTERVAL = "10s"  # what $__rate_interval is at a scrape a second
@@ -134,6 +135,11 @@ def promtool_likes_them(stack):
         assert checked.returncode == 0 and not checked.stdout, checked.stdout.decode()
 
 
+def a_picture_can_be_drawn(stack, began):
+    drawn = picture.draw(stack, "sandpiper-overview", began, time.time(), INTERVAL)
+    assert drawn.startswith(b"\x89PNG") and 20_000 < len(drawn) < 200_000, f"{len(drawn)} bytes"
+
+
 def labels_stay_bounded(stack):
     """Names that a publisher or a program invents are no labels."""
     client = Client(stack.url)
@@ -214,6 +220,7 @@ def main():
         check("the alert rules are evaluated", rules_are_evaluated, stack)
         check("the metrics are those of the page", the_page_names_what_is_exported, stack)
         check("promtool check metrics", promtool_likes_them, stack)
+        check("a picture can be drawn", a_picture_can_be_drawn, stack, began)
         check("labels stay bounded", labels_stay_bounded, stack)
         check("a broken environment shows", a_broken_environment_shows, stack)
         for worker in stack.workers:

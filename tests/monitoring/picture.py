@@ -30,11 +30,16 @@ def color(name):
     return COLORS.get(name, name)
 
 
+def plain(value, digits):
+    text = f"{value:.{digits}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def scaled(value, steps, digits):
     for size, unit in steps:
         if abs(value) >= size:
-            return f"{value / size:.{digits}f}".rstrip("0").rstrip(".") + unit
-    return f"{value:.{digits}f}".rstrip("0").rstrip(".") or "0"
+            return plain(value / size, digits) + unit
+    return plain(value, digits)
 
 
 def write(value, unit, decimals=None):
@@ -53,9 +58,7 @@ def write(value, unit, decimals=None):
     if unit in ("bytes", "Bps"):
         tail = "/s" if unit == "Bps" else ""
         return scaled(value, ((2**30, " GiB"), (2**20, " MiB"), (2**10, " KiB"), (1, " B")), 1) + tail
-    if decimals is None and value == int(value):
-        digits = 0
-    return scaled(value, ((1e6, " M"), (1e4, " K")), max(digits, 0 if value == int(value) else 1))
+    return scaled(value, ((1e6, " M"), (1e3, " K")), digits)
 
 
 def label(legend, metric):
@@ -76,8 +79,7 @@ class Page:
         expression = dashboards.fill_in(self.board, target["expr"], self.interval, span)
         step = max(1, round((self.end - self.start) / 400))
         data = self.stack.api("query_range", query=expression, start=self.start, end=self.end, step=step)["result"]
-        # What there is most of comes first, so that the legend has room for it.
-        for series in sorted(data, key=lambda one: -sum(float(v) for _, v in one["values"] if v != "NaN")):
+        for series in sorted(data, key=lambda one: label(target["legendFormat"], one["metric"])):
             yield label(target["legendFormat"], series["metric"]), [(t, float(v)) for t, v in series["values"]]
 
     def box(self, place):
@@ -120,6 +122,9 @@ class Page:
                  for one in panel["fieldConfig"]["overrides"]}
         axes = self.axes(left + 58, bottom + 44, width - 74, height - 76)
         series = [one for target in panel["targets"] for one in self.query(target)]
+        if len(series) > 6:
+            # What there is most of comes first, so that the legend has room for it.
+            series.sort(key=lambda one: -sum(value for _, value in one[1] if math.isfinite(value)))
         shades = [color(fixed.get(name, PALETTE[at % len(PALETTE)])) for at, (name, _) in enumerate(series)]
         moments = sorted({t for _, points in series for t, _ in points})
         days = [datetime.datetime.fromtimestamp(t, datetime.timezone.utc) for t in moments]
@@ -145,9 +150,13 @@ class Page:
                 top = max(top, step["value"])
         axes.set_ylim(0, top * 1.12 if top else 1)
         axes.set_xlim(*(datetime.datetime.fromtimestamp(t, datetime.timezone.utc) for t in (self.start, self.end)))
-        axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+        ticks = matplotlib.ticker.MaxNLocator(4, integer=unit == "short" and top >= 2)
+        if unit in ("bytes", "Bps") and top:
+            ticks = matplotlib.ticker.MultipleLocator(2 ** math.ceil(math.log2(top / 4)))
+        axes.yaxis.set_major_locator(ticks)
         axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: write(value, unit, 0 if unit == "percentunit" else None)))
-        axes.xaxis.set_major_locator(matplotlib.ticker.LinearLocator(5 if width < 700 else 7))
+        minutes = next(n for n in (1, 2, 5, 10, 15, 30, 60, 180) if (self.end - self.start) / 60 / n < width / 90)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(minutes / 24 / 60))
         axes.xaxis.set_major_formatter(matplotlib.dates.DateFormatter("%H:%M"))
         axes.set_facecolor(PANEL)
         axes.grid(color="#262a30", linewidth=0.8)
@@ -191,7 +200,7 @@ class Page:
         plt.close(self.figure)
         # Few colours, so that a page that shows it loads fast.
         small = io.BytesIO()
-        Image.open(raw).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+        Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
         return small.getvalue()
 
 

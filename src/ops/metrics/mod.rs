@@ -299,7 +299,7 @@ mod tests {
     fn nobody_can_make_the_metrics_grow_without_bound() {
         let metrics = Metrics::new().unwrap();
         let flood = |from: usize| {
-            for at in from..from + 5_000 {
+            for at in from..from + 3_000 {
                 let mut outcome = Outcome::not_run(Status::SyscallKilled, "forbidden");
                 // What a job can choose: numbers without a name, of any ABI; names are the kernel's.
                 outcome.syscall = Some(format!("{}{at}", ["syscall_", "x32:", "i386:", "name"][at % 4]));
@@ -316,10 +316,10 @@ mod tests {
             (text.lines().count(), text)
         };
         let (before, _) = flood(0);
-        let (after, text) = flood(5_000);
+        let (after, text) = flood(3_000);
         assert_eq!(before, after, "still growing");
         for gone in ["syscall_", "i386:", "x32:", "foreign:"] {
-            assert!(!text.contains(gone), "{gone} is a label");
+            assert!(!text.contains(&format!("syscall=\"{gone}")), "{gone} is a label");
         }
         for line in [
             "sandpiper_jobs_received_total{queue=\"other\"} ",
@@ -329,7 +329,7 @@ mod tests {
         }
         let kills = text.lines().filter(|line| line.starts_with("sandpiper_syscall_kills_total{"));
         let killed: f64 = kills.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum();
-        assert_eq!(killed, 10_000.0, "each is counted, under whatever name");
+        assert_eq!(killed, 6_000.0, "each is counted, under whatever name");
     }
 
     #[test]

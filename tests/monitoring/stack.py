@@ -79,7 +79,7 @@ class Worker:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen([WORKER, "serve", "--config", self.config], env=self.env,
                                             stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        await_true(f"{self.name} is ready", self.ready)
+        await_true(f"{self.name} is ready", self.ready, seconds=60)
 
     def get(self, path):
         try:
@@ -163,7 +163,7 @@ class Stack:
             with contextlib.suppress(OSError, AssertionError):
                 return {one["health"] for one in self.api("targets")["activeTargets"]} == {"up"}
 
-        await_true("every target of Prometheus is up", up)
+        await_true("every target of Prometheus is up", up, seconds=60)
 
     def api(self, path, **parameters):
         query = urllib.parse.urlencode(parameters)
@@ -223,33 +223,41 @@ class Load:
                     return
 
 
-def mishaps(stack, gently=False):
-    """What a mix of jobs does not bring about: cancelled, malformed, returned, lost, redelivered and poison ones."""
+def mishaps(stack):
+    """What a mix of jobs does not bring about: cancelled, malformed, returned, lost, redelivered and poison ones.
+    Each is waited for until Prometheus has seen it: a worker that is killed counts from 0 again."""
+
+    def seen(expression):
+        await_true(f"{expression} is above 0", lambda: stack.value(f"sum({expression})") > 0, seconds=60)
+
     client = Client(stack.url)
-    sleeper = {"id": "to-be-cancelled", "code": "import time\ntime.sleep(4)"}
+    sleeper = {"id": "to-be-cancelled", "code": "import time\ntime.sleep(60)", "timeout_ms": 90_000}
     client.publish(sleeper, "cancelled", client.reply_to)
-    await_true("a job has run for a while", lambda: stack.value("max(sandpiper_oldest_running_job_seconds)") > 0.3)
+    await_true("a job runs on", lambda: stack.value("max(sandpiper_oldest_running_job_seconds)") > 2, seconds=60)
     subprocess.run([WORKER, "cancel", sleeper["id"]], env={"PATH": "/usr/bin", "SANDPIPER_AMQP__URL": stack.url},
                    check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     client.publish(b"{not json", "malformed", client.reply_to)
     client.publish({"code": "print(1)"}, "gone", "no-such-queue")
-    client.connection.close()
-    if gently:
-        return
+    client.collect(["cancelled", "malformed"])
+    seen('sandpiper_jobs_completed_total{status="cancelled"}')
+    seen('sandpiper_jobs_dead_lettered_total{reason="malformed"}')
+    seen('sandpiper_results_published_total{outcome="returned"}')
     # Their acknowledgements get lost; the same worker answers from memory when they come again.
-    client = Client(stack.url)
     for n in range(8):
-        client.publish({"id": f"cut-off-{n}", "code": "import time\ntime.sleep(1)"}, str(n))
-    await_true("jobs run", lambda: stack.value("sum(sandpiper_jobs_running)") >= 2)
+        client.publish({"id": f"cut-off-{n}", "code": "import time\ntime.sleep(2)"}, str(n))
+    await_true("jobs run", lambda: stack.value("sum(sandpiper_jobs_running)") >= 2, seconds=60)
     stack.ctl("close_all_connections", "an operator closed it")
-    await_true("reconnected", lambda: stack.value("sum(sandpiper_connection_up)") == 2 * len(stack.workers))
+    seen('sandpiper_deliveries_settled_total{action="lost"}')
+    seen('sandpiper_connection_reconnects_total{role="consume"}')
+    up = "sum(sandpiper_connection_up)"
+    await_true("reconnected", lambda: stack.value(up) == 2 * len(stack.workers), seconds=60)
     # With a delivery limit of two, what two deaths of its worker have sent back is poison.
     client = Client(stack.url)
     for n in range(6):
         client.publish({"id": f"orphan-{n}", "code": "import time\ntime.sleep(4)"}, str(n), client.reply_to)
     for _ in range(2):
         for worker in stack.workers:
-            await_true("it is busy", lambda: "sandpiper_jobs_running 2" in worker.get("/metrics"))
+            await_true("it is busy", lambda: "sandpiper_jobs_running 2" in worker.get("/metrics"), seconds=60)
         for worker in stack.workers:
             worker.end(signal.SIGKILL)
         for worker in stack.workers:

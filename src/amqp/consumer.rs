@@ -131,7 +131,7 @@ impl Session for Consuming {
                 // The place first: a delivery in our hands must have somewhere to go.
                 job = async { (sender.reserve().await, jobs.next().await) } => match job {
                     (Ok(place), Some(Ok(job))) => {
-                        self.metrics.received(&self.config.jobs_queue, job.data.len());
+                        self.metrics.received(&self.config.jobs_queue, job.data.len(), job.redelivered);
                         place.send(Delivery::new(job, link.clone(), self.metrics.clone()));
                     }
                     (_, Some(Err(source))) => return Err(broken("go on consuming", source)),

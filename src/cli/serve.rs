@@ -86,7 +86,7 @@ async fn serve(config: &Config, sandbox: Sandbox, once: Option<NonZeroUsize>) ->
         Some(address) => {
             let server = Server::bind(address).await?;
             tracing::info!(address = %server.address(), "metrics and health are served");
-            let view = View { metrics: metrics.clone(), health: health.clone() };
+            let view = View { metrics: metrics.clone(), health: health.clone(), sandbox: sandbox.clone() };
             Some(tokio::spawn(server.serve(Arc::new(view), closed.clone())))
         }
         None => None,
@@ -115,10 +115,12 @@ async fn obey(mut signals: Signals, shutdown: Shutdown) {
 struct View {
     metrics: Metrics,
     health: Health,
+    sandbox: Sandbox,
 }
 
 impl Probes for View {
     fn metrics(&self) -> String {
+        self.metrics.state(self.health.ready().is_ok(), self.health.alive().is_ok());
         self.metrics.render()
     }
 
@@ -128,5 +130,10 @@ impl Probes for View {
 
     fn ready(&self) -> Result<(), String> {
         self.health.ready()
+    }
+
+    fn degraded(&self) -> Vec<String> {
+        let explained = |(name, why)| format!("environment {name} starts every job cold: {why}");
+        self.sandbox.gone_cold().into_iter().map(explained).collect()
     }
 }

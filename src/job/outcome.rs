@@ -136,6 +136,8 @@ pub struct Outcome {
     pub blocked_syscalls: Vec<BlockedSyscall>,
     /// Present when the job ran.
     pub usage: Option<Usage>,
+    /// Its process was a fork of a warm interpreter.
+    pub warm: bool,
     /// From taking the job on to handing over its code; none where it never started.
     pub start: Option<Duration>,
     /// From handing over its code to everything of it being dead.
@@ -160,6 +162,7 @@ impl Outcome {
             artifacts: Vec::new(),
             blocked_syscalls: Vec::new(),
             usage: None,
+            warm: false,
             start: None,
             run: None,
             started_at: None,

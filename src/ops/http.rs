@@ -26,6 +26,8 @@ pub trait Probes: Send + Sync + 'static {
     fn live(&self) -> Result<(), String>;
     /// Whether it takes jobs at this moment.
     fn ready(&self) -> Result<(), String>;
+    /// What does not work though it takes jobs, a sentence each.
+    fn degraded(&self) -> Vec<String>;
 }
 
 /// Why the port could not be opened or served.
@@ -93,17 +95,23 @@ async fn metrics(State(probes): State<Arc<dyn Probes>>) -> Response {
 }
 
 async fn healthz(State(probes): State<Arc<dyn Probes>>) -> Response {
-    verdict(probes.live(), "alive")
+    verdict(probes.live().map(|()| vec!["alive".into()]))
 }
 
 async fn readyz(State(probes): State<Arc<dyn Probes>>) -> Response {
-    verdict(probes.ready(), "ready")
+    // What is degraded still takes jobs: it is told, and does not count.
+    let degraded = |()| {
+        let lines = probes.degraded().into_iter().map(|what| format!("degraded: {what}"));
+        std::iter::once("ready".into()).chain(lines).collect()
+    };
+    verdict(probes.ready().map(degraded))
 }
 
-fn verdict(state: Result<(), String>, good: &str) -> Response {
-    match state {
-        Ok(()) => (StatusCode::OK, format!("{good}\n")),
-        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", reason.replace('\n', " "))),
-    }
-    .into_response()
+fn verdict(state: Result<Vec<String>, String>) -> Response {
+    let (code, lines) = match state {
+        Ok(lines) => (StatusCode::OK, lines),
+        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, vec![reason]),
+    };
+    let text: String = lines.iter().map(|line| line.replace('\n', " ") + "\n").collect();
+    (code, text).into_response()
 }

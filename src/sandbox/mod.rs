@@ -184,6 +184,14 @@ impl Sandbox {
         }
     }
 
+    /// Warm environments whose jobs all start cold at the moment, each with the reason.
+    pub fn gone_cold(&self) -> Vec<(String, String)> {
+        let cold = |(name, environment): (&String, &Environment)| {
+            Some((name.clone(), environment.zygote.as_ref()?.failure()?))
+        };
+        self.shared.environments.iter().filter_map(cold).collect()
+    }
+
     /// Ends the zygotes and all that stands by; jobs that still run are not touched. Without it they are killed
     /// when the process ends, and left for whoever collects them.
     pub async fn close(&self) {
@@ -283,6 +291,7 @@ impl Shared {
         let mut seen = started.watch.finish(cause, limits, started.lease.group.as_ref()).await?;
         let place = seen.place.take();
         let mut outcome = verdict::judge(seen, limits, payload.has_preload, taken);
+        outcome.warm = warm;
         if let Some(place) = place {
             artifacts::take(place, patterns, self.artifacts_max, &mut outcome).await?;
         }

@@ -85,6 +85,8 @@ pub(super) fn judge(seen: Observation, limits: &Limits, has_preload: bool, taken
             cpu_system_ms: milliseconds(seen.resources.system),
             memory_peak_bytes: seen.resources.peak_resident,
         }),
+        // The caller knows.
+        warm: false,
         start: handed_over.map(|at| at - taken),
         run,
         started_at: seen.handed_over.map(|(_, at)| at),

@@ -46,7 +46,10 @@ pub async fn serve(
     let name = name(config);
     sandbox.warm_up(Some(metrics));
     metrics.slots(config.worker.slots);
-    config.environments.keys().for_each(|environment| metrics.environment(environment));
+    metrics.queue(&config.amqp.jobs_queue);
+    for (name, environment) in &config.environments {
+        metrics.environment(name, environment.warm);
+    }
 
     let publisher = Publisher::start(&config.amqp, &name, metrics);
     let drain = shutdown.drain.clone();

@@ -62,6 +62,7 @@ pub(super) enum Detour {
 impl Pipeline {
     /// All of it. True where the requester got an answer; else the job comes again.
     pub(super) async fn process(self: Arc<Self>, delivery: Delivery) -> bool {
+        let _held = self.metrics.holding();
         let (to, mut context) = (self.address(&delivery), self.context(&delivery));
         let key = Key::of(&delivery);
         if let (Ok(to), Some(before)) = (&to, self.answered_before(&delivery, key).await) {
@@ -110,7 +111,7 @@ impl Pipeline {
         let to = to.as_ref().map_err(|error| decided(Status::Rejected, error.to_string()))?;
         still_wanted(delivery, &job)?;
         let entry = self.running.enter(&job.id, &self.kill)?;
-        let (limits, stream) = (job.limits, job.stream);
+        let (limits, stream, environment) = (job.limits, job.stream, job.environment.clone());
         let payload = Payload::encode(job);
         let slot = self.slots.take(delivery, entry.stop()).await?;
         entry.due_in(self.start_timeout + Duration::from_millis(limits.timeout_ms));
@@ -118,6 +119,7 @@ impl Pipeline {
         let tap = live.as_ref().map(Live::tap);
         let outcome = self.sandbox.run_tapped(payload, &limits, entry.stop(), tap).await;
         drop(slot);
+        self.metrics.ran(&environment, &outcome);
         if let Some(live) = live {
             self.kill.run_until_cancelled(live.finish(&outcome)).await;
         }
@@ -189,9 +191,12 @@ impl Pipeline {
         tracing::info!(
             id = context.id,
             status = outcome.status.as_str(),
+            exit_code = outcome.exit_code,
+            signal = outcome.signal,
             syscall = outcome.syscall,
             attempt = context.attempt,
             queued_ms = context.queued.map(millis),
+            start_ms = outcome.start.map(millis),
             run_ms = outcome.run.map(millis),
             "job ended"
         );

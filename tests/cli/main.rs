@@ -15,6 +15,7 @@ mod exec;
 mod files;
 mod help;
 mod job_document;
+mod journal;
 mod operate;
 mod policy;
 mod schema;

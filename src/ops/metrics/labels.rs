@@ -1,4 +1,7 @@
-//! The labels that are closed sets: every value is known here, and shows from the start.
+//! The labels: closed sets, whose every value shows from the start, and open ones that stay bounded.
+
+use std::collections::BTreeSet;
+use std::sync::{Mutex, PoisonError};
 
 /// A closed set of label values.
 pub(super) trait Label: Copy + 'static {
@@ -79,6 +82,16 @@ label! {
 }
 
 label! {
+    /// Where a job's process came from.
+    Start {
+        /// A new interpreter.
+        Cold => "cold",
+        /// A fork of one that has done its imports.
+        Warm => "warm",
+    }
+}
+
+label! {
     /// Which way a body goes.
     Body {
         /// A job.
@@ -86,4 +99,39 @@ label! {
         /// A result.
         Result => "result",
     }
+}
+
+/// A label whose values are not known here: names of the configuration, or of system calls. The first so many
+/// are taken as they are; all further ones share one value, so that nobody can make the worker forget its limits.
+#[derive(Debug)]
+pub(super) struct Names {
+    most: usize,
+    rest: &'static str,
+    seen: Mutex<BTreeSet<String>>,
+}
+
+impl Names {
+    pub(super) fn new(most: usize, rest: &'static str) -> Self {
+        Self { most, rest, seen: Mutex::default() }
+    }
+
+    /// The value to count `name` under.
+    pub(super) fn bounded<'a>(&self, name: &'a str) -> &'a str {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if seen.contains(name) {
+            return name;
+        }
+        if seen.len() == self.most {
+            return self.rest;
+        }
+        seen.insert(name.to_owned());
+        name
+    }
+}
+
+/// A system call's name as the kernel's table has it. A number without a name (`syscall_999`, `i386:11`) is for
+/// the job to choose, a thousand of them an ABI: as a label they are all one.
+pub(super) fn syscall<'a>(names: &Names, name: &'a str) -> &'a str {
+    let nameless = name.contains(':') || name.starts_with("syscall_");
+    if nameless { names.rest } else { names.bounded(name) }
 }

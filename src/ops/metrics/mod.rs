@@ -1,9 +1,10 @@
 //! What the worker counts, in a registry of its own, under the names that dashboards and alerts use.
 //!
 //! Labels are bounded: every one is an enum here, a name from the configuration or a system call's name as
-//! the kernel's table has it. Every child of an enum is there from the start, at 0, so that a rate over the
+//! the kernel's table has it; and where somebody finds more of these than there are, the rest is one. Every child of an enum is there from the start, at 0, so that a rate over the
 //! first event is not lost. Who counts what is up to the callers; nothing here decides anything.
 
+mod ages;
 mod labels;
 mod registry;
 
@@ -12,7 +13,8 @@ use std::time::Duration;
 
 use prometheus::{Encoder, IntGauge, Registry, TextEncoder};
 
-pub use labels::{Body, DeadReason, Published, Role, Settled};
+use ages::Age;
+pub use labels::{Body, DeadReason, Published, Role, Settled, Start};
 use registry::{Inner, build};
 
 use crate::job::{Outcome, Status};
@@ -44,6 +46,8 @@ impl Metrics {
 
     /// Everything, in the text format that Prometheus reads.
     pub fn render(&self) -> String {
+        self.0.oldest_running.set(self.0.runs.oldest().as_secs_f64());
+        self.0.oldest_delivery.set(self.0.deliveries.oldest().as_secs_f64());
         let mut text = Vec::new();
         if let Err(error) = TextEncoder::new().encode(&self.0.registry.gather(), &mut text) {
             tracing::warn!(%error, "metrics could not be written down");
@@ -51,10 +55,32 @@ impl Metrics {
         String::from_utf8_lossy(&text).into_owned()
     }
 
-    /// A delivery came from `queue`, with a body of so many bytes.
-    pub fn received(&self, queue: &str, bytes: usize) {
+    /// What the worker says of itself at this moment.
+    pub fn state(&self, ready: bool, alive: bool) {
+        self.0.ready.set(i64::from(ready));
+        self.0.stuck.set(i64::from(!alive));
+    }
+
+    /// Jobs come from `queue`: its children show at 0 before anything came.
+    pub fn queue(&self, queue: &str) {
+        let queue = self.0.queues.bounded(queue);
+        self.0.received.with_label_values(&[queue]);
+        self.0.redelivered.with_label_values(&[queue]);
+    }
+
+    /// A delivery came from `queue`, with a body of so many bytes; again, where it had been delivered before.
+    pub fn received(&self, queue: &str, bytes: usize, again: bool) {
+        let queue = self.0.queues.bounded(queue);
         self.0.received.with_label_values(&[queue]).inc();
+        if again {
+            self.0.redelivered.with_label_values(&[queue]).inc();
+        }
         self.body(Body::Job, bytes);
+    }
+
+    /// A delivery is held, and keeps the broker waiting, until the guard is dropped.
+    pub fn holding(&self) -> Holding {
+        Holding { _age: self.0.deliveries.begin() }
     }
 
     /// A body of so many bytes went its way.
@@ -73,23 +99,36 @@ impl Metrics {
         match outcome.status {
             Status::Timeout => inner.timeouts.inc(),
             Status::SyscallKilled => {
-                let syscall = outcome.syscall.as_deref().unwrap_or(UNKNOWN_SYSCALL);
-                inner.syscall_kills.with_label_values(&[syscall]).inc();
+                let name = outcome.syscall.as_deref().unwrap_or(UNKNOWN_SYSCALL);
+                let name = labels::syscall(&inner.syscalls, name);
+                inner.syscall_kills.with_label_values(&[name]).inc();
             }
             _ => {}
         }
         for blocked in &outcome.blocked_syscalls {
-            inner.syscalls_refused.with_label_values(&[blocked.syscall.as_str()]).inc_by(blocked.count);
-        }
-        if let Some(start) = outcome.start {
-            inner.start.observe(start.as_secs_f64());
-        }
-        if let Some(run) = outcome.run {
-            inner.run.observe(run.as_secs_f64());
+            let name = labels::syscall(&inner.syscalls, &blocked.syscall);
+            inner.syscalls_refused.with_label_values(&[name]).inc_by(blocked.count);
         }
         if let Some(usage) = outcome.usage {
             #[expect(clippy::cast_precision_loss, reason = "a histogram of sizes far below 2^52 bytes")]
             inner.memory_peak.observe(usage.memory_peak_bytes as f64);
+        }
+    }
+
+    /// A job of `environment` went through the sandbox: how it started, where it did, and how long it ran.
+    pub fn ran(&self, environment: &str, outcome: &Outcome) {
+        let inner = &*self.0;
+        let environment = inner.environments.bounded(environment);
+        if let Some(took) = outcome.start {
+            let start = if outcome.warm { Start::Warm } else { Start::Cold };
+            inner.start.with_label_values(&[start.as_str()]).observe(took.as_secs_f64());
+        }
+        if let Some(run) = outcome.run {
+            let status = outcome.status.as_str();
+            inner.run.with_label_values(&[environment, status]).observe(run.as_secs_f64());
+        }
+        if outcome.status == Status::WorkerError && outcome.started_at.is_none() {
+            inner.start_failures.with_label_values(&[environment]).inc();
         }
     }
 
@@ -156,36 +195,66 @@ impl Metrics {
     /// One more job runs, until the guard is dropped.
     pub fn running(&self) -> Running {
         self.0.running.inc();
-        Running(self.0.running.clone())
+        Running { count: self.0.running.clone(), _age: self.0.runs.begin() }
     }
 
     /// An environment exists: its children show at 0 before anything happened in it.
-    pub fn environment(&self, name: &str) {
-        self.0.standby.with_label_values(&[name]);
-        self.0.zygote_restarts.with_label_values(&[name]);
+    pub fn environment(&self, name: &str, warm: bool) {
+        let inner = &*self.0;
+        let name = inner.environments.bounded(name);
+        let never_ran = [Status::Rejected, Status::Expired];
+        for status in Status::ALL.into_iter().filter(|status| !never_ran.contains(status)) {
+            inner.run.with_label_values(&[name, status.as_str()]);
+        }
+        inner.start_failures.with_label_values(&[name]);
+        inner.standby.with_label_values(&[name]);
+        inner.zygote_restarts.with_label_values(&[name]);
+        inner.zygote_failures.with_label_values(&[name]);
+        if warm {
+            inner.zygote_up.with_label_values(&[name]);
+        }
     }
 
     /// So many children of `environment` stand ready for a job.
     pub fn standby(&self, environment: &str, children: usize) {
         let children = i64::try_from(children).unwrap_or(i64::MAX);
-        self.0.standby.with_label_values(&[environment]).set(children);
+        self.0.standby.with_label_values(&[self.0.environments.bounded(environment)]).set(children);
+    }
+
+    /// The zygote of `environment` is there, or could not be started.
+    pub fn zygote(&self, environment: &str, up: bool) {
+        let environment = self.0.environments.bounded(environment);
+        self.0.zygote_up.with_label_values(&[environment]).set(i64::from(up));
+        if !up {
+            self.0.zygote_failures.with_label_values(&[environment]).inc();
+        }
     }
 
     /// The zygote of `environment` was started again.
     pub fn zygote_restarted(&self, environment: &str) {
-        self.0.zygote_restarts.with_label_values(&[environment]).inc();
+        self.0.zygote_restarts.with_label_values(&[self.0.environments.bounded(environment)]).inc();
     }
 }
 
 /// A running job, counted for as long as this lives.
 #[derive(Debug)]
 #[must_use = "the job counts as running only while this lives"]
-pub struct Running(IntGauge);
+pub struct Running {
+    count: IntGauge,
+    _age: Age,
+}
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.0.dec();
+        self.count.dec();
     }
+}
+
+/// A delivery that is held, for as long as this lives.
+#[derive(Debug)]
+#[must_use = "the delivery counts as held only while this lives"]
+pub struct Holding {
+    _age: Age,
 }
 
 #[cfg(test)]
@@ -224,6 +293,64 @@ mod tests {
         assert!(text.contains("sandpiper_jobs_completed_total{status=\"syscall_killed\"} 1"));
         assert!(text.contains("sandpiper_syscall_kills_total{syscall=\"ptrace\"} 1"));
         assert!(text.contains("sandpiper_job_timeouts_total 0"));
+    }
+
+    #[test]
+    fn nobody_can_make_the_metrics_grow_without_bound() {
+        let metrics = Metrics::new().unwrap();
+        let flood = |from: usize| {
+            for at in from..from + 3_000 {
+                let mut outcome = Outcome::not_run(Status::SyscallKilled, "forbidden");
+                // What a job can choose: numbers without a name, of any ABI; names are the kernel's.
+                outcome.syscall = Some(format!("{}{at}", ["syscall_", "x32:", "i386:", "name"][at % 4]));
+                outcome.blocked_syscalls = vec![crate::job::BlockedSyscall {
+                    syscall: format!("{}{at}", ["syscall_", "foreign:", "call"][at % 3]),
+                    count: 1,
+                }];
+                outcome.run = Some(Duration::ZERO);
+                metrics.completed(&outcome);
+                metrics.ran(&format!("environment{at}"), &outcome);
+                metrics.received(&format!("queue{at}"), 1, true);
+            }
+            let text = metrics.render();
+            (text.lines().count(), text)
+        };
+        let (before, _) = flood(0);
+        let (after, text) = flood(3_000);
+        assert_eq!(before, after, "still growing");
+        for gone in ["syscall_", "i386:", "x32:", "foreign:"] {
+            assert!(!text.contains(&format!("syscall=\"{gone}")), "{gone} is a label");
+        }
+        for line in [
+            "sandpiper_jobs_received_total{queue=\"other\"} ",
+            "sandpiper_job_run_seconds_count{environment=\"other\",status=\"syscall_killed\"} ",
+        ] {
+            assert!(text.contains(line), "{line} is missing");
+        }
+        let kills = text.lines().filter(|line| line.starts_with("sandpiper_syscall_kills_total{"));
+        let killed: f64 = kills.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum();
+        assert_eq!(killed, 6_000.0, "each is counted, under whatever name");
+    }
+
+    #[test]
+    fn the_oldest_counts_for_as_long_as_it_is_there() {
+        let metrics = Metrics::new().unwrap();
+        let oldest = || {
+            let text = metrics.render();
+            let line =
+                text.lines().find(|line| line.starts_with("sandpiper_oldest_delivery_seconds ")).unwrap();
+            line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()
+        };
+        assert_eq!(oldest(), 0.0);
+        let first = metrics.holding();
+        let between = std::time::Instant::now();
+        let second = metrics.holding();
+        let so_far = between.elapsed().as_secs_f64();
+        assert!(oldest() >= so_far, "the first counts");
+        drop(first);
+        assert!(oldest() <= between.elapsed().as_secs_f64(), "the second counts");
+        drop(second);
+        assert_eq!(oldest(), 0.0);
     }
 
     #[test]

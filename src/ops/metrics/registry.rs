@@ -1,18 +1,30 @@
 //! Every metric with its name, its help and its buckets, and the registry that holds them.
 
 use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry,
 };
 
 use super::UNKNOWN_SYSCALL;
-use super::labels::{Body, DeadReason, Label, Published, Role, Settled};
+use super::ages::Ages;
+use super::labels::{Body, DeadReason, Label, Names, Published, Role, Settled, Start};
 use crate::job::Status;
 
-/// The metrics themselves.
+/// The metrics themselves, and what they are made of when somebody looks.
 #[derive(Debug)]
 pub(super) struct Inner {
     pub(super) registry: Registry,
+    pub(super) queues: Names,
+    pub(super) environments: Names,
+    pub(super) syscalls: Names,
+    pub(super) runs: Ages,
+    pub(super) deliveries: Ages,
+    pub(super) oldest_running: Gauge,
+    pub(super) oldest_delivery: Gauge,
+    pub(super) ready: IntGauge,
+    pub(super) stuck: IntGauge,
     pub(super) received: IntCounterVec,
+    pub(super) redelivered: IntCounterVec,
     pub(super) completed: IntCounterVec,
     pub(super) settled: IntCounterVec,
     pub(super) dead_lettered: IntCounterVec,
@@ -28,10 +40,13 @@ pub(super) struct Inner {
     pub(super) slots: IntGauge,
     pub(super) running: IntGauge,
     pub(super) standby: IntGaugeVec,
+    pub(super) zygote_up: IntGaugeVec,
     pub(super) zygote_restarts: IntCounterVec,
+    pub(super) zygote_failures: IntCounterVec,
+    pub(super) start_failures: IntCounterVec,
     pub(super) queue_wait: Histogram,
-    pub(super) start: Histogram,
-    pub(super) run: Histogram,
+    pub(super) start: HistogramVec,
+    pub(super) run: HistogramVec,
     pub(super) total: Histogram,
     pub(super) confirm: Histogram,
     pub(super) body_bytes: HistogramVec,
@@ -88,8 +103,36 @@ impl Shelf {
         Ok(gauges)
     }
 
+    fn seconds(&self, name: &str, help: &str) -> prometheus::Result<Gauge> {
+        self.add(Gauge::new(name, help))
+    }
+
     fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> prometheus::Result<Histogram> {
         self.add(Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec())))
+    }
+
+    fn histograms(
+        &self,
+        name: &str,
+        help: &str,
+        buckets: &[f64],
+        labels: &[&str],
+    ) -> prometheus::Result<HistogramVec> {
+        self.add(HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels))
+    }
+
+    fn histograms_of<L: Label>(
+        &self,
+        name: &str,
+        help: &str,
+        buckets: &[f64],
+        label: &str,
+    ) -> prometheus::Result<HistogramVec> {
+        let histograms = self.histograms(name, help, buckets, &[label])?;
+        for value in L::ALL {
+            histograms.with_label_values(&[value.label()]);
+        }
+        Ok(histograms)
     }
 }
 
@@ -118,6 +161,16 @@ const MEMORY_BYTES: &[f64] = &[
     1_073_741_824.0,
 ];
 
+/// Far more queues and environments than a worker has.
+const QUEUES: usize = 64;
+const ENVIRONMENTS: usize = 64;
+
+/// More system calls than a kernel's table has.
+const SYSCALLS: usize = 512;
+
+/// What is beyond these.
+const OTHER: &str = "other";
+
 pub(super) fn build(registry: Registry) -> prometheus::Result<Inner> {
     let shelf = Shelf(registry.clone());
     let build_info = shelf.gauges("sandpiper_build_info", "The worker's version; always 1", "version")?;
@@ -141,16 +194,28 @@ pub(super) fn build(registry: Registry) -> prometheus::Result<Inner> {
     for vec in [&syscall_kills, &syscalls_refused] {
         vec.with_label_values(&[UNKNOWN_SYSCALL]);
     }
-    let body_bytes = shelf.add(HistogramVec::new(
-        HistogramOpts::new("sandpiper_message_body_bytes", "Size of message bodies")
-            .buckets(BODY_BYTES.to_vec()),
-        &["body"],
-    ))?;
-    for body in Body::ALL {
-        body_bytes.with_label_values(&[body.label()]);
-    }
 
     Ok(Inner {
+        queues: Names::new(QUEUES, OTHER),
+        environments: Names::new(ENVIRONMENTS, OTHER),
+        syscalls: Names::new(SYSCALLS, UNKNOWN_SYSCALL),
+        runs: Ages::default(),
+        deliveries: Ages::default(),
+        oldest_running: shelf.seconds(
+            "sandpiper_oldest_running_job_seconds",
+            "How long the job that started first of those running has run; 0 while none runs",
+        )?,
+        oldest_delivery: shelf.seconds(
+            "sandpiper_oldest_delivery_seconds",
+            "How long the oldest delivery has been held without being given back; 0 while none is held",
+        )?,
+        ready: shelf.gauge("sandpiper_ready", "1 while the worker takes jobs, as /readyz says")?,
+        stuck: shelf.gauge("sandpiper_stuck", "1 while a job is minutes past its end, as /healthz says")?,
+        redelivered: shelf.counters(
+            "sandpiper_jobs_redelivered_total",
+            "Deliveries of messages that had been delivered before",
+            "queue",
+        )?,
         received: shelf.counters(
             "sandpiper_jobs_received_total",
             "Deliveries taken from a queue",
@@ -208,20 +273,37 @@ pub(super) fn build(registry: Registry) -> prometheus::Result<Inner> {
             "Times that an environment's zygote was started again",
             "environment",
         )?,
+        zygote_up: shelf.gauges(
+            "sandpiper_zygote_up",
+            "1 while jobs of a warm environment can start warm; absent for one that starts every job cold",
+            "environment",
+        )?,
+        zygote_failures: shelf.counters(
+            "sandpiper_zygote_start_failures_total",
+            "Times that an environment's zygote could not be started, such as for a failing import",
+            "environment",
+        )?,
+        start_failures: shelf.counters(
+            "sandpiper_job_start_failures_total",
+            "Times that a job's process could not be started",
+            "environment",
+        )?,
         queue_wait: shelf.histogram(
             "sandpiper_job_queue_wait_seconds",
             "From publishing a job, by its timestamp, to its delivery",
             WAIT_SECONDS,
         )?,
-        start: shelf.histogram(
+        start: shelf.histograms_of::<Start>(
             "sandpiper_job_start_seconds",
             "From taking a job on to handing over its code",
             SECONDS,
+            "start",
         )?,
-        run: shelf.histogram(
+        run: shelf.histograms(
             "sandpiper_job_run_seconds",
             "From handing over the code to everything of the job being dead",
             SECONDS,
+            &["environment", "status"],
         )?,
         total: shelf.histogram("sandpiper_job_total_seconds", "From delivery to settlement", SECONDS)?,
         confirm: shelf.histogram(
@@ -229,7 +311,12 @@ pub(super) fn build(registry: Registry) -> prometheus::Result<Inner> {
             "From publishing a result to its confirm",
             SECONDS,
         )?,
-        body_bytes,
+        body_bytes: shelf.histograms_of::<Body>(
+            "sandpiper_message_body_bytes",
+            "Size of message bodies",
+            BODY_BYTES,
+            "body",
+        )?,
         memory_peak: shelf.histogram(
             "sandpiper_job_memory_peak_bytes",
             "Peak memory of a job",

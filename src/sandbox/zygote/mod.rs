@@ -110,6 +110,14 @@ impl Zygote {
         }
     }
 
+    /// Why it could not be started, while that is so.
+    pub(super) fn failure(&self) -> Option<String> {
+        match &*self.state.borrow() {
+            State::Failed(why) => Some(why.clone()),
+            State::Starting | State::Ready => None,
+        }
+    }
+
     /// Children that stand by.
     fn standing(&self) -> usize {
         self.standby.lock().unwrap_or_else(PoisonError::into_inner).len()
@@ -199,6 +207,9 @@ async fn keep(zygote: Weak<Zygote>, shared: Weak<Shared>, name: String, metrics:
         let tended = tend(&zygote, &shared, environment).await;
         if let Some(metrics) = &metrics {
             metrics.standby(&name, zygote.standing());
+            if tended.is_ok() || !zygote.ended.is_cancelled() {
+                metrics.zygote(&name, tended.is_ok());
+            }
             if matches!(tended, Ok(true)) && started_before {
                 metrics.zygote_restarted(&name);
             }

@@ -26,6 +26,7 @@ pub mod policy;
 mod root;
 mod streams;
 mod tap;
+mod trace;
 mod verdict;
 mod watch;
 mod zygote;
@@ -56,6 +57,7 @@ use watch::{Cause, Ends, Terms, Watch};
 pub use error::StartError;
 pub use root::RootError;
 pub use tap::Tap;
+pub use trace::Trace;
 
 /// Runs jobs, each in a process of its own behind both walls. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -75,6 +77,8 @@ struct Shared {
     /// In which zygotes run where the worker may choose uids.
     zygote_namespace: Option<OwnedFd>,
     proxies: Vec<(&'static str, String)>,
+    /// Only where there is no inner wall.
+    trace: Option<Trace>,
     /// Bytes of artifacts that a result can hold, whatever else is in it.
     artifacts_max: u64,
 }
@@ -84,6 +88,16 @@ impl Sandbox {
     ///
     /// To be called before the process has more than one thread: what this system gives is tried in children.
     pub fn start(config: &Config) -> Result<Self, StartError> {
+        Self::set_up(config, None)
+    }
+
+    /// The same **without the inner wall**: what the policy forbids happens, and is noted in `trace`. For one run of
+    /// a trusted program by hand.
+    pub fn start_tracing(config: &Config, trace: Trace) -> Result<Self, StartError> {
+        Self::set_up(config, Some(trace))
+    }
+
+    fn set_up(config: &Config, trace: Option<Trace>) -> Result<Self, StartError> {
         let settings = &config.sandbox;
         if !settings.require.is_empty() {
             doctor::demand(config, |check| settings.require.contains(&check.name))?;
@@ -117,7 +131,8 @@ impl Sandbox {
             privilege,
             proc,
             seats: seat_count,
-            can_start_warm: privilege == Privilege::None || zygote_namespace.is_some(),
+            can_start_warm: trace.is_none() && (privilege == Privilege::None || zygote_namespace.is_some()),
+            traces: trace.is_some(),
         };
         let mut environments = BTreeMap::new();
         for (name, environment) in &config.environments {
@@ -144,6 +159,7 @@ impl Sandbox {
                 start_timeout: settings.start_timeout,
                 default_limits: config.limits.default,
                 zygote_namespace,
+                trace,
                 // Base64 makes four bytes of three.
                 artifacts_max: (config.amqp.max_result_bytes as u64) / 4 * 3,
                 proxies: proxies
@@ -274,6 +290,7 @@ impl Shared {
             stdin: payload.stdin,
             files: payload.files,
             tap,
+            trace: self.trace.as_ref(),
         };
         let cause = started.watch.run(terms, stop).await?;
         let mut seen = started.watch.finish(cause, limits, started.lease.group.as_ref()).await?;

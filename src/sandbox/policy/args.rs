@@ -111,7 +111,7 @@ pub(super) static IOCTL: Filter = Filter {
 pub(super) static FCNTL: Filter = Filter {
     allow: &[&[
         not(1, 1024), // F_SETLEASE: makes others wait who open the file, the worker too
-        not(1, 1026), // F_NOTIFY: signals on directories, superseded by inotify
+        not(1, 1026), // F_NOTIFY: tells what others do in a directory that all share, as inotify
     ]],
     kill: &[],
     otherwise: Denial::Refuse(libc::EINVAL),
@@ -153,14 +153,25 @@ pub(super) static PERSONALITY: Filter = Filter {
     detail: "query only",
 };
 
+/// The limit that every job is born with keeps its memory from the program that a host may pipe core dumps to.
+/// Any other value would not, not even a lower one: see where it is set, in `plan`.
+const RLIMIT_CORE: u32 = 4;
+
 pub(super) static PRLIMIT: Filter = Filter {
     allow: &[
-        &[is(0, 0)], // the caller itself
-        &[null(2)],  // no new limit: a query
+        &[is(0, 0), not(1, RLIMIT_CORE)], // the caller itself
+        &[null(2)],                       // no new limit: a query
     ],
     kill: &[],
     otherwise: Denial::Refuse(libc::EPERM),
-    detail: "the caller's own limits, and queries",
+    detail: "the caller's own limits but that of core dumps, and queries",
+};
+
+pub(super) static SETRLIMIT: Filter = Filter {
+    allow: &[&[not(0, RLIMIT_CORE)]],
+    kill: &[],
+    otherwise: Denial::Refuse(libc::EPERM),
+    detail: "all limits but that of core dumps",
 };
 
 const AF_UNIX: u32 = 1;

@@ -222,9 +222,9 @@ pub(super) const GROUPS: &[Group] = &[
         ],
     },
     Group {
-        class: Class::Allow,
+        class: Class::Refuse(libc::ENOSYS),
         until: Until::InnerWall,
-        reason: "watching own files",
+        reason: "tells what other jobs open of the files that all share; libraries poll instead",
         calls: &[
             ("inotify_init", 253, NONE),
             ("inotify_init1", 294, 26),

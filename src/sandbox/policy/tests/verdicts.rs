@@ -52,7 +52,6 @@ fn what_python_lives_on_is_allowed() {
             "pipe2",
             "dup3",
             "memfd_create",
-            "inotify_init1",
             "sendfile",
             "copy_file_range",
             "splice",
@@ -145,6 +144,8 @@ fn what_libraries_survive_is_refused() {
             ("sync", libc::EPERM),
             ("mq_open", libc::ENOSYS),
             ("shmget", libc::ENOSYS),
+            ("inotify_init1", libc::ENOSYS),
+            ("inotify_add_watch", libc::ENOSYS),
             ("setxattr", libc::ENOTSUP),
             ("landlock_restrict_self", libc::EOPNOTSUPP),
         ] {
@@ -205,6 +206,11 @@ fn arguments_decide() {
         ("personality", [0xffff_ffff, 0, 0], ALLOW),
         ("personality", [0x0040_0000, 0, 0], eperm), // READ_IMPLIES_EXEC
         ("prlimit64", [0, 7, 0xbeef], ALLOW),
+        ("prlimit64", [0, 4, 0xbeef], eperm), // RLIMIT_CORE
+        ("prlimit64", [0, 4 | GARBAGE, 0xbeef], eperm),
+        ("prlimit64", [0, 4, 0], ALLOW),
+        ("setrlimit", [7, 0xbeef, 0], ALLOW),
+        ("setrlimit", [4, 0xbeef, 0], eperm),
         ("prlimit64", [5, 7, 0], ALLOW),
         ("prlimit64", [5, 7, 0xbeef], eperm),
         ("prlimit64", [5, 7, 0x7fff_0000_0000], eperm), // a pointer whose low half is zero

@@ -11,6 +11,7 @@
 
 mod artifacts;
 mod cgroup;
+mod claim;
 pub mod doctor;
 mod environment;
 mod error;
@@ -48,6 +49,7 @@ use crate::sys::userns::{self, Mapping};
 use crate::sys::{fd, probe};
 use artifacts::Patterns;
 use cgroup::Group;
+use claim::Claim;
 use environment::{Environment, Machine, Variant};
 use identity::{INSIDE, Lease, Privilege, Seats};
 use launcher::{Launcher, Order};
@@ -79,6 +81,8 @@ struct Shared {
     proxies: Vec<(&'static str, String)>,
     /// Only where there is no inner wall.
     trace: Option<Trace>,
+    /// Of the uids that jobs have on the host; none where all have the worker's own.
+    _claim: Option<Claim>,
     /// Bytes of artifacts that a result can hold, whatever else is in it.
     artifacts_max: u64,
 }
@@ -127,6 +131,10 @@ impl Sandbox {
             }
             Privilege::None => None,
         };
+        let claim = (privilege == Privilege::Full).then(|| {
+            let first = settings.uid_base.saturating_add(1);
+            Claim::lay(first..first.saturating_add(seat_count))
+        });
         let machine = Machine {
             privilege,
             proc,
@@ -160,6 +168,7 @@ impl Sandbox {
                 default_limits: config.limits.default,
                 zygote_namespace,
                 trace,
+                _claim: claim,
                 // Base64 makes four bytes of three.
                 artifacts_max: (config.amqp.max_result_bytes as u64) / 4 * 3,
                 proxies: proxies

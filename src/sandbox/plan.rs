@@ -12,7 +12,7 @@ use sandpiper_shim::plan::Step;
 
 use super::identity::{INSIDE, Privilege, Seat};
 use super::landlock;
-use super::mounts::{DEVICES, WORK, WRITABLE, file_system, mount_proc, writable};
+use super::mounts::{DEVICES, WORK, WRITABLE, file_system, mount_proc, scratch, writable};
 use super::root::Root;
 use crate::job::Limits;
 use crate::sys::launch;
@@ -252,6 +252,7 @@ pub(super) fn zygote(
         // Its children write their maps there.
         file_system(&mut plan, root, Some(false));
     }
+    scratch(&mut plan);
     plan.push(&Step::Rlimit { resource: libc::RLIMIT_CORE.into(), soft: *CORE, hard: *CORE });
     plan.push(&Step::Setsid {});
     plan.push(&Step::Umask { mask: 0o022 });

@@ -82,7 +82,7 @@ impl Policy {
             (Some(Class::WithExec), _) => Remedy::Exec,
             (Some(Class::WithNetwork(_)), Verdict::Refuse(_)) => Remedy::Network,
             (_, Verdict::Partly(filter)) => {
-                Remedy::Nothing(format!("allowed already: {}", filter.detail).into())
+                Remedy::Nothing(format!("only some arguments are allowed: {}", filter.detail).into())
             }
             _ => match extra::number(self.arch, call.name) {
                 Err(PolicyError::Forbidden { reason, .. }) => Remedy::Nothing(reason.into()),

@@ -118,6 +118,28 @@ pub(super) static FCNTL: Filter = Filter {
     detail: "all but leases and directory signals",
 };
 
+/// Reads only what is in the page cache already (`RWF_NOWAIT`), or leaves it as it was found (`RWF_DONTCACHE`). Of a
+/// file that all jobs share, both tell what another job has read of late.
+const ASKS_THE_CACHE: u32 = 0x08 | 0x80;
+
+pub(super) static PREADV2: Filter = Filter {
+    allow: &[&[masked(5, ASKS_THE_CACHE, 0)]],
+    kill: &[],
+    // What a file system answers that cannot do it.
+    otherwise: Denial::Refuse(libc::EOPNOTSUPP),
+    detail: "without RWF_NOWAIT and RWF_DONTCACHE",
+};
+
+/// Empties the page cache of any file that can be read: what is there again a moment later was read by another.
+const POSIX_FADV_DONTNEED: u32 = 4;
+
+pub(super) static FADVISE: Filter = Filter {
+    allow: &[&[not(3, POSIX_FADV_DONTNEED)]],
+    kill: &[],
+    otherwise: Denial::Refuse(libc::EPERM),
+    detail: "all advice but POSIX_FADV_DONTNEED",
+};
+
 /// The file type in a mode.
 const S_IFMT: u32 = 0o170_000;
 

@@ -338,3 +338,15 @@ fn an_allowed_call_is_never_judged_mildly() {
     let judged = policy.judge(Arch::X86_64.audit(), 0, &[0; 6]);
     assert_eq!(judged, Judgement::Kill { name: "read".into() });
 }
+
+#[test]
+fn nobody_asks_what_others_have_read() {
+    for arch in ARCHES {
+        let nowait = |flags| action(arch, &OPEN, "preadv2", [0, 0, 0, 0, 0, flags]);
+        assert_eq!([0, 1, 2, 4, 16].map(nowait), [ALLOW; 5]);
+        assert_eq!([8, 0x80, 0x88, 9, 8 | 1 << 40].map(nowait), [errno(libc::EOPNOTSUPP); 5]);
+        let advice = |advice| action(arch, &OPEN, "fadvise64", [0, 0, 0, advice, 0, 0]);
+        assert_eq!([0, 1, 2, 3, 5].map(advice), [ALLOW; 5]);
+        assert_eq!(advice(4), errno(libc::EPERM));
+    }
+}

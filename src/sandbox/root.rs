@@ -155,7 +155,7 @@ impl Root {
             root.add(Path::new(path), Entry::File(content));
         }
         for by in ["/dev/shm", "/tmp", "/work"] {
-            if let Some(path) = root.entries.keys().filter(|path| path.starts_with(by)).last() {
+            if let Some(path) = root.entries.keys().rfind(|path| path.starts_with(by)) {
                 return Err(RootError::Covered { path: path.clone(), by });
             }
             root.add(Path::new(by), Entry::Directory);

@@ -79,7 +79,7 @@ m = mmap.mmap(-1, 8192); m.write(b'x'); m.close()
 pid = os.fork()
 if pid == 0: os._exit(3)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
-resource.getrlimit(resource.RLIMIT_NOFILE); resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.getrlimit(resource.RLIMIT_NOFILE); resource.setrlimit(resource.RLIMIT_NICE, (0, 0))
 shutil.disk_usage('.'); os.sched_getaffinity(0); os.memfd_create('x'); os.pidfd_open(os.getpid())
 assert ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 5)() == 5
 print('whole')

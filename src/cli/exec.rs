@@ -2,16 +2,17 @@
 
 use std::path::PathBuf;
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::args::ConfigArgs;
 use crate::cli::job_args::JobArgs;
 use crate::cli::local;
 use crate::cli::signals::Signals;
-use crate::cli::{End, output, runtime};
+use crate::cli::{End, output, runtime, trace};
+use crate::config::Config;
 use crate::job::{Job, Reply};
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, Trace};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -20,6 +21,7 @@ Examples:
   sandpiper exec job.py < input.txt
   sandpiper exec job.py --file data.csv --artifact '*.png' --artifacts-to out/
   sandpiper exec --job '{\"code\": \"print(1)\", \"limits\": {\"cpu_ms\": 500}}' --json
+  sandpiper exec trusted.py --trace-syscalls     what does this program need that the policy forbids?
 
 Exit code:
   the job's own, or
@@ -29,7 +31,9 @@ Exit code:
   126      rejected, syscall_killed
   125      sandpiper itself failed
 Each but the first comes with one line on standard error. With --json: 0 when there is a result,
-125 when there is none or it is worker_error.";
+125 when there is none or it is worker_error. With --trace-syscalls the same; the document is then
+{\"result\": RESULT, \"outside_policy\": [{\"syscall\", \"arguments\", \"class\", \"errno\", \"count\", \"allow\", \"note\"}]}:
+\"allow\" is the line of the configuration that allows the call, or null; then \"note\" says why nothing does.";
 
 /// Run one job in the sandbox, without a broker
 ///
@@ -50,6 +54,15 @@ pub(super) struct Args {
     #[arg(long)]
     warm: bool,
 
+    /// Find out what a TRUSTED program needs: let every system call happen, and print those outside the policy
+    ///
+    /// THE INNER WALL IS OFF for this run: what the policy would kill, refuse or quietly deny is let through to the
+    /// kernel, counted, and printed at the end with the line of the configuration that would allow it (a table on
+    /// standard error; a field with --json). The outer wall stays: namespaces, the read-only root, the uid, the
+    /// limits, Landlock. Never give it a program that you would not run yourself. Cold starts only.
+    #[arg(long, conflicts_with = "warm")]
+    trace_syscalls: bool,
+
     #[command(flatten)]
     job: JobArgs,
 
@@ -65,9 +78,15 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
         environment.standby = 1;
     }
     let asked = args.job.read(config.amqp.max_body_bytes)?;
+    let trace = args.trace_syscalls.then(Trace::default);
+    let mut environment = String::new();
     let reply = match local::admit(asked, &config) {
         Ok(job) => {
-            let sandbox = local::start(&config)?;
+            environment.clone_from(&job.environment);
+            let sandbox = match &trace {
+                None => local::start(&config)?,
+                Some(trace) => start_tracing(&config, trace)?,
+            };
             runtime()?.block_on(run_to_end(job, sandbox, args.warm))?
         }
         Err(refused) => *refused,
@@ -75,11 +94,29 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
     if let Some(directory) = &args.artifacts_to {
         output::save(&reply, directory)?;
     }
+    let seen = trace.as_ref().map(|trace| trace::rows(trace, &environment));
     if args.json {
-        output::print_json(&reply)?;
+        match &seen {
+            None => output::print_json(&reply)?,
+            Some(rows) => output::print_json(&trace::Document::new(&reply, rows))?,
+        }
         return Ok(End::Printed(reply.status));
     }
-    output::show(&reply)
+    let end = output::show(&reply)?;
+    if let Some(rows) = &seen {
+        output::print_error(trace::page(rows).as_bytes());
+    }
+    Ok(end)
+}
+
+/// The one place that makes a sandbox without its inner wall.
+fn start_tracing(config: &Config, trace: &Trace) -> anyhow::Result<Sandbox> {
+    output::complain(
+        "--trace-syscalls: THE INNER WALL IS OFF for this run, every system call is let through; only the outer \
+         wall stands around this program",
+    );
+    Signals::hold()?;
+    Sandbox::start_tracing(config, trace.clone()).context("failed to start the sandbox")
 }
 
 /// Runs the job, until its end or until we are told to stop: then everything of it is killed first.

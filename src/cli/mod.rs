@@ -19,6 +19,7 @@ mod schema;
 mod serve;
 mod signals;
 mod submit;
+mod trace;
 
 use std::ffi::OsString;
 use std::time::Duration;

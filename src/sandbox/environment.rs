@@ -85,7 +85,8 @@ impl Environment {
                 root.without_proc();
             }
             let options = Options { network, exec: environment.allow_exec, extra: &sandbox.allow_syscalls };
-            let policy = Policy::compile(&options).map_err(PrepareError::Policy)?;
+            let compile = if machine.traces { Policy::compile_for_tracing } else { Policy::compile };
+            let policy = compile(&options).map_err(PrepareError::Policy)?;
             let file = policy_file(&policy, network, machine.privilege).map_err(PrepareError::Io)?;
             let coarse = policy.coarse().bytes();
             let coarse_zygote = policy.coarse_before_wall().bytes();
@@ -119,6 +120,8 @@ pub(super) struct Machine {
     pub(super) seats: u32,
     /// There is a user namespace for zygotes: what runs an operator's imports is never root of the host.
     pub(super) can_start_warm: bool,
+    /// The policy is traced and keeps nothing back.
+    pub(super) traces: bool,
 }
 
 /// Python reads the prescript as its standard input: no path that another could see, and an empty command line.

@@ -11,6 +11,7 @@
 
 mod artifacts;
 mod cgroup;
+mod claim;
 pub mod doctor;
 mod environment;
 mod error;
@@ -26,6 +27,7 @@ pub mod policy;
 mod root;
 mod streams;
 mod tap;
+mod trace;
 mod verdict;
 mod watch;
 mod zygote;
@@ -47,6 +49,7 @@ use crate::sys::userns::{self, Mapping};
 use crate::sys::{fd, probe};
 use artifacts::Patterns;
 use cgroup::Group;
+use claim::Claim;
 use environment::{Environment, Machine, Variant};
 use identity::{INSIDE, Lease, Privilege, Seats};
 use launcher::{Launcher, Order};
@@ -56,6 +59,7 @@ use watch::{Cause, Ends, Terms, Watch};
 pub use error::StartError;
 pub use root::RootError;
 pub use tap::Tap;
+pub use trace::Trace;
 
 /// Runs jobs, each in a process of its own behind both walls. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -75,6 +79,10 @@ struct Shared {
     /// In which zygotes run where the worker may choose uids.
     zygote_namespace: Option<OwnedFd>,
     proxies: Vec<(&'static str, String)>,
+    /// Only where there is no inner wall.
+    trace: Option<Trace>,
+    /// Of the uids that jobs have on the host; none where all have the worker's own.
+    _claim: Option<Claim>,
     /// Bytes of artifacts that a result can hold, whatever else is in it.
     artifacts_max: u64,
 }
@@ -84,6 +92,16 @@ impl Sandbox {
     ///
     /// To be called before the process has more than one thread: what this system gives is tried in children.
     pub fn start(config: &Config) -> Result<Self, StartError> {
+        Self::set_up(config, None)
+    }
+
+    /// The same **without the inner wall**: what the policy forbids happens, and is noted in `trace`. For one run of
+    /// a trusted program by hand.
+    pub fn start_tracing(config: &Config, trace: Trace) -> Result<Self, StartError> {
+        Self::set_up(config, Some(trace))
+    }
+
+    fn set_up(config: &Config, trace: Option<Trace>) -> Result<Self, StartError> {
         let settings = &config.sandbox;
         if !settings.require.is_empty() {
             doctor::demand(config, |check| settings.require.contains(&check.name))?;
@@ -116,11 +134,16 @@ impl Sandbox {
             }
             Privilege::None => None,
         };
+        let claim = (privilege == Privilege::Full).then(|| {
+            let first = settings.uid_base.saturating_add(1);
+            Claim::lay(first..first.saturating_add(seat_count))
+        });
         let machine = Machine {
             privilege,
             proc,
             seats: seat_count,
-            can_start_warm: privilege == Privilege::None || zygote_namespace.is_some(),
+            can_start_warm: trace.is_none() && (privilege == Privilege::None || zygote_namespace.is_some()),
+            traces: trace.is_some(),
         };
         let mut environments = BTreeMap::new();
         for (name, environment) in &config.environments {
@@ -147,6 +170,8 @@ impl Sandbox {
                 start_timeout: settings.start_timeout,
                 default_limits: config.limits.default,
                 zygote_namespace,
+                trace,
+                _claim: claim,
                 // Base64 makes four bytes of three.
                 artifacts_max: (config.amqp.max_result_bytes as u64) / 4 * 3,
                 proxies: proxies
@@ -286,6 +311,7 @@ impl Shared {
             stdin: payload.stdin,
             files: payload.files,
             tap,
+            trace: self.trace.as_ref(),
         };
         let cause = started.watch.run(terms, stop).await?;
         let mut seen = started.watch.finish(cause, limits, started.lease.group.as_ref()).await?;

@@ -45,6 +45,17 @@ pub(super) fn mount_proc(plan: &mut Plan, target: &CStr, read_only: bool) {
     mount(plan, [c"proc", target, c"proc"], flags, c"subset=pid,hidepid=invisible");
 }
 
+/// Where what a zygote imports may write: some libraries keep what they found out, or fail without a temporary
+/// file. A job's own `/tmp` comes to lie on it. No `/dev/shm`: semaphores there would be shared by all jobs.
+pub(super) fn scratch(plan: &mut Plan) {
+    mount(
+        plan,
+        [c"tmpfs", c"/tmp", c"tmpfs"],
+        NO_SUID | libc::MS_NOEXEC,
+        c"size=16m,nr_inodes=1024,mode=0700",
+    );
+}
+
 /// A root of the interpreter's own, read-only. Where `proc` is some, with a `/proc`: read-only, or not.
 pub(super) fn file_system(plan: &mut Plan, root: &Root, proc: Option<bool>) {
     // Nothing that is mounted from here on reaches the host.

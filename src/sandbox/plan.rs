@@ -6,13 +6,13 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::LazyLock;
 
-use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use sandpiper_shim::abi;
 use sandpiper_shim::plan::Step;
 
 use super::identity::{INSIDE, Privilege, Seat};
 use super::landlock;
-use super::mounts::{DEVICES, WORK, WRITABLE, file_system, mount_proc, writable};
+use super::mounts::{DEVICES, WORK, WRITABLE, file_system, mount_proc, scratch, writable};
 use super::root::Root;
 use crate::job::Limits;
 use crate::sys::launch;
@@ -279,7 +279,8 @@ pub(super) fn zygote(
         // Its children write their maps there.
         file_system(&mut plan, root, Some(false));
     }
-    plan.push(&Step::Rlimit { resource: libc::RLIMIT_CORE.into(), soft: 0, hard: 0 });
+    scratch(&mut plan);
+    plan.push(&Step::Rlimit { resource: libc::RLIMIT_CORE.into(), soft: *CORE, hard: *CORE });
     plan.push(&Step::Setsid {});
     plan.push(&Step::Umask { mask: 0o022 });
     plan.push(&Step::NoNewPrivileges {});
@@ -358,13 +359,25 @@ fn start_python(plan: &mut Plan, descriptors: &Descriptors<'_>, first_closed: i3
     plan.push(&Step::CloseFrom { first: flag(first_closed) });
 }
 
+/// No core dump: one byte, for what would be written to a file is then too large, and this one value also holds
+/// where the host pipes dumps to a program of its own (`|` in `kernel.core_pattern`), which runs as root of the host
+/// and for which every other limit, 0 among them, counts for nothing. 0 where the worker itself has no more.
+static CORE: LazyLock<u64> = LazyLock::new(|| {
+    let hard = getrlimit(Resource::RLIMIT_CORE).map_or(0, |(_, hard)| hard);
+    let raised = hard > 0 || setrlimit(Resource::RLIMIT_CORE, 1, 1).is_ok();
+    if !raised {
+        tracing::warn!("crashes of jobs may be dumped by the host: start the worker with LimitCORE=1");
+    }
+    raised.into()
+});
+
 fn resources(plan: &mut Plan, job: &Job<'_>, besides: u64) {
     let limits = job.limits;
     // In whole seconds, and only a backstop: the worker itself looks at the clock.
     let cpu = limits.cpu_ms.div_ceil(1000).saturating_add(1);
     let processes = limits.processes + besides;
     let mut values = vec![
-        (libc::RLIMIT_CORE, 0),
+        (libc::RLIMIT_CORE, *CORE),
         (libc::RLIMIT_CPU, cpu),
         (libc::RLIMIT_FSIZE, limits.disk_bytes),
         (libc::RLIMIT_MEMLOCK, 64 << 10),

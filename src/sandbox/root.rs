@@ -41,6 +41,14 @@ pub enum RootError {
         /// Why.
         source: std::io::Error,
     },
+    /// What would be hidden from the jobs that it is for.
+    #[error("show {path} to jobs: each has {by} to itself, empty; keep it in another directory")]
+    Covered {
+        /// The path.
+        path: PathBuf,
+        /// A directory that every job has for itself.
+        by: &'static str,
+    },
     /// Links that lead nowhere.
     #[error("follow the links of {0}: there are too many")]
     Links(PathBuf),
@@ -146,8 +154,11 @@ impl Root {
         ] {
             root.add(Path::new(path), Entry::File(content));
         }
-        for path in ["/dev/shm", "/tmp", "/work"] {
-            root.add(Path::new(path), Entry::Directory);
+        for by in ["/dev/shm", "/tmp", "/work"] {
+            if let Some(path) = root.entries.keys().rfind(|path| path.starts_with(by)) {
+                return Err(RootError::Covered { path: path.clone(), by });
+            }
+            root.add(Path::new(by), Entry::Directory);
         }
         root.add(Path::new("/proc"), Entry::Proc);
         Ok(root)

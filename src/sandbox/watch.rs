@@ -20,6 +20,7 @@ use super::files::{self, Unlaid};
 use super::policy::{Judgement, Policy};
 use super::streams::{Input, Output};
 use super::tap::Tap;
+use super::trace::Trace;
 use crate::job::{Captured, InputFile, Limits, Stream};
 use crate::sys::launch::Launched;
 use crate::sys::notify::{Listener, Question};
@@ -108,6 +109,8 @@ pub(super) struct Terms<'a> {
     pub(super) files: Vec<InputFile>,
     /// Shown its output as it is read.
     pub(super) tap: Option<Tap>,
+    /// Takes notes of calls that are let through; none for a job.
+    pub(super) trace: Option<&'a Trace>,
 }
 
 /// A job's processes, watched from their start until everything is dead. Dropped before that, it takes them
@@ -207,7 +210,7 @@ impl Watch {
 
     /// Hands over the code, and watches until something ends the job.
     pub(super) async fn run(&mut self, terms: Terms<'_>, stop: &CancellationToken) -> io::Result<Cause> {
-        let Terms { limits, policy, group, .. } = terms;
+        let Terms { limits, policy, group, trace, .. } = terms;
         let (Some(control), Some(stdin), Some(place)) =
             (self.control.take(), self.stdin.take(), self.place.take())
         else {
@@ -250,6 +253,10 @@ impl Watch {
                 }
                 () = at(self.waiting.map(|(_, _, when)| when)) => self.answer(),
                 question = asked(&self.listener), if self.waiting.is_none() => {
+                    if let (Some(trace), Some(listener)) = (trace, &self.listener) {
+                        trace.pass(policy, listener.get_ref(), question);
+                        continue;
+                    }
                     match policy.judge(question.arch, question.number, &question.arguments) {
                         Judgement::Kill { name } => return Ok(Cause::Forbidden(name.into_owned())),
                         Judgement::Refuse { name, errno } => self.refuse(question, &name, errno),

@@ -60,9 +60,25 @@ impl Listener {
 
     /// Answers with an errno. A process that died meanwhile needs no answer.
     pub fn refuse(&self, question: Question, errno: i32) {
-        let mut answer = libc::seccomp_notif_resp { id: question.id, val: 0, error: -errno.abs(), flags: 0 };
+        // Nobody is left to be told of an error.
+        drop(self.answer(question, -errno.abs(), 0));
+    }
+
+    /// Lets the call happen. Whoever calls this holds nothing back: the arguments that were looked at may be others
+    /// by the time the kernel reads them, so no verdict on a job may ever end here. For tracing alone.
+    pub fn let_through(&self, question: Question) {
+        let answered = self.answer(question, 0, CONTINUE);
+        // Linux 5.0 to 5.4 have listeners, but no such answer.
+        if answered.is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL)) {
+            self.refuse(question, libc::ENOSYS);
+        }
+    }
+
+    fn answer(&self, question: Question, error: i32, flags: u32) -> io::Result<()> {
+        let mut answer = libc::seccomp_notif_resp { id: question.id, val: 0, error, flags };
         // SAFETY: the structure is live and of the size that the request's number names.
-        let _ = unsafe { libc::ioctl(self.0.as_raw_fd(), SECCOMP_IOCTL_NOTIF_SEND, &raw mut answer) };
+        let sent = unsafe { libc::ioctl(self.0.as_raw_fd(), SECCOMP_IOCTL_NOTIF_SEND, &raw mut answer) };
+        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 }
 
@@ -84,5 +100,7 @@ const fn request(number: u64, size: usize) -> u64 {
     (READ_AND_WRITE << 30) | ((size as u64) << 16) | ((b'!' as u64) << 8) | number
 }
 
+/// `SECCOMP_USER_NOTIF_FLAG_CONTINUE`, with the width that the answer's field has.
+const CONTINUE: u32 = 1;
 const SECCOMP_IOCTL_NOTIF_RECV: u64 = request(0, size_of::<libc::seccomp_notif>());
 const SECCOMP_IOCTL_NOTIF_SEND: u64 = request(1, size_of::<libc::seccomp_notif_resp>());

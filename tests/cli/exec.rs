@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::Path;
 use std::process::Stdio;
 
-use crate::support::{Ran, command, eventually, run_with_stdin};
+use crate::support::{Ran, command, eventually, run, run_with_stdin};
 
 fn exec(code: &str, flags: &[&str]) -> Ran {
     run_with_stdin(["exec", "-"].iter().chain(flags), code.as_bytes())
@@ -72,6 +72,84 @@ fn a_forbidden_system_call_is_126() {
     let ran = exec("import ctypes; ctypes.CDLL(None).reboot(0)", &[]);
     assert_eq!(ran.code, 126, "{ran:?}");
     assert!(ran.complaint().starts_with("syscall_killed: "), "{ran:?}");
+}
+
+#[test]
+fn a_traced_program_is_let_through_and_what_it_needs_is_told() {
+    let code = "import ctypes, subprocess, sys
+print(ctypes.CDLL(None).reboot(0))
+print(subprocess.run([sys.executable, '-c', 'print(7)'], capture_output=True, text=True).stdout)";
+    let ran = exec(code, &["--trace-syscalls"]);
+    // The kernel refuses what the filter did not.
+    assert_eq!((ran.code, ran.stdout.as_str()), (0, "-1\n7\n\n"), "{ran:?}");
+    assert!(ran.stderr.starts_with("sandpiper: --trace-syscalls: THE INNER WALL IS OFF"), "{ran:?}");
+    let line = |call: &str| ran.stderr.lines().find(|line| line.trim_start().starts_with(call)).unwrap();
+    assert!(line("reboot").contains("kill") && line("reboot").contains("it stops the host"), "{ran:?}");
+    assert!(line("execve").contains("environments.default.allow_exec = true"), "{ran:?}");
+
+    let ran = exec(code, &["--trace-syscalls", "--json"]);
+    let document = ran.json();
+    assert_eq!(document["result"]["status"], "succeeded", "{ran:?}");
+    assert_eq!(document["result"]["blocked_syscalls"], serde_json::json!([]), "{ran:?}");
+    let calls = document["outside_policy"].as_array().unwrap();
+    let reboot = calls.iter().find(|call| call["syscall"] == "reboot").unwrap();
+    assert_eq!(reboot["class"], "kill");
+    assert_eq!((&reboot["count"], &reboot["allow"]), (&1.into(), &serde_json::Value::Null), "{reboot}");
+}
+
+#[test]
+fn the_line_that_a_trace_names_allows_the_call() {
+    let code = "import ctypes; print(ctypes.CDLL(None).adjtimex(bytes(400)) >= 0)";
+    let ran = exec(code, &["--trace-syscalls", "--json"]);
+    let allow = ran.json()["outside_policy"][0]["allow"].as_str().unwrap().replace(" = ", "=");
+    assert_eq!(exec(code, &[]).stdout, "False\n");
+    let ran = exec(code, &["--set", &allow]);
+    assert_eq!((ran.code, ran.stdout.as_str()), (0, "True\n"), "{ran:?}");
+}
+
+#[test]
+fn nothing_but_a_flag_of_exec_traces() {
+    let ran = run(["serve", "--trace-syscalls"]);
+    assert_eq!(ran.code, 2, "{ran:?}");
+    let ran = run(["bench", "--local", "--trace-syscalls"]);
+    assert_eq!(ran.code, 2, "{ran:?}");
+    let ran = exec("print(1)", &["--trace-syscalls", "--warm"]);
+    assert_eq!(ran.code, 125, "{ran:?}");
+    for key in ["sandbox.trace_syscalls=true", "sandbox.trace=true"] {
+        let ran = exec("print(1)", &["--set", key]);
+        assert!(ran.code == 125 && ran.complaint().contains("unknown"), "{ran:?}");
+    }
+    let ran = run(["exec", "--job", r#"{"code": "print(1)", "trace_syscalls": true}"#]);
+    assert!(ran.code == 126 && ran.complaint().contains("trace_syscalls"), "{ran:?}");
+}
+
+#[test]
+#[expect(clippy::print_stderr, reason = "a skip is said aloud")]
+fn a_worker_that_shares_its_uids_with_another_is_told() {
+    use std::os::linux::net::SocketAddrExt as _;
+    if !nix::unistd::geteuid().is_root() {
+        assert!(std::env::var("CI").as_deref() != Ok("true"), "SKIPPED: not root: jobs have our own uid");
+        eprintln!("SKIPPED: not root: jobs have our own uid");
+        return;
+    }
+    let flags = ["--verbose", "--set", "sandbox.uid_base=2400000"];
+    let ran = exec("print(1)", &flags);
+    assert!(ran.code == 0 && !ran.stderr.contains("same uids"), "{ran:?}");
+    let name = std::os::unix::net::SocketAddr::from_abstract_name("sandpiper-uid-2400001").unwrap();
+    let _other = std::os::unix::net::UnixDatagram::bind_addr(&name).unwrap();
+    let ran = exec("print(1)", &flags);
+    assert!(ran.code == 0 && ran.stderr.contains("same uids"), "{ran:?}");
+}
+
+#[test]
+fn an_interpreter_that_jobs_would_not_see_is_refused() {
+    let place = tempfile::tempdir_in("/tmp").unwrap();
+    let python = place.path().join("python3");
+    std::os::unix::fs::symlink("/usr/bin/python3", &python).unwrap();
+    let ran = exec("print(1)", &["--set", &format!("environments.default.python={}", python.display())]);
+    assert_eq!(ran.code, 125, "{ran:?}");
+    let complaint = ran.complaint();
+    assert!(complaint.contains("environment default") && complaint.contains("/tmp"), "{ran:?}");
 }
 
 #[test]

@@ -84,6 +84,31 @@ fn only_main_knows_exit_codes() {
 }
 
 #[test]
+fn only_exec_can_take_the_inner_wall_away() {
+    // Each name, and the files that may say it.
+    let fences: [(&str, &[&str]); 4] = [
+        ("let_through", &["src/sys/notify.rs", "src/sandbox/trace.rs"]),
+        ("compile_for_tracing", &["src/sandbox/policy/mod.rs", "src/sandbox/environment.rs"]),
+        ("start_tracing", &["src/sandbox/mod.rs", "src/cli/exec.rs"]),
+        ("CONTINUE", &["src/sys/notify.rs"]),
+    ];
+    let mut found = Vec::new();
+    for (name, allowed) in fences {
+        let files = sources("src");
+        let code = files.iter().filter(|file| !file.path.contains("/tests/"));
+        let (inside, outside): (Vec<_>, Vec<_>) =
+            code.partition(|file| allowed.contains(&file.path.as_str()));
+        assert_eq!(
+            inside.iter().filter(|file| file.line_with(name).is_some()).count(),
+            allowed.len(),
+            "{name} is not said any more where it belongs"
+        );
+        found.extend(outside.iter().filter_map(|file| file.line_with(name)));
+    }
+    none("a job must never come here", found);
+}
+
+#[test]
 fn the_contract_and_the_script_do_no_io() {
     let pure = sources("src").into_iter().filter(|f| ["job", "script", "retry"].contains(&f.module()));
     let found = pure.flat_map(|f| IO.iter().filter_map(|name| f.line_with(name)).collect::<Vec<_>>());

@@ -26,7 +26,16 @@ pub(crate) struct Case {
     pub(crate) arch: Option<String>,
     /// Further fields of the job.
     #[serde(default)]
-    job: Map<String, Value>,
+    pub(crate) job: Map<String, Value>,
+    /// Keys of the worker's configuration, as `--set` takes them.
+    #[serde(default)]
+    pub(crate) set: Vec<String>,
+    /// What a warm interpreter has imported; only for libraries.
+    #[serde(default)]
+    pub(crate) imports: Vec<String>,
+    /// The job is told the address of an HTTP server, in `URL`; only for libraries.
+    #[serde(default)]
+    pub(crate) server: bool,
     /// Standard input of so many bytes.
     #[serde(default)]
     stdin_bytes: usize,
@@ -36,7 +45,7 @@ pub(crate) struct Case {
     /// Another case of the same file that is run right before.
     #[serde(default)]
     after: Option<String>,
-    /// A program that runs at the same time, and must succeed.
+    /// A program that runs at the same time, with the same fields of the job, and must succeed.
     #[serde(default, deserialize_with = "companion")]
     pub(crate) beside: Option<Box<Case>>,
     /// Something that the worker does not have yet; the case is listed as ignored.
@@ -75,6 +84,8 @@ pub(crate) struct Assert {
     pub(crate) stderr_encoding: Option<String>,
     /// Calls that were refused and counted.
     pub(crate) blocked: Option<OneOrMany>,
+    /// These and no others were.
+    pub(crate) blocked_exactly: Option<Vec<String>>,
     pub(crate) stdout_truncated: Option<bool>,
     pub(crate) stderr: Option<String>,
     pub(crate) stderr_contains: Option<OneOrMany>,
@@ -85,6 +96,8 @@ pub(crate) struct Assert {
     pub(crate) artifacts: Option<Vec<(String, String)>>,
     /// So many files come back.
     pub(crate) artifacts_count: Option<usize>,
+    /// Exactly these pictures come back, whole, each with its width and height.
+    pub(crate) artifacts_png: Option<Vec<(String, u32, u32)>>,
     pub(crate) wall_ms_min: Option<u64>,
     pub(crate) wall_ms_max: Option<u64>,
     /// So many first words of the output differ from run to run, each of them.
@@ -157,6 +170,7 @@ impl Fixtures {
             ("behaviour", cases(&folder.join("behaviour.jsonl"))),
             ("files", cases(&folder.join("files.jsonl"))),
             ("hostile", hostile_cases),
+            ("libraries", cases(&folder.join("libraries.jsonl"))),
             ("twin", cases(&folder.join("twin.jsonl"))),
         ]))
     }
@@ -184,6 +198,9 @@ fn cases(path: &Path) -> Vec<Case> {
             .unwrap_or_else(|error| panic!("{}:{}: {error}", path.display(), at + 1));
         if let Some(name) = &case.uses {
             case.code = format!("{}{}", read(&path.with_file_name(name).with_extension("py")), case.code);
+        }
+        if let Some(beside) = &mut case.beside {
+            (beside.job, beside.set) = (case.job.clone(), case.set.clone());
         }
         case
     };

@@ -53,15 +53,24 @@ pub(crate) fn unmet(case: &Case, ran: &Ran) -> Vec<String> {
     match &ran.result {
         Err(e) => unmet.push(format!("standard output is not one JSON document: {e}")),
         Ok(result) => {
-            unmet.extend(always(case, ran, result));
-            unmet.extend(asserted(&case.assert, result));
+            if ran.report.exit_code != Some(0) {
+                unmet.push("exec --json ends with 0 where there is a result".into());
+            }
+            unmet.extend(result_of(case, result));
         }
     }
     unmet
 }
 
+/// The same of a result alone.
+pub(crate) fn result_of(case: &Case, result: &Value) -> Vec<String> {
+    let mut unmet = always(case, result);
+    unmet.extend(asserted(&case.assert, result));
+    unmet
+}
+
 /// What holds for any result of any program.
-fn always(case: &Case, ran: &Ran, result: &Value) -> Vec<String> {
+fn always(case: &Case, result: &Value) -> Vec<String> {
     let mut unmet = Vec::new();
     let mut must = |holds: bool, what: &str| {
         if !holds {
@@ -73,7 +82,6 @@ fn always(case: &Case, ran: &Ran, result: &Value) -> Vec<String> {
         must(result.get(field).is_some(), &format!("the result has no field {field}"));
     }
     must(text("id") == case.name, "the result names another job");
-    must(ran.report.exit_code == Some(0), "exec --json ends with 0 where there is a result");
     for word in ["ESCAPED", "REACHED"] {
         must(!text("stdout").contains(word), &format!("the job printed {word}"));
     }
@@ -115,6 +123,18 @@ fn artifacts(result: &Value) -> Vec<(String, String)> {
         (artifact["path"].as_str().unwrap().to_owned(), String::from_utf8_lossy(&content).into_owned())
     };
     result["artifacts"].as_array().unwrap().iter().map(artifact).collect()
+}
+
+/// Path, width and height of every artifact; of one that is no whole PNG file, 0.
+fn pictures(result: &Value) -> Vec<(String, u32, u32)> {
+    let picture = |artifact: &Value| {
+        let png = BASE64.decode(artifact["base64"].as_str().unwrap()).unwrap();
+        let whole = png.starts_with(b"\x89PNG\r\n\x1a\n") && png.ends_with(b"IEND\xae\x42\x60\x82");
+        let number = |at: usize| png.get(at..at + 4).map_or(0, |n| u32::from_be_bytes(n.try_into().unwrap()));
+        let (width, height) = if whole { (number(16), number(20)) } else { (0, 0) };
+        (artifact["path"].as_str().unwrap().to_owned(), width, height)
+    };
+    result["artifacts"].as_array().unwrap().iter().map(picture).collect()
 }
 
 /// What the fixture says.
@@ -187,6 +207,11 @@ fn asserted(assert: &Assert, result: &Value) -> Vec<String> {
             format!("blocked_syscalls names {:?}", calls.as_slice()),
         );
     }
+    if let Some(calls) = &assert.blocked_exactly {
+        let blocked = result["blocked_syscalls"].as_array().into_iter().flatten();
+        let blocked: Vec<&str> = blocked.filter_map(|entry| entry["syscall"].as_str()).collect();
+        must(blocked == *calls, format!("blocked_syscalls are {calls:?}, not {blocked:?}"));
+    }
     if let Some(most) = assert.stderr_len_max {
         must(
             text("stderr").len() <= most,
@@ -214,6 +239,10 @@ fn asserted(assert: &Assert, result: &Value) -> Vec<String> {
     }
     if let Some(count) = assert.artifacts_count {
         must(artifacts.len() == count, format!("{count} artifacts come back, not {}", artifacts.len()));
+    }
+    if let Some(wanted) = &assert.artifacts_png {
+        let seen = pictures(result);
+        must(seen == *wanted, format!("the pictures are {wanted:?}, not {seen:?}"));
     }
     let wall_ms = result["usage"]["wall_ms"].as_u64();
     if let Some(least) = assert.wall_ms_min {

@@ -1,6 +1,6 @@
 //! Runs every fixture of tests/fixtures/{behaviour,files}.jsonl and tests/fixtures/hostile/ through
 //! `sandpiper exec --json`: the real binary, no broker; those of tests/fixtures/twin.jsonl through a plain python3
-//! as well. Each line is a test of its own, named after the file and the case.
+//! as well, those with a companion in one worker as well as in two. Each line is a test of its own, named after the file and the case.
 //!
 //! Which processes there are: this binary (one test), itself again as a supervisor (see `supervise`), and under
 //! that the worker with whatever it starts. The supervisor sees what the worker left behind.
@@ -11,8 +11,10 @@ mod case;
 mod check;
 mod ends;
 mod fuzz;
+mod libraries;
 mod run;
 mod supervise;
+mod together;
 mod twin;
 
 use std::process::ExitCode;
@@ -23,8 +25,10 @@ use crate::case::{Case, Fixtures};
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1);
-    if args.next().is_some_and(|first| first == supervise::FLAG) {
-        return supervise::supervise(args);
+    match args.next() {
+        Some(first) if first == supervise::FLAG => return supervise::supervise(args),
+        Some(first) if first == together::FLAG => return together::run_both(),
+        _ => {}
     }
     let fixtures = Fixtures::load();
     let trials = fixtures.cases().map(|(name, case)| trial(name, case, fixtures.before(case)));
@@ -43,6 +47,10 @@ fn trial(name: String, case: &Case, before: Option<&Case>) -> Trial {
         let case = case.clone();
         return Trial::test(title, move || twin::verify(&case)).with_ignored_flag(ignored);
     }
+    if title.starts_with("libraries::") {
+        let case = case.clone();
+        return Trial::test(title, move || libraries::verify(&case)).with_ignored_flag(ignored);
+    }
     let cases: Vec<Case> = before.into_iter().chain([case]).cloned().collect();
     Trial::test(title, move || cases.iter().try_for_each(verify)).with_ignored_flag(ignored)
 }
@@ -50,23 +58,17 @@ fn trial(name: String, case: &Case, before: Option<&Case>) -> Trial {
 /// Runs one case as often as it says, and reports every expectation that was not met.
 fn verify(case: &Case) -> Result<(), Failed> {
     if let Some(layer) = case.needs.as_ref().filter(|layer| !run::has(layer)) {
-        let skipped = format!("SKIPPED: {}: there is no {layer} here", case.name);
-        if std::env::var("CI").is_ok_and(|ci| ci == "true") {
-            return Err(skipped.into());
-        }
-        eprintln!("{skipped}");
-        return Ok(());
+        return skip(case, &format!("there is no {layer} here"));
     }
     let mut outputs = Vec::new();
     for turn in 1..=case.repeat {
         let beside = case.beside.clone().map(|job| std::thread::spawn(move || run::exec(&job)));
         let ran = run::exec(case);
         let mut unmet = check::unmet(case, &ran);
-        if let Some(handle) = beside {
+        if let (Some(handle), Some(companion)) = (beside, &case.beside) {
             let other = handle.join().unwrap();
-            unmet.extend(
-                check::unmet(case.beside.as_ref().unwrap(), &other).iter().map(|u| format!("beside: {u}")),
-            );
+            unmet.extend(check::unmet(companion, &other).iter().map(|u| format!("beside: {u}")));
+            unmet.extend(together::unmet(case, companion).iter().map(|u| format!("in one worker: {u}")));
         }
         if !unmet.is_empty() {
             return Err(format!(
@@ -81,4 +83,13 @@ fn verify(case: &Case) -> Result<(), Failed> {
         outputs.push(ran.stdout_of_job());
     }
     check::differing(case, &outputs).map_err(Failed::from)
+}
+
+fn skip(case: &Case, why: &str) -> Result<(), Failed> {
+    let skipped = format!("SKIPPED: {}: {why}", case.name);
+    if std::env::var("CI").is_ok_and(|ci| ci == "true") {
+        return Err(skipped.into());
+    }
+    eprintln!("{skipped}");
+    Ok(())
 }

@@ -38,8 +38,11 @@ pub(crate) fn exec(case: &Case) -> Ran {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.arg(supervise::FLAG).arg(&report).arg(limit.as_millis().to_string());
     command.arg(worker()).args(["exec", "--job", "-", "--json"]);
-    if std::env::var_os("SP_TEST_WARM").is_some() {
+    if is_warm() {
         command.arg("--warm");
+    }
+    for key in &case.set {
+        command.arg("--set").arg(key);
     }
     command.env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin").env("TMPDIR", &tmp);
     command.env("SANDPIPER_AMQP__URL", SECRET);
@@ -79,7 +82,12 @@ pub(crate) fn has(layer: &str) -> bool {
     check.unwrap_or_else(|| panic!("doctor knows no layer {layer}"))["ok"] == true
 }
 
-fn worker() -> PathBuf {
+/// Jobs are to start in forks of a warm interpreter.
+pub(crate) fn is_warm() -> bool {
+    std::env::var_os("SP_TEST_WARM").is_some()
+}
+
+pub(crate) fn worker() -> PathBuf {
     std::env::var_os("SP_TEST_BIN").map_or_else(|| env!("CARGO_BIN_EXE_sandpiper").into(), PathBuf::from)
 }
 

@@ -111,11 +111,33 @@ pub(super) static IOCTL: Filter = Filter {
 pub(super) static FCNTL: Filter = Filter {
     allow: &[&[
         not(1, 1024), // F_SETLEASE: makes others wait who open the file, the worker too
-        not(1, 1026), // F_NOTIFY: signals on directories, superseded by inotify
+        not(1, 1026), // F_NOTIFY: tells what others do in a directory that all share, as inotify
     ]],
     kill: &[],
     otherwise: Denial::Refuse(libc::EINVAL),
     detail: "all but leases and directory signals",
+};
+
+/// Reads only what is in the page cache already (`RWF_NOWAIT`), or leaves it as it was found (`RWF_DONTCACHE`). Of a
+/// file that all jobs share, both tell what another job has read of late.
+const ASKS_THE_CACHE: u32 = 0x08 | 0x80;
+
+pub(super) static PREADV2: Filter = Filter {
+    allow: &[&[masked(5, ASKS_THE_CACHE, 0)]],
+    kill: &[],
+    // What a file system answers that cannot do it.
+    otherwise: Denial::Refuse(libc::EOPNOTSUPP),
+    detail: "without RWF_NOWAIT and RWF_DONTCACHE",
+};
+
+/// Empties the page cache of any file that can be read: what is there again a moment later was read by another.
+const POSIX_FADV_DONTNEED: u32 = 4;
+
+pub(super) static FADVISE: Filter = Filter {
+    allow: &[&[not(3, POSIX_FADV_DONTNEED)]],
+    kill: &[],
+    otherwise: Denial::Refuse(libc::EPERM),
+    detail: "all advice but POSIX_FADV_DONTNEED",
 };
 
 /// The file type in a mode.
@@ -153,14 +175,25 @@ pub(super) static PERSONALITY: Filter = Filter {
     detail: "query only",
 };
 
+/// The limit that every job is born with keeps its memory from the program that a host may pipe core dumps to.
+/// Any other value would not, not even a lower one: see where it is set, in `plan`.
+const RLIMIT_CORE: u32 = 4;
+
 pub(super) static PRLIMIT: Filter = Filter {
     allow: &[
-        &[is(0, 0)], // the caller itself
-        &[null(2)],  // no new limit: a query
+        &[is(0, 0), not(1, RLIMIT_CORE)], // the caller itself
+        &[null(2)],                       // no new limit: a query
     ],
     kill: &[],
     otherwise: Denial::Refuse(libc::EPERM),
-    detail: "the caller's own limits, and queries",
+    detail: "the caller's own limits but that of core dumps, and queries",
+};
+
+pub(super) static SETRLIMIT: Filter = Filter {
+    allow: &[&[not(0, RLIMIT_CORE)]],
+    kill: &[],
+    otherwise: Denial::Refuse(libc::EPERM),
+    detail: "all limits but that of core dumps",
 };
 
 const AF_UNIX: u32 = 1;

@@ -34,6 +34,19 @@ pub(super) fn notifying(arch: Arch, calls: &Calls) -> Result<Program, BackendErr
     Ok(Plan { arch, foreign: NOTIFY, newer: ENOSYS, leaf, sections: vec![section] }.assemble())
 }
 
+/// Everything that is not allowed goes to the listener, what is otherwise answered inside the filter as well: for a
+/// listener that lets it all through.
+pub(super) fn tracing(arch: Arch, calls: &Calls) -> Result<Program, BackendError> {
+    let rules = partly(calls).map(|(number, filter)| (number, filter.allow)).collect();
+    let section = Section::new(arch, rules, SeccompAction::Allow, Leaf::Return(NOTIFY))?;
+    let leaf = |number| match calls.get(&number).map(|call| call.verdict) {
+        Some(Verdict::Allow) => Leaf::Return(ALLOW),
+        Some(Verdict::Partly(_)) => Leaf::Section(0),
+        _ => Leaf::Return(NOTIFY),
+    };
+    Ok(Plan { arch, foreign: NOTIFY, newer: NOTIFY, leaf, sections: vec![section] }.assemble())
+}
+
 /// Refuse is a plain errno, kill ends the whole process.
 pub(super) fn fallback(arch: Arch, calls: &Calls) -> Result<Program, BackendError> {
     // One section for each answer to arguments that are not allowed.

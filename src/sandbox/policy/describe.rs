@@ -45,6 +45,6 @@ fn arguments(filter: &Filter) -> String {
 }
 
 /// `EPERM` rather than 1.
-fn name_of(errno: i32) -> String {
+pub(super) fn name_of(errno: i32) -> String {
     format!("{:?}", nix::errno::Errno::from_raw(errno))
 }

@@ -16,6 +16,7 @@ mod rules;
 mod table;
 #[cfg(test)]
 mod tests;
+mod trace;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -24,6 +25,7 @@ pub use bpf::Program;
 pub use describe::{Entry, describe};
 pub use rules::Arch;
 use rules::{Denial, Until, Verdict};
+pub use trace::{Denied, Remedy};
 
 /// What an environment and a job decide about the policy.
 #[derive(Debug, Clone, Copy)]
@@ -72,7 +74,8 @@ pub struct Policy {
     coarse: Program,
     coarse_before_wall: Program,
     notifying: [Program; 1],
-    fallback: [Program; 1],
+    /// None where the policy is only traced: without a listener there is nobody to tell.
+    fallback: Option<Program>,
 }
 
 /// What a notified call meets. Names are bounded in number, so that they can label a metric.
@@ -115,9 +118,18 @@ impl Policy {
             coarse: compile::coarse(arch, &calls, true)?,
             coarse_before_wall: compile::coarse(arch, &calls, false)?,
             notifying: [compile::notifying(arch, &calls)?],
-            fallback: [compile::fallback(arch, &calls)?],
+            fallback: Some(compile::fallback(arch, &calls)?),
             calls,
         })
+    }
+
+    /// The same policy for a run that is only traced: its filter keeps nothing back by itself, so whoever holds the
+    /// listener has to.
+    pub fn compile_for_tracing(options: &Options<'_>) -> Result<Self, PolicyError> {
+        let mut policy = Self::compile(options)?;
+        policy.notifying = [compile::tracing(policy.arch, &policy.calls)?];
+        policy.fallback = None;
+        Ok(policy)
     }
 
     /// What no import ever needs, to be installed behind the outer wall and before any code that is not
@@ -140,7 +152,7 @@ impl Policy {
 
     /// The filter where no listener can be had: the same verdicts, with nobody to tell the name.
     pub fn fallback(&self) -> &[Program] {
-        &self.fallback
+        self.fallback.as_slice()
     }
 
     /// What a notified call meets: `arch`, `nr` and `args` as in `struct seccomp_data`.

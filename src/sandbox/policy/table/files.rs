@@ -18,7 +18,6 @@ pub(super) const GROUPS: &[Group] = &[
             ("writev", 20, 66),
             ("preadv", 295, 69),
             ("pwritev", 296, 70),
-            ("preadv2", 327, 286),
             ("pwritev2", 328, 287),
             ("lseek", 8, 62),
             ("sendfile", 40, 71),
@@ -26,8 +25,19 @@ pub(super) const GROUPS: &[Group] = &[
             ("tee", 276, 77),
             ("copy_file_range", 326, 285),
             ("readahead", 187, 213),
-            ("fadvise64", 221, 223),
         ],
+    },
+    Group {
+        class: Class::Partly(&args::PREADV2),
+        until: Until::InnerWall,
+        reason: "reads; but not those that tell whether another has read the file before",
+        calls: &[("preadv2", 327, 286)],
+    },
+    Group {
+        class: Class::Partly(&args::FADVISE),
+        until: Until::InnerWall,
+        reason: "how a file will be read; but it does not go from the memory that all jobs share",
+        calls: &[("fadvise64", 221, 223)],
     },
     Group {
         class: Class::Allow,
@@ -222,9 +232,9 @@ pub(super) const GROUPS: &[Group] = &[
         ],
     },
     Group {
-        class: Class::Allow,
+        class: Class::Refuse(libc::ENOSYS),
         until: Until::InnerWall,
-        reason: "watching own files",
+        reason: "tells what other jobs open of the files that all share; libraries poll instead",
         calls: &[
             ("inotify_init", 253, NONE),
             ("inotify_init1", 294, 26),

@@ -193,12 +193,17 @@ pub(super) const GROUPS: &[Group] = &[
         calls: &[("prlimit64", 302, 261)],
     },
     Group {
+        class: Class::Partly(&args::SETRLIMIT),
+        until: Until::InnerWall,
+        reason: "limits of the process itself: hard limits only ever go down",
+        calls: &[("setrlimit", 160, 164)],
+    },
+    Group {
         class: Class::Allow,
         until: Until::InnerWall,
         reason: "limits and usage of the process itself",
         calls: &[
             ("getrlimit", 97, 163),
-            ("setrlimit", 160, 164),
             ("getrusage", 98, 165),
             ("times", 100, 153),
             ("sysinfo", 99, 179),

@@ -137,6 +137,60 @@ fn programs_do_what_the_table_says() {
     });
 }
 
+#[test]
+fn a_trace_sees_exactly_what_is_not_allowed() {
+    let Some(arch) = Arch::host() else { return };
+    for (network, exec) in [(false, false), (true, true)] {
+        let options = Options { network, exec, extra: &[] };
+        let (policy, traced) =
+            (Policy::compile(&options).unwrap(), Policy::compile_for_tracing(&options).unwrap());
+        assert!(traced.fallback().is_empty(), "without a listener there would be no wall and no trace");
+        verify(&traced.notifying()[0]);
+        for nr in (0..=NEWEST + 50).chain([X32 + 1, NEGATIVE, u32::MAX]) {
+            let trials = match policy.calls.get(&nr).map(|call| call.verdict) {
+                Some(Verdict::Partly(filter)) => trials(filter),
+                _ => vec![[0; 6], [u64::MAX; 6]],
+            };
+            for args in trials {
+                let data = Data { nr, arch: arch.audit(), args };
+                let allowed = run(&policy.notifying()[0], &data).0 == ALLOW;
+                let action = run(&traced.notifying()[0], &data).0;
+                assert_eq!(action, if allowed { ALLOW } else { NOTIFY }, "{data:x?}");
+                let denied = traced.denied(arch.audit(), nr.cast_signed(), &args);
+                if !allowed {
+                    let kills = run(&policy.fallback()[0], &data).0 == KILL;
+                    assert_eq!(
+                        (denied.class == "kill", denied.errno.is_none()),
+                        (kills, kills),
+                        "{denied:?}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_remedy_that_is_named_works() {
+    let Some(arch) = Arch::host() else { return };
+    let policy = Policy::compile(&Options { network: false, exec: false, extra: &[] }).unwrap();
+    for (number, name, _) in table::calls(arch) {
+        let denied = policy.denied(arch.audit(), i32::try_from(number).unwrap(), &[0; 6]);
+        assert_eq!(denied.syscall, name);
+        let extra = [name.to_owned()];
+        let with = |network, exec, extra| Policy::compile(&Options { network, exec, extra });
+        let opened = match denied.remedy {
+            Remedy::Name => with(false, false, &extra[..]),
+            Remedy::Exec => with(false, true, &[]),
+            Remedy::Network => with(true, false, &[]),
+            Remedy::Nothing(_) => continue,
+        };
+        let args = if name == "socket" { [2, 1, 0, 0, 0, 0] } else { [0; 6] };
+        let data = Data { nr: number, arch: arch.audit(), args };
+        assert_eq!(run(&opened.unwrap().fallback()[0], &data).0, ALLOW, "{name}");
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 enum Outcome {
     Quiet(Denial),

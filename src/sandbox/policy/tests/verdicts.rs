@@ -52,7 +52,6 @@ fn what_python_lives_on_is_allowed() {
             "pipe2",
             "dup3",
             "memfd_create",
-            "inotify_init1",
             "sendfile",
             "copy_file_range",
             "splice",
@@ -145,6 +144,8 @@ fn what_libraries_survive_is_refused() {
             ("sync", libc::EPERM),
             ("mq_open", libc::ENOSYS),
             ("shmget", libc::ENOSYS),
+            ("inotify_init1", libc::ENOSYS),
+            ("inotify_add_watch", libc::ENOSYS),
             ("setxattr", libc::ENOTSUP),
             ("landlock_restrict_self", libc::EOPNOTSUPP),
         ] {
@@ -205,6 +206,11 @@ fn arguments_decide() {
         ("personality", [0xffff_ffff, 0, 0], ALLOW),
         ("personality", [0x0040_0000, 0, 0], eperm), // READ_IMPLIES_EXEC
         ("prlimit64", [0, 7, 0xbeef], ALLOW),
+        ("prlimit64", [0, 4, 0xbeef], eperm), // RLIMIT_CORE
+        ("prlimit64", [0, 4 | GARBAGE, 0xbeef], eperm),
+        ("prlimit64", [0, 4, 0], ALLOW),
+        ("setrlimit", [7, 0xbeef, 0], ALLOW),
+        ("setrlimit", [4, 0xbeef, 0], eperm),
         ("prlimit64", [5, 7, 0], ALLOW),
         ("prlimit64", [5, 7, 0xbeef], eperm),
         ("prlimit64", [5, 7, 0x7fff_0000_0000], eperm), // a pointer whose low half is zero
@@ -331,4 +337,16 @@ fn an_allowed_call_is_never_judged_mildly() {
     let policy = Policy::compile_for(Arch::X86_64, &STRICT).unwrap();
     let judged = policy.judge(Arch::X86_64.audit(), 0, &[0; 6]);
     assert_eq!(judged, Judgement::Kill { name: "read".into() });
+}
+
+#[test]
+fn nobody_asks_what_others_have_read() {
+    for arch in ARCHES {
+        let nowait = |flags| action(arch, &OPEN, "preadv2", [0, 0, 0, 0, 0, flags]);
+        assert_eq!([0, 1, 2, 4, 16].map(nowait), [ALLOW; 5]);
+        assert_eq!([8, 0x80, 0x88, 9, 8 | 1 << 40].map(nowait), [errno(libc::EOPNOTSUPP); 5]);
+        let advice = |advice| action(arch, &OPEN, "fadvise64", [0, 0, 0, advice, 0, 0]);
+        assert_eq!([0, 1, 2, 3, 5].map(advice), [ALLOW; 5]);
+        assert_eq!(advice(4), errno(libc::EPERM));
+    }
 }

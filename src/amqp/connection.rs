@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::amqp::Error;
+use crate::amqp::screen::{self, Screen};
 use crate::config;
 use crate::config::Secret;
 
@@ -78,10 +79,10 @@ impl Dialer {
         let timeout = self.config.connect_timeout;
         let connecting = Connection::connector(
             uri,
-            lapin::runtime::default_runtime().map_err(&failed)?,
+            screen::runtime(),
             {
-                let socket = socket.clone();
-                async move |uri: AMQPUri, runtime| {
+                let (socket, runtime) = (socket.clone(), screen::dialling());
+                async move |uri: AMQPUri, _| {
                     // Here as well: this runs on a thread of lapin's that no timeout outside reaches.
                     let stream = async {
                         let address = (uri.authority.host.clone(), uri.authority.port);
@@ -96,7 +97,8 @@ impl Dialer {
                         }
                     };
                     let in_time = tokio::time::timeout(timeout, stream).await;
-                    Ok(in_time.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))?)
+                    let stream = in_time.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))?;
+                    Ok(AsyncTcpStream::Plain(Screen::new(stream)))
                 }
             },
             self.properties(),

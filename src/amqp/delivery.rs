@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use crate::amqp::chain;
 use crate::amqp::connection::Link;
+use crate::amqp::screen::SUBSTITUTE;
 use crate::ops::metrics::{Metrics, Settled};
 
 /// A message from the jobs queue.
@@ -66,6 +67,20 @@ impl Properties {
             traceparent: header(&raw, "traceparent"),
             tracestate: header(&raw, "tracestate"),
             raw,
+        }
+    }
+
+    /// Refuses what cannot be echoed as it was.
+    ///
+    /// # Errors
+    /// The field, what is wrong with it, and the remedy, for the publisher.
+    pub fn echoable(&self) -> Result<(), &'static str> {
+        match &self.correlation_id {
+            Some(id) if id.contains(SUBSTITUTE) => {
+                Err("correlation_id is not UTF-8, or contains the character \
+                U+001A; write binary ones in hexadecimal or base64")
+            }
+            _ => Ok(()),
         }
     }
 

@@ -18,6 +18,7 @@ pub mod dead;
 mod delivery;
 mod message;
 mod publisher;
+mod screen;
 mod supervisor;
 mod topology;
 

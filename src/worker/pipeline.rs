@@ -108,6 +108,7 @@ impl Pipeline {
         let job = self.parse(delivery, context)?;
         self.not_poison(delivery)?;
         let to = to.as_ref().map_err(|error| decided(Status::Rejected, error.to_string()))?;
+        delivery.properties.echoable().map_err(|error| decided(Status::Rejected, error))?;
         still_wanted(delivery, &job)?;
         let entry = self.running.enter(&job.id, &self.kill)?;
         let (limits, stream) = (job.limits, job.stream);

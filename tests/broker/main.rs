@@ -21,6 +21,7 @@ mod replies;
 mod requester;
 mod shutdown;
 mod soak;
+mod stranger;
 mod stream;
 mod tls;
 mod traffic;
@@ -83,6 +84,12 @@ async fn jobs_come_back_once_and_what_is_none_is_kept() {
     traffic::poison_ends_in_the_dead_queue(&node).await;
     traffic::a_job_past_its_time_is_not_run(&node).await;
     traffic::a_job_is_cancelled_where_it_runs_and_where_it_waits(&node).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_harm_nobody() {
+    let node = Node::start();
+    stranger::envelopes_that_no_library_writes(&node).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

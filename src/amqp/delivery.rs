@@ -16,10 +16,12 @@ use crate::amqp::connection::Link;
 use crate::amqp::screen::SUBSTITUTE;
 use crate::ops::metrics::{Metrics, Settled};
 
-/// A message from the jobs queue.
+/// A message from a queue of jobs.
 #[derive(Debug)]
 #[must_use = "an unsettled delivery blocks a place in the prefetch"]
 pub struct Delivery {
+    /// Which of `amqp.queues` it came from.
+    pub queue: usize,
     /// The job, as it came.
     pub body: Vec<u8>,
     /// What its publisher wrote on the envelope.
@@ -142,9 +144,15 @@ struct Settler {
 }
 
 impl Delivery {
-    pub(super) fn new(delivery: lapin::message::Delivery, link: Arc<Link>, metrics: Metrics) -> Self {
+    pub(super) fn new(
+        queue: usize,
+        delivery: lapin::message::Delivery,
+        link: Arc<Link>,
+        metrics: Metrics,
+    ) -> Self {
         let before = delivered_before(&delivery.properties).unwrap_or(u32::from(delivery.redelivered));
         Self {
+            queue,
             body: delivery.data,
             properties: Properties::new(delivery.properties),
             attempt: before.saturating_add(1),

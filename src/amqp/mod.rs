@@ -109,8 +109,11 @@ pub enum Error {
         name: String,
     },
     /// The broker ended the consumer: its queue was deleted, or its node went away.
-    #[error("go on consuming: the broker ended the consumer; was the queue deleted?")]
-    ConsumerEnded,
+    #[error("go on consuming: the broker ended the consumer of {queue}; was the queue deleted?")]
+    ConsumerEnded {
+        /// The queue.
+        queue: String,
+    },
     /// The connection is gone.
     #[error("reach the broker: the connection is lost")]
     Lost,

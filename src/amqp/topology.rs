@@ -19,7 +19,9 @@ pub(super) async fn ensure(link: &Link, channel: &Channel, config: &config::Amqp
     let dead = [("x-delivery-limit", AMQPValue::LongLongInt(DEAD_LIMIT))];
     queue(link, channel, config.topology, &config.dead_queue, &dead).await?;
     queue(link, channel, config.topology, &config.results_queue, &[]).await?;
-    queue(link, channel, config.topology, &config.jobs_queue, &jobs).await?;
+    for jobs_queue in &config.queues {
+        queue(link, channel, config.topology, &jobs_queue.name, &jobs).await?;
+    }
     control(link, channel, config.topology).await
 }
 

@@ -9,7 +9,8 @@ use std::time::Duration;
 use super::layers::Origins;
 use super::raw::{OneOrMany, Raw, RawAmqp, RawEnvironment, RawSandbox};
 use super::{
-    Amqp, Config, ConfigError, Environment, Http, Log, LogFormat, Sandbox, Secret, Topology, Worker, url,
+    Amqp, Config, ConfigError, Environment, Http, Log, LogFormat, Queue, Sandbox, Secret, Topology, Worker,
+    url,
 };
 use crate::job::explain::quote;
 use crate::job::{Bounds, Limits};
@@ -20,6 +21,10 @@ const ACK_TIMEOUT_MS: u64 = 30 * 60 * 1_000;
 const SLOTS_MAX: usize = 1_024;
 /// More children than that stand by for nothing: each keeps a process and its memory.
 const MAX_STANDBY: usize = 256;
+/// So many queues have no sensible shares any more.
+const QUEUES_MAX: usize = 64;
+/// Beyond this ratio a queue is served so rarely that it may as well wait for the others to be empty.
+const WEIGHT_MAX: u32 = 1_000;
 /// The longest duration taken for a timeout of ours.
 const DAY_MS: u64 = 24 * 60 * 60 * 1_000;
 /// RabbitMQ's own bound on a message, up to 3.13.
@@ -94,6 +99,7 @@ impl Checker {
     }
 
     fn amqp(&self, raw: RawAmqp) -> Result<Amqp, ConfigError> {
+        let (jobs_queue, queues) = self.queues(&raw)?;
         let url_file = optional_path(&raw.url_file);
         let urls = match (&url_file, raw.url) {
             (Some(file), _) => url::read_file(file)?,
@@ -106,20 +112,6 @@ impl Checker {
         for address in &urls {
             if let Err(fault) = url::check(address.expose()) {
                 return self.fail("amqp.url", &format!("holds an address that {fault}"));
-            }
-        }
-        let queues = [
-            ("amqp.jobs_queue", &raw.jobs_queue),
-            ("amqp.results_queue", &raw.results_queue),
-            ("amqp.dead_queue", &raw.dead_queue),
-        ];
-        for (index, (key, name)) in queues.iter().enumerate() {
-            if name.is_empty() || name.len() > 255 || name.starts_with("amq.") {
-                return self.fail(key, "must have 1 to 255 bytes and not begin with `amq.`");
-            }
-            if queues[..index].iter().any(|(_, other)| other == name) {
-                return self
-                    .fail(key, &format!("is {}, as another queue is; give each its own", quote(name)));
             }
         }
         if let Err(error) = globset::Glob::new(&raw.reply_to_allow) {
@@ -155,10 +147,58 @@ impl Checker {
                 raw.max_result_bytes,
                 16_384..=MESSAGE_MAX,
             )?,
-            jobs_queue: raw.jobs_queue,
+            jobs_queue,
+            queues,
             results_queue: raw.results_queue,
             dead_queue: raw.dead_queue,
         })
+    }
+
+    /// The queues that jobs come from, and the one of them that `submit` puts them into.
+    fn queues(&self, raw: &RawAmqp) -> Result<(String, Vec<Queue>), ConfigError> {
+        let mut queues = Vec::new();
+        for (at, queue) in raw.queues.iter().enumerate() {
+            let weight = queue.weight.unwrap_or(1);
+            self.range(&format!("amqp.queues[{at}].weight"), weight, 1..=WEIGHT_MAX)?;
+            queues.push(Queue { name: queue.name.clone(), weight });
+        }
+        if queues.len() > QUEUES_MAX {
+            return self.fail("amqp.queues", &format!("has more than {QUEUES_MAX} queues"));
+        }
+        let jobs_queue = match queues.first() {
+            None => raw.jobs_queue.clone(),
+            Some(_) if self.origins.is_set("amqp.jobs_queue") => raw.jobs_queue.clone(),
+            Some(first) => first.name.clone(),
+        };
+        let mut names: Vec<(String, &str)> = vec![
+            ("amqp.results_queue".into(), &raw.results_queue),
+            ("amqp.dead_queue".into(), &raw.dead_queue),
+        ];
+        if queues.is_empty() {
+            names.insert(0, ("amqp.jobs_queue".into(), &raw.jobs_queue));
+        }
+        names.extend(
+            queues.iter().enumerate().map(|(at, queue)| (format!("amqp.queues[{at}].name"), &*queue.name)),
+        );
+        for (index, (key, name)) in names.iter().enumerate() {
+            if name.is_empty() || name.len() > 255 || name.starts_with("amq.") {
+                return self.fail(key, "must have 1 to 255 bytes and not begin with `amq.`");
+            }
+            if names[..index].iter().any(|(_, other)| other == name) {
+                return self
+                    .fail(key, &format!("is {}, as another queue is; give each its own", quote(name)));
+            }
+        }
+        if queues.is_empty() {
+            queues.push(Queue::new(&*jobs_queue));
+        } else if queues.iter().all(|queue| queue.name != jobs_queue) {
+            let fault = format!(
+                "is {}, which is none of `amqp.queues`; add it there, or leave `amqp.jobs_queue` out",
+                quote(&jobs_queue)
+            );
+            return self.fail("amqp.jobs_queue", &fault);
+        }
+        Ok((jobs_queue, queues))
     }
 
     fn sandbox(&self, raw: RawSandbox, slots: usize) -> Result<Sandbox, ConfigError> {
@@ -309,15 +349,19 @@ impl Checker {
             .maximum
             .timeout_ms
             .saturating_add(u64::try_from(config.sandbox.start_timeout.as_millis()).unwrap_or(u64::MAX));
-        let rounds = 1 + usize::from(config.amqp.prefetch_surplus).div_ceil(config.worker.slots);
+        // The jobs of the lightest queue wait for their share of the slots.
+        let weights = config.amqp.queues.iter().map(|queue| u64::from(queue.weight));
+        let turns = weights.clone().sum::<u64>().div_ceil(weights.min().unwrap_or(1).max(1));
+        let turns = usize::try_from(turns).unwrap_or(usize::MAX);
+        let rounds = turns + usize::from(config.amqp.prefetch_surplus).div_ceil(config.worker.slots);
         let longest = one.saturating_mul(u64::try_from(rounds).unwrap_or(u64::MAX));
         if longest < ACK_TIMEOUT_MS {
             return Ok(());
         }
         self.fail("limits.timeout_ms.maximum", &format!(
             "lets a job stay unacked for {longest} ms ({rounds} rounds of it and `sandbox.start_timeout_ms`, as \
-             `amqp.prefetch_surplus` waits behind `worker.slots`); the broker gives up after {ACK_TIMEOUT_MS} ms: \
-             lower it or the surplus"
+             `amqp.prefetch_surplus` waits behind `worker.slots`, and queues for their share by weight); the \
+             broker gives up after {ACK_TIMEOUT_MS} ms: lower it or the surplus, or bring the weights together"
         ))
     }
 }

@@ -131,8 +131,10 @@ pub struct Amqp {
     pub url_file: Option<PathBuf>,
     /// PEM file of the authorities to trust for `amqps://`.
     pub ca_file: Option<PathBuf>,
-    /// Where jobs come from.
+    /// Where whoever submits jobs puts them; one of `queues`.
     pub jobs_queue: String,
+    /// Where jobs come from; never empty.
+    pub queues: Vec<Queue>,
     /// The reply queue for a job without `reply_to`, and for one whose `reply_to` no longer exists.
     pub results_queue: String,
     /// What could not be handled.
@@ -157,6 +159,22 @@ pub struct Amqp {
     pub max_body_bytes: usize,
     /// Largest result, measured as encoded JSON.
     pub max_result_bytes: usize,
+}
+
+/// A queue that jobs come from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Queue {
+    /// Its name on the broker.
+    pub name: String,
+    /// Its share of the slots, beside those of the others, while all of them have jobs.
+    pub weight: u32,
+}
+
+impl Queue {
+    /// One that gets everything where it is the only one.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self { name: name.into(), weight: 1 }
+    }
 }
 
 /// How the worker treats its queues at start.
@@ -277,6 +295,7 @@ impl Default for Config {
                 url_file: None,
                 ca_file: None,
                 jobs_queue: "sandpiper.jobs".into(),
+                queues: vec![Queue::new("sandpiper.jobs")],
                 results_queue: "sandpiper.results".into(),
                 dead_queue: "sandpiper.dead".into(),
                 topology: Topology::Declare,

@@ -30,6 +30,7 @@ pub(super) struct RawAmqp {
     pub(super) url_file: String,
     pub(super) ca_file: String,
     pub(super) jobs_queue: String,
+    pub(super) queues: Vec<RawQueue>,
     pub(super) results_queue: String,
     pub(super) dead_queue: String,
     pub(super) topology: String,
@@ -42,6 +43,14 @@ pub(super) struct RawAmqp {
     pub(super) reconnect_max_ms: u64,
     pub(super) max_body_bytes: usize,
     pub(super) max_result_bytes: usize,
+}
+
+/// What is not written has its default, or what `[amqp]` says for all queues.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawQueue {
+    pub(super) name: String,
+    pub(super) weight: Option<u32>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -131,6 +140,8 @@ impl Raw {
                 url_file: path(amqp.url_file),
                 ca_file: path(amqp.ca_file),
                 jobs_queue: amqp.jobs_queue,
+                // The one of `jobs_queue` alone, which goes without saying.
+                queues: Vec::new(),
                 results_queue: amqp.results_queue,
                 dead_queue: amqp.dead_queue,
                 topology: match amqp.topology {

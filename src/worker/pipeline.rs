@@ -220,7 +220,8 @@ impl Pipeline {
     ) -> bool {
         let why = outcome.error.clone().unwrap_or_default();
         tracing::warn!(id = context.id, reason = reason.as_str(), "a message goes to the dead queue");
-        let copy = Message::dead(&delivery, &self.amqp.dead_queue, &why, &self.worker);
+        let queue = &self.amqp.queues[delivery.queue].name;
+        let copy = Message::dead(&delivery, &self.amqp.dead_queue, queue, &why, &self.worker);
         let stored = self.kill.run_until_cancelled(self.publisher.publish(&copy)).await;
         if stored.is_none() || self.answer(&delivery, to, context, outcome).await.is_none() {
             delivery.requeue().await;

@@ -17,6 +17,7 @@ mod operators;
 mod oracle;
 #[path = "../support/proxy.rs"]
 mod proxy;
+mod queues;
 mod replies;
 mod requester;
 mod shutdown;
@@ -84,6 +85,13 @@ async fn jobs_come_back_once_and_what_is_none_is_kept() {
     traffic::poison_ends_in_the_dead_queue(&node).await;
     traffic::a_job_past_its_time_is_not_run(&node).await;
     traffic::a_job_is_cancelled_where_it_runs_and_where_it_waits(&node).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn queues_of_every_kind_are_served() {
+    let node = Node::start();
+    queues::slots_are_shared_by_weight(&node).await;
+    queues::the_dead_go_back_to_where_they_came_from(&node).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -51,6 +51,11 @@ impl Metrics {
         String::from_utf8_lossy(&text).into_owned()
     }
 
+    /// A queue is taken from: its child shows at 0 before anything came.
+    pub fn queue(&self, name: &str) {
+        self.0.received.with_label_values(&[name]);
+    }
+
     /// A delivery came from `queue`, with a body of so many bytes.
     pub fn received(&self, queue: &str, bytes: usize) {
         self.0.received.with_label_values(&[queue]).inc();

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use futures_util::stream::{self, BoxStream, SelectAll, StreamExt};
-use lapin::Channel;
 use lapin::options::{
     BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions, QueueBindOptions,
     QueueDeclareOptions,
 };
-use lapin::types::{FieldTable, ShortString};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::{Channel, ErrorKind};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -17,7 +17,7 @@ use crate::amqp::connection::{Dialer, Link};
 use crate::amqp::control::{Command, Heard};
 use crate::amqp::delivery::{Delivery, Properties};
 use crate::amqp::supervisor::{LinkState, Session, State, Supervisor};
-use crate::amqp::{Error, short, topology};
+use crate::amqp::{Error, chain, short, topology};
 use crate::config;
 use crate::ops::metrics::{Metrics, Role, Settled};
 
@@ -115,7 +115,7 @@ impl Session for Consuming {
     async fn run(&mut self, link: &Arc<Link>, state: &State) -> Result<(), Error> {
         let channel = link.channel().await?;
         topology::ensure(link, &channel, &self.config).await?;
-        let mut commands = listen(link).await?;
+        let mut commands = commands(link).await?;
         let mut jobs = self.consume(link, &channel).await?;
         state.up(link);
 
@@ -165,7 +165,11 @@ impl Consuming {
         for (at, (queue, prefetch)) in self.config.queues.iter().zip(&self.prefetch).enumerate() {
             // It holds for the consumers that come after it.
             link.ask("set the prefetch", channel.basic_qos(*prefetch, BasicQosOptions::default())).await?;
-            let (options, arguments) = (BasicConsumeOptions::default(), FieldTable::default());
+            let mut arguments = FieldTable::default();
+            if queue.consumer_priority != 0 {
+                arguments.insert("x-priority".into(), AMQPValue::LongInt(queue.consumer_priority));
+            }
+            let options = BasicConsumeOptions::default();
             let consuming = channel.basic_consume(short(&queue.name)?, tag(at), options, arguments);
             let jobs = link.ask(&format!("consume queue {}", queue.name), consuming).await?;
             // Else an end would go unseen among the others.
@@ -220,6 +224,22 @@ fn tag(queue: usize) -> ShortString {
     format!("sandpiper.{queue}").into()
 }
 
+/// Commands, where we may have them: a user who may declare nothing still takes jobs.
+async fn commands(link: &Link) -> Result<BoxStream<'static, lapin::Result<lapin::message::Delivery>>, Error> {
+    match listen(link).await {
+        Err(Error::Operation { what, source }) if is_refused(&source) => {
+            tracing::warn!(
+                error = chain(&*source),
+                "not allowed to {what}: cancel and ping do not reach this worker; its user needs to configure, \
+                 write and read amq.gen-*, and to read {}",
+                topology::CONTROL
+            );
+            Ok(stream::pending().boxed())
+        }
+        heard => Ok(heard?.boxed()),
+    }
+}
+
 /// A queue of this worker's own behind the control exchange. It goes with the connection.
 async fn listen(link: &Link) -> Result<lapin::Consumer, Error> {
     let channel = link.channel().await?;
@@ -238,6 +258,11 @@ async fn listen(link: &Link) -> Result<lapin::Consumer, Error> {
     let options = BasicConsumeOptions { no_ack: true, exclusive: true, ..BasicConsumeOptions::default() };
     let consuming = channel.basic_consume(queue.name().clone(), "".into(), options, FieldTable::default());
     link.ask("listen for commands", consuming).await
+}
+
+fn is_refused(error: &lapin::Error) -> bool {
+    const ACCESS_REFUSED: u16 = 403;
+    matches!(error.kind(), ErrorKind::ProtocolError(refused) if refused.get_id() == ACCESS_REFUSED)
 }
 
 fn broken(what: &str, source: lapin::Error) -> Error {

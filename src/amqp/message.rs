@@ -14,6 +14,9 @@ const TRANSIENT: u8 = 1;
 /// What the headers of our own begin with.
 pub(super) const OURS: &str = "x-sandpiper-";
 
+/// How often a message was delivered before, where its queue does not count that.
+pub(super) const DELIVERIES: &str = "x-sandpiper-deliveries";
+
 /// Most bytes of a header that is passed on or written: one frame has to hold all of them.
 const HEADER_MAX: usize = 1_024;
 
@@ -75,6 +78,18 @@ impl Message {
             properties = properties.with_correlation_id(correlation_id);
         }
         Self { to, body, properties }
+    }
+
+    /// A copy of `delivery` for the queue that it came from, on which its deliveries are counted.
+    pub fn counted(delivery: &Delivery, queue: &str) -> Self {
+        let raw = &delivery.properties.raw;
+        let mut headers = copied_headers(raw);
+        headers.insert(DELIVERIES.into(), AMQPValue::LongLongInt(delivery.attempt.saturating_sub(1).into()));
+        let mut properties = copied_properties(raw).with_headers(headers).with_delivery_mode(PERSISTENT);
+        if let Some(expiration) = raw.expiration().clone() {
+            properties = properties.with_expiration(expiration);
+        }
+        Self { to: Address::Queue(queue.to_owned()), body: delivery.body.clone(), properties }
     }
 
     /// A copy of `delivery` for the dead queue, with what came with it, and where it was and the reason, as headers.

@@ -138,3 +138,152 @@ pub(crate) async fn the_dead_go_back_to_where_they_came_from(node: &Node) {
     assert_eq!(dead.origin(&message), queues.jobs);
     dead.close().await.unwrap();
 }
+
+fn settings(queues: &Queues, more: &[&str]) -> Vec<String> {
+    queues.settings(&[&["worker.slots=1", "amqp.prefetch_surplus=0"], more].concat())
+}
+
+const ACKED: &str = "sandpiper_deliveries_settled_total{action=\"acked\"}";
+
+pub(crate) async fn high_priorities_come_first_in_a_classic_queue(node: &Node) {
+    let queues = Queues::of("priorities");
+    let settings = settings(&queues, &["amqp.queue_type=classic", "amqp.max_priority=5"]);
+    drop(Worker::ready(node.url(), &settings).await);
+    let table = node.ctl(&["-q", "list_queues", "name", "type"]);
+    for queue in [&queues.jobs, &queues.results, &queues.dead] {
+        assert!(table.contains(&format!("{queue}\tclassic")), "{table}");
+    }
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    let order = ["low-0", "low-1", "low-2", "high-0", "high-1", "middle", "none"];
+    for id in order {
+        let properties = BasicProperties::default().with_reply_to(queues.replies.as_str().into());
+        let properties = match id.split('-').next() {
+            Some("low") => properties.with_priority(1),
+            Some("high") => properties.with_priority(5),
+            Some("middle") => properties.with_priority(3),
+            _ => properties,
+        };
+        let job = format!("{{\"id\": \"{id}\", \"code\": \"print(1)\"}}");
+        requester.publish(&queues.jobs, job.as_bytes(), properties).await;
+    }
+    let _worker = Worker::ready(node.url(), &settings).await;
+    let mut seen = Vec::new();
+    for _ in order {
+        seen.push(next(&mut replies).await.1["id"].as_str().unwrap().to_owned());
+    }
+    assert_eq!(seen, ["high-0", "high-1", "middle", "low-0", "low-1", "low-2", "none"]);
+}
+
+pub(crate) async fn one_worker_is_active_until_the_next_takes_over(node: &Node) {
+    for kind in ["quorum", "classic"] {
+        let queues = Queues::of(&format!("active.{kind}"));
+        let kind = format!("amqp.queue_type={kind}");
+        let settings = settings(&queues, &["amqp.single_active_consumer=true", &kind]);
+        let mut first = Worker::ready(node.url(), &settings).await;
+        let second = Worker::ready(node.url(), &settings).await;
+        let requester = Requester::connect(node.url()).await;
+        let mut replies = requester.replies(&queues.replies).await;
+        let ids: Vec<String> = (0..10).map(|at| format!("job-{at}")).collect();
+        for id in &ids[..8] {
+            requester.submit(&queues.jobs, id, &queues.replies).await;
+        }
+        collect(&mut replies, &ids[..8]).await;
+        eventually("all are acked", async || (first.metric(ACKED) == 8.0).then_some(())).await;
+        assert_eq!(second.metric(ACKED), 0.0, "both are active");
+        first.kill();
+        for id in &ids[8..] {
+            requester.submit(&queues.jobs, id, &queues.replies).await;
+        }
+        collect(&mut replies, &ids[8..]).await;
+    }
+}
+
+pub(crate) async fn the_preferred_worker_gets_jobs_first(node: &Node) {
+    for kind in ["quorum", "classic"] {
+        let queues = Queues::of(&format!("preferred.{kind}"));
+        let kind = format!("amqp.queue_type={kind}");
+        let other = Worker::ready(node.url(), &settings(&queues, &[&kind])).await;
+        let first = settings(&queues, &[&kind, "amqp.consumer_priority=10"]);
+        let first = Worker::ready(node.url(), &first).await;
+        let requester = Requester::connect(node.url()).await;
+        let mut replies = requester.replies(&queues.replies).await;
+        for at in 0..10 {
+            let id = format!("job-{at}");
+            // The ack before it as well: a busy worker is passed over.
+            let acked = f64::from(at);
+            eventually("the last one is acked", async || (first.metric(ACKED) == acked).then_some(())).await;
+            requester.submit(&queues.jobs, &id, &queues.replies).await;
+            collect(&mut replies, &[id]).await;
+        }
+        assert_eq!(other.metric(ACKED), 0.0);
+        for at in 10..14 {
+            requester
+                .run(&queues.jobs, &format!("job-{at}"), &queues.replies, "import time; time.sleep(1)")
+                .await;
+        }
+        eventually("a busy worker leaves jobs to the other", async || {
+            (other.metric("sandpiper_jobs_running") == 1.0).then_some(())
+        })
+        .await;
+        let ids: Vec<String> = (10..14).map(|at| format!("job-{at}")).collect();
+        collect(&mut replies, &ids).await;
+    }
+}
+
+pub(crate) async fn a_passive_worker_declares_nothing(node: &Node) {
+    let queues = Queues::of("passive");
+    let passive = queues.settings(&["amqp.topology=passive"]);
+    let mut worker = Worker::start(node.url(), &passive).await;
+    let missing = format!(
+        "find {}: it is not there, and amqp.topology = \\\"passive\\\" declares nothing; declare it as a durable \
+         queue with the arguments x-delivery-limit=1000000000, x-queue-type=quorum",
+        queues.dead
+    );
+    eventually("it says what is missing", async || worker.log().contains(&missing).then_some(())).await;
+    worker.until_not_ready().await;
+    worker.assert_alive();
+    assert!(!node.ctl(&["-q", "list_queues", "name"]).contains("passive."), "it declared a queue");
+    drop(Worker::ready(node.url(), &queues.settings(&[])).await);
+    worker.until_ready().await;
+    drop(worker);
+
+    // Nor does it need to be allowed to.
+    node.ctl(&["add_user", "watcher", "secret"]);
+    node.ctl(&["set_permissions", "watcher", "^$", ".*", ".*"]);
+    let url = node.url().replace("guest:guest", "watcher:secret");
+    let worker = Worker::ready(&url, &passive).await;
+    let log = worker.log();
+    let said = log.lines().find(|line| line.contains("cancel and ping do not reach this worker"));
+    assert!(said.is_some_and(|said| said.contains("amq.gen-*")), "{log}");
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    requester.submit(&queues.jobs, "allowed", &queues.replies).await;
+    collect(&mut replies, &["allowed".into()]).await;
+    worker.terminate();
+    let mut worker = worker;
+    assert_eq!(worker.ended().await.code(), Some(0), "{}", worker.log());
+}
+
+pub(crate) async fn a_classic_queue_redelivers_without_running_twice(node: &Node) {
+    let queues = Queues::of("redelivered");
+    let settings = queues.settings(&["amqp.queue_type=classic"]);
+    let worker = Worker::ready(node.url(), &settings).await;
+    let requester = Requester::connect(node.url()).await;
+    // Nobody listens yet, so that no result goes to a connection that is cut off.
+    requester.declare(&queues.replies).await;
+    requester.run(&queues.jobs, "slow", &queues.replies, "import time; time.sleep(10)").await;
+    eventually("it runs", async || (worker.metric("sandpiper_jobs_running") == 1.0).then_some(())).await;
+    node.ctl(&["close_all_connections", "--global", "by the operator"]);
+    drop(requester);
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.listen(&queues.replies).await;
+    collect(&mut replies, &["slow".into()]).await;
+    eventually("it is answered from memory", async || {
+        worker.log().contains("was answered before").then_some(())
+    })
+    .await;
+    assert_eq!(worker.metric("sandpiper_jobs_completed_total{status=\"succeeded\"}"), 1.0, "it ran twice");
+    eventually("the queue is empty", async || (requester.waiting(&queues.jobs).await == 0).then_some(()))
+        .await;
+}

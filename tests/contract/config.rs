@@ -164,6 +164,21 @@ fn what_is_wrong_is_said_with_its_remedy() {
         ),
         ("[[amqp.queues]]\nname = \"a\"\nwieght = 2", "unknown field `amqp.queues[0].wieght`; did you mean"),
         ("[[amqp.queues]]\nweight = 2", "`amqp.queues[0].name` is missing and must be given"),
+        (
+            "[amqp]\nmax_priority = 5",
+            "`amqp.max_priority` is for classic queues: set `queue_type` to `classic`",
+        ),
+        (
+            "[[amqp.queues]]\nname = \"a\"\nmax_priority = 5",
+            "`amqp.queues[0].max_priority` is for classic queues",
+        ),
+        (
+            "[amqp]\nqueue_type = \"stream\"",
+            "`amqp.queue_type` is `stream`; it must be `quorum` or `classic`",
+        ),
+        ("[amqp]\ncert_file = \"/c.pem\"", "`amqp.cert_file` needs its key: set `amqp.key_file`"),
+        ("[amqp]\nkey_file = \"/c.key\"", "`amqp.key_file` needs a certificate: set `amqp.cert_file`"),
+        ("[amqp]\nauth = \"external\"", "`amqp.auth` is `external`, by certificate: set `amqp.cert_file`"),
         ("[amqp]\nheartbeat_ms = 1500", "`amqp.heartbeat_ms` must be whole seconds, a multiple of 1000"),
         ("[environments.x]\npython = \"python3\"", "`environments.x.python` must hold absolute paths"),
         (

@@ -91,13 +91,13 @@ async fn jobs_come_back_once_and_what_is_none_is_kept() {
 #[tokio::test(flavor = "multi_thread")]
 async fn queues_of_every_kind_are_served() {
     let node = Node::start();
+    queues::a_classic_queue_redelivers_without_running_twice(&node).await;
     queues::slots_are_shared_by_weight(&node).await;
     queues::the_dead_go_back_to_where_they_came_from(&node).await;
     queues::high_priorities_come_first_in_a_classic_queue(&node).await;
     queues::one_worker_is_active_until_the_next_takes_over(&node).await;
     queues::the_preferred_worker_gets_jobs_first(&node).await;
     queues::a_passive_worker_declares_nothing(&node).await;
-    queues::a_classic_queue_redelivers_without_running_twice(&node).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

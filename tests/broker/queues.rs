@@ -7,6 +7,7 @@ use sandpiper::amqp::dead::Dead;
 use sandpiper::config::Config;
 
 use crate::broker::Node;
+use crate::proxy::Proxy;
 use crate::requester::{Requester, collect, next};
 use crate::worker::Worker;
 use crate::{Queues, eventually};
@@ -268,16 +269,13 @@ pub(crate) async fn a_passive_worker_declares_nothing(node: &Node) {
 pub(crate) async fn a_classic_queue_redelivers_without_running_twice(node: &Node) {
     let queues = Queues::of("redelivered");
     let settings = queues.settings(&["amqp.queue_type=classic"]);
-    let worker = Worker::ready(node.url(), &settings).await;
+    let proxy = Proxy::start(node.url()).await;
+    let worker = Worker::ready(&proxy.url(), &settings).await;
     let requester = Requester::connect(node.url()).await;
-    // Nobody listens yet, so that no result goes to a connection that is cut off.
-    requester.declare(&queues.replies).await;
+    let mut replies = requester.replies(&queues.replies).await;
     requester.run(&queues.jobs, "slow", &queues.replies, "import time; time.sleep(10)").await;
     eventually("it runs", async || (worker.metric("sandpiper_jobs_running") == 1.0).then_some(())).await;
-    node.ctl(&["close_all_connections", "--global", "by the operator"]);
-    drop(requester);
-    let requester = Requester::connect(node.url()).await;
-    let mut replies = requester.listen(&queues.replies).await;
+    proxy.reset();
     collect(&mut replies, &["slow".into()]).await;
     eventually("it is answered from memory", async || {
         worker.log().contains("was answered before").then_some(())

@@ -49,7 +49,7 @@ pub enum AddressError {
 #[derive(Clone, Debug)]
 pub struct Addresses {
     results: String,
-    own: [String; 2],
+    own: Vec<String>,
     allow: Option<GlobMatcher>,
 }
 
@@ -58,7 +58,7 @@ impl Addresses {
     pub fn new(config: &config::Amqp) -> Self {
         Self {
             results: config.results_queue.clone(),
-            own: [config.jobs_queue.clone(), config.dead_queue.clone()],
+            own: config.queues.iter().map(|queue| &queue.name).chain([&config.dead_queue]).cloned().collect(),
             allow: Glob::new(&config.reply_to_allow).ok().map(|glob| glob.compile_matcher()),
         }
     }

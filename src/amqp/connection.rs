@@ -6,19 +6,21 @@ use std::future::Future;
 use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use lapin::tcp::{AsyncTcpStream, OwnedTLSConfig};
-use lapin::uri::{AMQPScheme, AMQPUri};
+use lapin::tcp::{AsyncTcpStream, OwnedIdentity, OwnedTLSConfig};
+use lapin::uri::{AMQPScheme, AMQPUri, SASLMechanism};
 use lapin::{Connection, ConnectionProperties, ConnectionStatus, ErrorKind, Event};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::amqp::Error;
+use crate::amqp::screen::{self, Screen};
 use crate::config;
-use crate::config::Secret;
+use crate::config::{Auth, Secret};
 
 /// Finds a broker among the configured addresses.
 #[derive(Clone, Debug)]
@@ -50,19 +52,25 @@ impl Dialer {
     /// The addresses as they are now: `url_file` may have been written anew since the last time.
     async fn urls(&self) -> Result<Vec<Secret>, Error> {
         let Some(path) = &self.config.url_file else { return Ok(self.config.urls.clone()) };
-        let text = tokio::fs::read_to_string(path)
-            .await
-            .map_err(|source| Error::UrlFile { path: path.clone(), source })?;
+        let text = read("amqp.url_file", path).await?;
         let urls = text.split([',', '\n']).map(str::trim).filter(|url| !url.is_empty());
         Ok(urls.map(|url| Secret::new(url.to_owned())).collect())
     }
 
+    /// Authorities, certificate and key as they are now.
     async fn tls(&self) -> Result<OwnedTLSConfig, Error> {
-        let Some(path) = &self.config.ca_file else { return Ok(OwnedTLSConfig::default()) };
-        let authorities = tokio::fs::read_to_string(path)
-            .await
-            .map_err(|source| Error::CaFile { path: path.clone(), source })?;
-        Ok(OwnedTLSConfig { identity: None, cert_chain: Some(authorities) })
+        let cert_chain = match &self.config.ca_file {
+            Some(path) => Some(certificates("amqp.ca_file", path).await?),
+            None => None,
+        };
+        let identity = match &self.config.identity {
+            Some((certificate, key)) => Some(OwnedIdentity::PKCS8 {
+                pem: certificates("amqp.cert_file", certificate).await?.into_bytes(),
+                key: private_key("amqp.key_file", key).await?.into_bytes(),
+            }),
+            None => None,
+        };
+        Ok(OwnedTLSConfig { identity, cert_chain })
     }
 
     async fn connect(&self, position: usize, url: &Secret, tls: OwnedTLSConfig) -> Result<Link, Error> {
@@ -71,6 +79,13 @@ impl Dialer {
             let quoted = reason.contains(url.expose());
             Error::Url { position, reason: if quoted { "not an address".into() } else { reason } }
         })?;
+        if self.config.auth == Auth::External {
+            if uri.scheme == AMQPScheme::AMQP {
+                let reason = "amqp.auth = \"external\" goes by the certificate, and needs amqps://".into();
+                return Err(Error::Url { position, reason });
+            }
+            uri.query.auth_mechanism = Some(SASLMechanism::External);
+        }
         let broker = format!("{}:{}", uri.authority.host, uri.authority.port);
         let failed = failed(&broker, uri.scheme == AMQPScheme::AMQPS);
         uri.query.heartbeat = Some(u16::try_from(self.config.heartbeat.as_secs()).unwrap_or(u16::MAX));
@@ -79,10 +94,10 @@ impl Dialer {
         let timeout = self.config.connect_timeout;
         let connecting = Connection::connector(
             uri,
-            lapin::runtime::default_runtime().map_err(&failed)?,
+            screen::runtime(),
             {
-                let socket = socket.clone();
-                async move |uri: AMQPUri, runtime| {
+                let (socket, runtime) = (socket.clone(), screen::dialling());
+                async move |uri: AMQPUri, _| {
                     // Here as well: this runs on a thread of lapin's that no timeout outside reaches.
                     let stream = async {
                         let address = (uri.authority.host.clone(), uri.authority.port);
@@ -97,7 +112,8 @@ impl Dialer {
                         }
                     };
                     let in_time = tokio::time::timeout(timeout, stream).await;
-                    Ok(in_time.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))?)
+                    let stream = in_time.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))?;
+                    Ok(AsyncTcpStream::Plain(Screen::new(stream)))
                 }
             },
             self.properties(),
@@ -134,6 +150,32 @@ fn prepare_lapin() {
     });
 }
 
+async fn read(key: &'static str, path: &Path) -> Result<String, Error> {
+    let read = tokio::fs::read_to_string(path).await;
+    read.map_err(|source| Error::File { key, path: path.to_owned(), source })
+}
+
+async fn certificates(key: &'static str, path: &Path) -> Result<String, Error> {
+    let text = read(key, path).await?;
+    if text.contains("-----BEGIN CERTIFICATE-----") {
+        return Ok(text);
+    }
+    Err(Error::Pem { key, path: path.to_owned(), fault: "it holds no certificate in PEM" })
+}
+
+async fn private_key(key: &'static str, path: &Path) -> Result<String, Error> {
+    let text = read(key, path).await?;
+    // Of the two forms of an encrypted key, one says so in its first line and one in its second.
+    let fault = if text.contains("BEGIN ENCRYPTED PRIVATE KEY") || text.contains("Proc-Type: 4,ENCRYPTED") {
+        "the key is encrypted; write it without a passphrase, readable for the worker alone"
+    } else if !text.contains("PRIVATE KEY-----") {
+        "it holds no private key in PEM"
+    } else {
+        return Ok(text);
+    };
+    Err(Error::Pem { key, path: path.to_owned(), fault })
+}
+
 fn failed(broker: &str, tls: bool) -> impl Fn(lapin::Error) -> Error {
     move |source| Error::Connect {
         broker: broker.to_owned(),
@@ -142,7 +184,8 @@ fn failed(broker: &str, tls: bool) -> impl Fn(lapin::Error) -> Error {
     }
 }
 
-/// Two mistakes that a person cannot tell from what the peer says: TLS where there is none, and none where it is.
+/// Mistakes that a person cannot tell from what is said: TLS where there is none, and none where it is; and a key of
+/// another certificate.
 fn hint(error: &lapin::Error, tls: bool) -> &'static str {
     let error = match error.kind() {
         ErrorKind::IOError(error) => error,
@@ -152,8 +195,17 @@ fn hint(error: &lapin::Error, tls: bool) -> &'static str {
         _ => return "",
     };
     let hung_up = [io::ErrorKind::ConnectionReset, io::ErrorKind::UnexpectedEof, io::ErrorKind::BrokenPipe];
-    if tls && error.to_string().contains("InvalidContentType") {
+    let said = error.to_string();
+    if tls && said.contains("InvalidContentType") {
         " (it does not speak TLS there; is amqp:// meant?)"
+    } else if tls && said.contains("KeyMismatch") {
+        " (amqp.key_file is not the key of the first certificate in amqp.cert_file)"
+    } else if tls && said.contains("UnsupportedCertVersion") {
+        " (a certificate is of version 1, here or there; make it anew with an extension: openssl x509 -extfile)"
+    } else if tls && said.contains("CertificateRequired") {
+        " (it wants a certificate of the worker: set amqp.cert_file and amqp.key_file)"
+    } else if tls && hung_up.contains(&error.kind()) {
+        " (it hung up; does it want a certificate of the worker, or another one? see amqp.cert_file)"
     } else if !tls && hung_up.contains(&error.kind()) {
         " (it hung up at once; does it want TLS there, amqps://?)"
     } else {

@@ -1,14 +1,14 @@
-//! Takes jobs from their queue, and commands from the control exchange, over a connection of its own.
+//! Takes jobs from their queues, and commands from the control exchange, over a connection of its own.
 
 use std::sync::Arc;
 
-use futures_util::StreamExt;
-use lapin::Channel;
+use futures_util::stream::{self, BoxStream, SelectAll, StreamExt};
 use lapin::options::{
     BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions, QueueBindOptions,
     QueueDeclareOptions,
 };
-use lapin::types::FieldTable;
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::{Channel, ErrorKind};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -17,12 +17,15 @@ use crate::amqp::connection::{Dialer, Link};
 use crate::amqp::control::{Command, Heard};
 use crate::amqp::delivery::{Delivery, Properties};
 use crate::amqp::supervisor::{LinkState, Session, State, Supervisor};
-use crate::amqp::{Error, short, topology};
+use crate::amqp::{Error, chain, short, topology};
 use crate::config;
 use crate::ops::metrics::{Metrics, Role, Settled};
 
-/// Our name for the one consumer on a channel.
-const TAG: &str = "sandpiper";
+/// What one consumer says: which of the queues it is, and a delivery, or that it is at its end.
+type Event = (usize, Option<lapin::Result<lapin::message::Delivery>>);
+
+/// All consumers together, each in its turn.
+type Jobs = SelectAll<BoxStream<'static, Event>>;
 
 /// Commands that wait to be looked at; more than that are dropped, a requester can ask again.
 const COMMANDS: usize = 64;
@@ -38,11 +41,12 @@ pub struct Consumer {
 }
 
 impl Consumer {
-    /// Connects and consumes in the background until `drain`, then no more: what was not taken goes back.
+    /// Connects and consumes in the background until `drain`, then no more: what was not taken goes back. At most
+    /// `prefetch` deliveries of each queue are unsettled at one time.
     pub fn start(
         config: &config::Amqp,
         name: &str,
-        prefetch: u16,
+        prefetch: Vec<u16>,
         metrics: &Metrics,
         drain: CancellationToken,
     ) -> Self {
@@ -97,7 +101,8 @@ impl Consumer {
 /// What the consumer does with a connection.
 struct Consuming {
     config: config::Amqp,
-    prefetch: u16,
+    /// For each queue.
+    prefetch: Vec<u16>,
     metrics: Metrics,
     /// None once drained, so that the reader sees the end.
     sender: Option<mpsc::Sender<Delivery>>,
@@ -110,15 +115,8 @@ impl Session for Consuming {
     async fn run(&mut self, link: &Arc<Link>, state: &State) -> Result<(), Error> {
         let channel = link.channel().await?;
         topology::ensure(link, &channel, &self.config).await?;
-        let mut commands = listen(link).await?;
-        link.ask("set the prefetch", channel.basic_qos(self.prefetch, BasicQosOptions::default())).await?;
-        let consuming = channel.basic_consume(
-            short(&self.config.jobs_queue)?,
-            TAG.into(),
-            BasicConsumeOptions::default(),
-            FieldTable::default(),
-        );
-        let mut jobs = link.ask("consume the jobs queue", consuming).await?;
+        let mut commands = commands(link).await?;
+        let mut jobs = self.consume(link, &channel).await?;
         state.up(link);
 
         let Some(sender) = &self.sender else { return Ok(()) };
@@ -130,14 +128,17 @@ impl Session for Consuming {
                 command = commands.next() => self.hear(command)?,
                 // The place first: a delivery in our hands must have somewhere to go.
                 job = async { (sender.reserve().await, jobs.next().await) } => match job {
-                    (Ok(place), Some(Ok(job))) => {
-                        self.metrics.received(&self.config.jobs_queue, job.data.len(), job.redelivered);
-                        place.send(Delivery::new(job, link.clone(), self.metrics.clone()));
+                    (Ok(place), Some((queue, Some(Ok(job))))) => {
+                        self.metrics.received(&self.config.queues[queue].name, job.data.len(), job.redelivered);
+                        place.send(Delivery::new(queue, job, link.clone(), self.metrics.clone()));
                     }
-                    (_, Some(Err(source))) => return Err(broken("go on consuming", source)),
-                    (_, None) => return Err(Error::ConsumerEnded),
+                    (_, Some((_, Some(Err(source))))) => return Err(broken("go on consuming", source)),
+                    (_, Some((queue, None))) => {
+                        return Err(Error::ConsumerEnded { queue: self.config.queues[queue].name.clone() });
+                    }
+                    (_, None) => return Err(Error::Lost),
                     // The reader is gone: nobody will take another job.
-                    (Err(_), Some(Ok(_))) => break,
+                    (Err(_), Some((_, Some(Ok(_))))) => break,
                 },
             }
         }
@@ -158,9 +159,29 @@ impl Session for Consuming {
 }
 
 impl Consuming {
+    /// One consumer for each queue, all on one channel, each with a prefetch of its own.
+    async fn consume(&self, link: &Link, channel: &Channel) -> Result<Jobs, Error> {
+        let mut all = Jobs::new();
+        for (at, (queue, prefetch)) in self.config.queues.iter().zip(&self.prefetch).enumerate() {
+            // It holds for the consumers that come after it.
+            link.ask("set the prefetch", channel.basic_qos(*prefetch, BasicQosOptions::default())).await?;
+            let mut arguments = FieldTable::default();
+            if queue.consumer_priority != 0 {
+                arguments.insert("x-priority".into(), AMQPValue::LongInt(queue.consumer_priority));
+            }
+            let options = BasicConsumeOptions::default();
+            let consuming = channel.basic_consume(short(&queue.name)?, tag(at), options, arguments);
+            let jobs = link.ask(&format!("consume queue {}", queue.name), consuming).await?;
+            // Else an end would go unseen among the others.
+            let end = stream::once(async { None });
+            all.push(jobs.map(Some).chain(end).map(move |event| (at, event)).boxed());
+        }
+        Ok(all)
+    }
+
     /// Passes a command on.
     fn hear(&self, message: Option<lapin::Result<lapin::message::Delivery>>) -> Result<(), Error> {
-        let message = message.ok_or(Error::ConsumerEnded)?;
+        let message = message.ok_or_else(|| Error::ConsumerEnded { queue: topology::CONTROL.into() })?;
         let message = message.map_err(|source| broken("listen for commands", source))?;
         if let Some(command) = Command::parse(&message.data) {
             let properties = Properties::new(message.properties);
@@ -171,15 +192,22 @@ impl Consuming {
     }
 
     /// Takes no more jobs, and gives back those that came in but were not taken.
-    async fn stop(&self, link: &Link, channel: &Channel, mut jobs: lapin::Consumer) -> Result<(), Error> {
-        let cancelling = channel.basic_cancel(TAG.into(), BasicCancelOptions::default());
-        link.ask("cancel the consumer", cancelling).await?;
+    async fn stop(&self, link: &Link, channel: &Channel, mut jobs: Jobs) -> Result<(), Error> {
+        for at in 0..self.config.queues.len() {
+            let cancelling = channel.basic_cancel(tag(at), BasicCancelOptions::default());
+            link.ask("cancel a consumer", cancelling).await?;
+        }
         loop {
             let job = tokio::select! {
                 job = jobs.next() => job,
                 () = link.lost() => return Err(Error::Lost),
             };
-            let Some(Ok(job)) = job else { return Ok(()) };
+            let job = match job {
+                Some((_, Some(Ok(job)))) => job,
+                // One consumer is at its end; the others may hold more.
+                Some(_) => continue,
+                None => return Ok(()),
+            };
             let options = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
             let given_back = link.ask("requeue a job", job.acker.nack(options)).await;
             self.metrics.settled(if matches!(given_back, Ok(true)) {
@@ -188,6 +216,27 @@ impl Consuming {
                 Settled::Lost
             });
         }
+    }
+}
+
+/// Our name for the consumer of a queue.
+fn tag(queue: usize) -> ShortString {
+    format!("sandpiper.{queue}").into()
+}
+
+/// Commands, where we may have them: a user who may declare nothing still takes jobs.
+async fn commands(link: &Link) -> Result<BoxStream<'static, lapin::Result<lapin::message::Delivery>>, Error> {
+    match listen(link).await {
+        Err(Error::Operation { what, source }) if is_refused(&source) => {
+            tracing::warn!(
+                error = chain(&*source),
+                "not allowed to {what}: cancel and ping do not reach this worker; its user needs to configure, \
+                 write and read amq.gen-*, and to read {}",
+                topology::CONTROL
+            );
+            Ok(stream::pending().boxed())
+        }
+        heard => Ok(heard?.boxed()),
     }
 }
 
@@ -209,6 +258,11 @@ async fn listen(link: &Link) -> Result<lapin::Consumer, Error> {
     let options = BasicConsumeOptions { no_ack: true, exclusive: true, ..BasicConsumeOptions::default() };
     let consuming = channel.basic_consume(queue.name().clone(), "".into(), options, FieldTable::default());
     link.ask("listen for commands", consuming).await
+}
+
+fn is_refused(error: &lapin::Error) -> bool {
+    const ACCESS_REFUSED: u16 = 403;
+    matches!(error.kind(), ErrorKind::ProtocolError(refused) if refused.get_id() == ACCESS_REFUSED)
 }
 
 fn broken(what: &str, source: lapin::Error) -> Error {

@@ -36,8 +36,8 @@ pub struct Pong {
     pub since: jiff::Timestamp,
     /// Jobs it runs at one time.
     pub slots: usize,
-    /// The queue that it takes them from.
-    pub queue: String,
+    /// The queues that it takes them from.
+    pub queues: Vec<String>,
     /// It takes no more jobs and ends when those that run have ended.
     pub draining: bool,
     /// The jobs that it holds, in the order in which they came.

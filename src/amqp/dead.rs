@@ -28,7 +28,8 @@ pub struct Dead {
     link: Link,
     channel: Channel,
     queue: String,
-    jobs: String,
+    /// Where jobs come from; the first is for those of which it is not known.
+    jobs: Vec<String>,
     /// How many messages of those that were there at the start have not been looked at.
     left: u32,
     /// Something was taken, and may not be settled.
@@ -48,6 +49,8 @@ pub struct DeadMessage {
     pub correlation_id: Option<String>,
     /// Why it is here, in words.
     pub reason: Option<String>,
+    /// The queue that it was in, as far as it says.
+    pub queue: Option<String>,
     /// Deliveries before it was given up.
     pub attempt: Option<u64>,
     /// Who gave it up; none where it was the broker.
@@ -80,7 +83,11 @@ impl Dead {
         Ok(Self {
             left: queue.message_count(),
             queue: config.dead_queue.clone(),
-            jobs: config.jobs_queue.clone(),
+            jobs: [&config.jobs_queue]
+                .into_iter()
+                .chain(config.queues.iter().map(|queue| &queue.name))
+                .cloned()
+                .collect(),
             held: false,
             link,
             channel,
@@ -111,25 +118,38 @@ impl Dead {
         Ok(Some(DeadMessage::new(message.properties, message.data, message.acker)))
     }
 
-    /// Publishes a message to the jobs queue as the job that it was, and takes it out of the dead queue when the
-    /// broker has confirmed that. Whatever goes wrong, it is in one of the two; at worst in both.
+    /// Where a message goes when it is replayed: back to where it came from. What it says of that may be forged, so
+    /// only a queue of the configuration will do.
+    pub fn origin(&self, message: &DeadMessage) -> &str {
+        let known = self.jobs.iter().find(|queue| Some(*queue) == message.queue.as_ref());
+        known.or(self.jobs.first()).map(String::as_str).unwrap_or_default()
+    }
+
+    /// Publishes a message to the queue that it came from as the job that it was, and takes it out of the dead queue
+    /// when the broker has confirmed that. Whatever goes wrong, it is in one of the two; at worst in both.
     ///
     /// # Errors
-    /// No jobs queue, or the broker would not take it.
+    /// No such queue, or the broker would not take it.
     pub async fn replay(&mut self, message: DeadMessage) -> Result<(), ClientError> {
+        let queue = self.origin(&message).to_owned();
         let publishing = async {
             let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-            let jobs = short(&self.jobs).unwrap_or_default();
             self.channel
-                .basic_publish("".into(), jobs, options, &message.body, revived(&message.raw))
+                .basic_publish(
+                    "".into(),
+                    short(&queue).unwrap_or_default(),
+                    options,
+                    &message.body,
+                    revived(&message.raw),
+                )
                 .await?
                 .await
         };
         match self.link.ask("have a message confirmed", publishing).await? {
             Confirmation::Ack(None) => {}
-            Confirmation::Ack(Some(_)) => return Err(ClientError::NoQueue { queue: self.jobs.clone() }),
+            Confirmation::Ack(Some(_)) => return Err(ClientError::NoQueue { queue }),
             Confirmation::Nack(_) | Confirmation::NotRequested => {
-                return Err(ClientError::Refused { queue: self.jobs.clone() });
+                return Err(ClientError::Refused { queue });
             }
         }
         let acking = message.acker.ack(BasicAckOptions::default());
@@ -168,13 +188,15 @@ const ALL: u64 = 0;
 
 impl DeadMessage {
     fn new(raw: BasicProperties, body: Vec<u8>, acker: Acker) -> Self {
-        let text = |property: &Option<lapin::types::ShortString>| property.as_ref().map(ToString::to_string);
-        let (message_id, reply_to) = (text(raw.message_id()), text(raw.reply_to()));
-        let correlation_id = text(raw.correlation_id());
+        let word = |property: &Option<lapin::types::ShortString>| property.as_ref().map(ToString::to_string);
+        let (message_id, reply_to) = (word(raw.message_id()), word(raw.reply_to()));
+        let correlation_id = word(raw.correlation_id());
         Self {
             key: key(&body, [&message_id, &reply_to, &correlation_id]),
             // The broker's own word where no worker wrote one.
             reason: header(&raw, "x-sandpiper-reason").or_else(|| header(&raw, "x-first-death-reason")),
+            // A worker takes the broker's word off what it writes itself, so where it is there, it is the last one.
+            queue: last_death(&raw).or_else(|| header(&raw, "x-sandpiper-queue")),
             attempt: header(&raw, "x-sandpiper-attempt").and_then(|attempt| attempt.parse().ok()),
             worker: header(&raw, "x-sandpiper-worker"),
             at: header(&raw, "x-sandpiper-at"),
@@ -199,8 +221,19 @@ fn key(body: &[u8], properties: [&Option<String>; 3]) -> String {
     uuid.simple().to_string()[..12].to_owned()
 }
 
+/// The queue that the broker itself took the message from.
+fn last_death(raw: &BasicProperties) -> Option<String> {
+    let AMQPValue::FieldArray(deaths) = raw.headers().as_ref()?.inner().get("x-death")? else { return None };
+    let AMQPValue::FieldTable(death) = deaths.as_slice().first()? else { return None };
+    text(death.inner().get("queue")?)
+}
+
 fn header(raw: &BasicProperties, name: &str) -> Option<String> {
-    match raw.headers().as_ref()?.inner().get(name)? {
+    text(raw.headers().as_ref()?.inner().get(name)?)
+}
+
+fn text(value: &AMQPValue) -> Option<String> {
+    match value {
         AMQPValue::LongString(text) => Some(text.to_string()),
         AMQPValue::ShortString(text) => Some(text.to_string()),
         AMQPValue::LongLongInt(number) => Some(number.to_string()),

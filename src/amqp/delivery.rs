@@ -13,12 +13,16 @@ use tokio::time::Instant;
 
 use crate::amqp::chain;
 use crate::amqp::connection::Link;
+use crate::amqp::envelope::SUBSTITUTE;
+use crate::amqp::message::DELIVERIES;
 use crate::ops::metrics::{Metrics, Settled};
 
-/// A message from the jobs queue.
+/// A message from a queue of jobs.
 #[derive(Debug)]
 #[must_use = "an unsettled delivery blocks a place in the prefetch"]
 pub struct Delivery {
+    /// Which of `amqp.queues` it came from.
+    pub queue: usize,
     /// The job, as it came.
     pub body: Vec<u8>,
     /// What its publisher wrote on the envelope.
@@ -27,6 +31,8 @@ pub struct Delivery {
     pub attempt: u32,
     /// It was delivered before, here or elsewhere.
     pub redelivered: bool,
+    /// It was, and its queue does not count how often. Whoever has it must, before the job runs.
+    pub uncounted: bool,
     /// When it came in.
     pub received: Instant,
     settler: Settler,
@@ -69,6 +75,35 @@ impl Properties {
         }
     }
 
+    /// Refuses what cannot be echoed as it was.
+    ///
+    /// # Errors
+    /// The field, what is wrong with it, and the remedy, for the publisher.
+    pub fn echoable(&self) -> Result<(), &'static str> {
+        match &self.correlation_id {
+            Some(id) if id.contains(SUBSTITUTE) => {
+                Err("correlation_id is not UTF-8, or contains the character \
+                U+001A; write binary ones in hexadecimal or base64")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The trace that the job belongs to, where its context is one: 32 hexadecimal digits, fit for a log.
+    pub fn trace_id(&self) -> Option<&str> {
+        let mut parts = self.traceparent.as_deref()?.split('-');
+        let hex = |part: Option<&'_ str>, length: usize| {
+            part.is_some_and(|part| {
+                part.len() == length
+                    && part.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+            })
+        };
+        let (version, trace, parent, flags) = (parts.next(), parts.next(), parts.next(), parts.next());
+        let valid = hex(version, 2) && hex(trace, 32) && hex(parent, 16) && hex(flags, 2);
+        // Later versions may have more parts; all zeros means none.
+        trace.filter(|trace| valid && version != Some("ff") && trace.bytes().any(|digit| digit != b'0'))
+    }
+
     /// How long the message waited before `now`, where its publisher wrote when it was sent.
     pub fn queued(&self, now: SystemTime) -> Option<Duration> {
         self.timestamp.map(|sent| now.duration_since(sent).unwrap_or_default())
@@ -105,7 +140,12 @@ fn header(raw: &BasicProperties, name: &str) -> Option<String> {
 
 /// How often a quorum queue delivered the message before; it says so from the second time on.
 fn delivered_before(raw: &BasicProperties) -> Option<u32> {
-    let count = match raw.headers().as_ref()?.inner().get("x-delivery-count")? {
+    number(raw, "x-delivery-count")
+}
+
+/// A header's number, where it has one.
+fn number(raw: &BasicProperties, name: &str) -> Option<u32> {
+    let count = match raw.headers().as_ref()?.inner().get(name)? {
         AMQPValue::LongLongInt(count) => u32::try_from(*count).ok()?,
         AMQPValue::LongInt(count) => u32::try_from(*count).ok()?,
         AMQPValue::LongUInt(count) => *count,
@@ -127,13 +167,22 @@ struct Settler {
 }
 
 impl Delivery {
-    pub(super) fn new(delivery: lapin::message::Delivery, link: Arc<Link>, metrics: Metrics) -> Self {
-        let before = delivered_before(&delivery.properties).unwrap_or(u32::from(delivery.redelivered));
+    pub(super) fn new(
+        queue: usize,
+        delivery: lapin::message::Delivery,
+        link: Arc<Link>,
+        metrics: Metrics,
+    ) -> Self {
+        let counted = delivered_before(&delivery.properties);
+        let noted = number(&delivery.properties, DELIVERIES).unwrap_or(0);
+        let before = counted.unwrap_or(noted.saturating_add(u32::from(delivery.redelivered)));
         Self {
+            queue,
             body: delivery.data,
             properties: Properties::new(delivery.properties),
             attempt: before.saturating_add(1),
-            redelivered: delivery.redelivered,
+            redelivered: delivery.redelivered || noted > 0,
+            uncounted: delivery.redelivered && counted.is_none(),
             received: Instant::now(),
             settler: Settler { acker: delivery.acker, link, metrics },
         }
@@ -154,6 +203,12 @@ impl Delivery {
     pub async fn ack_dead_lettered(self) {
         let acking = self.settler.acker.ack(BasicAckOptions::default());
         self.settler.settle("ack", Settled::DeadLettered, acking).await;
+    }
+
+    /// A copy with a higher count is stored in its queue, in place of this message.
+    pub async fn ack_counted(self) {
+        let acking = self.settler.acker.ack(BasicAckOptions::default());
+        self.settler.settle("ack", Settled::Counted, acking).await;
     }
 
     /// The message shall come again, here or elsewhere.
@@ -213,6 +268,30 @@ mod tests {
         let raw = BasicProperties::default().with_timestamp(u64::MAX).with_expiration("soon".into());
         let properties = Properties::new(raw);
         assert_eq!((properties.expiration, properties.timestamp), (None, None));
+    }
+
+    #[test]
+    fn only_a_trace_context_has_a_trace_id() {
+        let trace = "0af7651916cd43dd8448eb211c80319c";
+        let id = |traceparent: String| {
+            let properties = Properties { traceparent: Some(traceparent), ..Properties::default() };
+            properties.trace_id().map(str::to_owned)
+        };
+        for good in ["00-{}-b7ad6b7169203331-01", "cc-{}-b7ad6b7169203331-01-what-comes-later"] {
+            assert_eq!(id(good.replace("{}", trace)).as_deref(), Some(trace));
+        }
+        for bad in [
+            "",
+            "00-{}",
+            "00-{}-b7ad6b7169203331",
+            "ff-{}-b7ad6b7169203331-01",
+            "00-{}0-b7ad6b7169203331-01",
+            "00-00000000000000000000000000000000-b7ad6b7169203331-01",
+            "00-0AF7651916CD43DD8448EB211C80319C-b7ad6b7169203331-01",
+            "00-0af7651916cd43dd8448eb211c8\n319c-b7ad6b7169203331-01",
+        ] {
+            assert_eq!(id(bad.replace("{}", trace)), None, "{bad:?}");
+        }
     }
 
     #[test]

@@ -14,6 +14,9 @@ const TRANSIENT: u8 = 1;
 /// What the headers of our own begin with.
 pub(super) const OURS: &str = "x-sandpiper-";
 
+/// How often a message was delivered before, where its queue does not count that.
+pub(super) const DELIVERIES: &str = "x-sandpiper-deliveries";
+
 /// Most bytes of a header that is passed on or written: one frame has to hold all of them.
 const HEADER_MAX: usize = 1_024;
 
@@ -77,10 +80,23 @@ impl Message {
         Self { to, body, properties }
     }
 
-    /// A copy of `delivery` for the dead queue, with what came with it, and the reason, as headers.
-    pub fn dead(delivery: &Delivery, dead_queue: &str, reason: &str, worker: &str) -> Self {
+    /// A copy of `delivery` for the queue that it came from, on which its deliveries are counted.
+    pub fn counted(delivery: &Delivery, queue: &str) -> Self {
         let raw = &delivery.properties.raw;
         let mut headers = copied_headers(raw);
+        headers.insert(DELIVERIES.into(), AMQPValue::LongLongInt(delivery.attempt.saturating_sub(1).into()));
+        let mut properties = copied_properties(raw).with_headers(headers).with_delivery_mode(PERSISTENT);
+        if let Some(expiration) = raw.expiration().clone() {
+            properties = properties.with_expiration(expiration);
+        }
+        Self { to: Address::Queue(queue.to_owned()), body: delivery.body.clone(), properties }
+    }
+
+    /// A copy of `delivery` for the dead queue, with what came with it, and where it was and the reason, as headers.
+    pub fn dead(delivery: &Delivery, dead_queue: &str, queue: &str, reason: &str, worker: &str) -> Self {
+        let raw = &delivery.properties.raw;
+        let mut headers = without(&copied_headers(raw), &BROKERS);
+        headers.insert("x-sandpiper-queue".into(), AMQPValue::LongString(queue.into()));
         let reason = &reason[..reason.floor_char_boundary(HEADER_MAX)];
         headers.insert("x-sandpiper-reason".into(), AMQPValue::LongString(reason.into()));
         headers.insert("x-sandpiper-attempt".into(), AMQPValue::LongLongInt(delivery.attempt.into()));
@@ -92,17 +108,25 @@ impl Message {
     }
 }
 
+/// What brokers write on messages that they let go or deliver again.
+const BROKERS: [&str; 5] =
+    ["x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count"];
+
 /// A dead message as it was when it was a job: without what was written on it since.
 pub(super) fn revived(raw: &BasicProperties) -> BasicProperties {
-    let mut headers = FieldTable::default();
-    for (name, value) in copied_headers(raw).inner() {
-        let later =
-            [OURS, "x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count"];
-        if !later.iter().any(|prefix| name.as_str().starts_with(prefix)) {
-            headers.insert(name.clone(), value.clone());
+    let headers = without(&without(&copied_headers(raw), &BROKERS), &[OURS]);
+    copied_properties(raw).with_headers(headers).with_delivery_mode(PERSISTENT)
+}
+
+/// Headers but for those whose names begin like that.
+fn without(headers: &FieldTable, prefixes: &[&str]) -> FieldTable {
+    let mut kept = FieldTable::default();
+    for (name, value) in headers.inner() {
+        if !prefixes.iter().any(|prefix| name.as_str().starts_with(prefix)) {
+            kept.insert(name.clone(), value.clone());
         }
     }
-    copied_properties(raw).with_headers(headers).with_delivery_mode(PERSISTENT)
+    kept
 }
 
 /// The properties with headers that one frame of `room` bytes can hold: where a stranger's fill it, ours alone.
@@ -162,6 +186,7 @@ fn copied_properties(raw: &BasicProperties) -> BasicProperties {
     copy! {
         content_type => with_content_type,
         content_encoding => with_content_encoding,
+        priority => with_priority,
         correlation_id => with_correlation_id,
         reply_to => with_reply_to,
         message_id => with_message_id,

@@ -16,8 +16,10 @@ mod consumer;
 mod control;
 pub mod dead;
 mod delivery;
+mod envelope;
 mod message;
 mod publisher;
+mod screen;
 mod supervisor;
 mod topology;
 
@@ -37,21 +39,25 @@ pub use topology::CONTROL;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// `amqp.url_file` could not be read.
-    #[error("read amqp.url_file {path}")]
-    UrlFile {
+    /// A file could not be read.
+    #[error("read {key} {path}")]
+    File {
+        /// The key that names it.
+        key: &'static str,
         /// As configured.
         path: PathBuf,
         /// What the kernel said.
         source: std::io::Error,
     },
-    /// `amqp.ca_file` could not be read.
-    #[error("read amqp.ca_file {path}")]
-    CaFile {
+    /// A file does not hold what it should.
+    #[error("understand {key} {path}: {fault}")]
+    Pem {
+        /// The key that names it.
+        key: &'static str,
         /// As configured.
         path: PathBuf,
-        /// What the kernel said.
-        source: std::io::Error,
+        /// What is wrong, and the remedy.
+        fault: &'static str,
     },
     /// No address at all.
     #[error("find a broker address: amqp.url and amqp.url_file name none")]
@@ -101,6 +107,17 @@ pub enum Error {
         /// The broker's own words, which name the argument.
         detail: String,
     },
+    /// A queue or exchange that is only to be checked is not there.
+    #[error(
+        "find {name}: it is not there, and amqp.topology = \"passive\" declares nothing; declare it as {wanted}, or \
+         set amqp.topology = \"declare\""
+    )]
+    Missing {
+        /// The queue or exchange.
+        name: String,
+        /// What it has to be.
+        wanted: String,
+    },
     /// A name that no broker takes.
     #[error("use {name:?} as a name: more than 255 bytes")]
     Name {
@@ -108,8 +125,11 @@ pub enum Error {
         name: String,
     },
     /// The broker ended the consumer: its queue was deleted, or its node went away.
-    #[error("go on consuming: the broker ended the consumer; was the queue deleted?")]
-    ConsumerEnded,
+    #[error("go on consuming: the broker ended the consumer of {queue}; was the queue deleted?")]
+    ConsumerEnded {
+        /// The queue.
+        queue: String,
+    },
     /// The connection is gone.
     #[error("reach the broker: the connection is lost")]
     Lost,

@@ -1,25 +1,22 @@
 //! The queues that workers and publishers share: declared, or only checked.
 
 use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, ErrorKind, ExchangeKind};
 
 use crate::amqp::connection::Link;
 use crate::amqp::{Error, short};
-use crate::config::{self, Topology};
+use crate::config::{self, QueueType, Topology};
 
 /// Sees to it that every queue and the control exchange are there. Uses up `channel` where it fails.
 pub(super) async fn ensure(link: &Link, channel: &Channel, config: &config::Amqp) -> Result<(), Error> {
-    let jobs = [
-        ("x-delivery-limit", AMQPValue::LongLongInt(config.delivery_limit.into())),
-        ("x-dead-letter-exchange", AMQPValue::LongString("".into())),
-        ("x-dead-letter-routing-key", AMQPValue::LongString(config.dead_queue.as_str().into())),
-    ];
-    // The dead queue first: what the jobs queue lets go must have a place to go to.
-    let dead = [("x-delivery-limit", AMQPValue::LongLongInt(DEAD_LIMIT))];
-    queue(link, channel, config.topology, &config.dead_queue, &dead).await?;
-    queue(link, channel, config.topology, &config.results_queue, &[]).await?;
-    queue(link, channel, config.topology, &config.jobs_queue, &jobs).await?;
+    // The dead queue first: what a queue of jobs lets go must have a place to go to.
+    let dead = of_kind(config.queue_type, &[("x-delivery-limit", AMQPValue::LongLongInt(DEAD_LIMIT))]);
+    queue(link, channel, config.topology, &config.dead_queue, dead).await?;
+    queue(link, channel, config.topology, &config.results_queue, of_kind(config.queue_type, &[])).await?;
+    for jobs in &config.queues {
+        queue(link, channel, config.topology, &jobs.name, arguments(jobs, config)).await?;
+    }
     control(link, channel, config.topology).await
 }
 
@@ -30,26 +27,60 @@ const DEAD_LIMIT: i64 = 1_000_000_000;
 /// The exchange by which every worker hears of cancelled jobs.
 pub const CONTROL: &str = "sandpiper.control";
 
+/// What a queue of jobs is declared with.
+fn arguments(queue: &config::Queue, config: &config::Amqp) -> FieldTable {
+    let limit = AMQPValue::LongLongInt(config.delivery_limit.into());
+    let mut table = of_kind(queue.kind, &[("x-delivery-limit", limit)]);
+    table.insert("x-dead-letter-exchange".into(), AMQPValue::LongString("".into()));
+    table
+        .insert("x-dead-letter-routing-key".into(), AMQPValue::LongString(config.dead_queue.as_str().into()));
+    if queue.single_active_consumer {
+        table.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
+    }
+    if queue.max_priority > 0 {
+        table.insert("x-max-priority".into(), AMQPValue::LongLongInt(queue.max_priority.into()));
+    }
+    table
+}
+
+/// The kind itself, and what only `quorum` queues know.
+fn of_kind(kind: QueueType, quorum: &[(&'static str, AMQPValue)]) -> FieldTable {
+    let mut table = FieldTable::default();
+    table.insert("x-queue-type".into(), AMQPValue::LongString(kind.as_str().into()));
+    if kind == QueueType::Quorum {
+        for (name, value) in quorum {
+            table.insert((*name).into(), value.clone());
+        }
+    }
+    table
+}
+
 async fn queue(
     link: &Link,
     channel: &Channel,
     topology: Topology,
     name: &str,
-    arguments: &[(&'static str, AMQPValue)],
+    arguments: FieldTable,
 ) -> Result<(), Error> {
-    let mut table = FieldTable::default();
-    if topology == Topology::Declare {
-        table.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
-        for (key, value) in arguments {
-            table.insert((*key).into(), value.clone());
-        }
-    }
     let passive = topology == Topology::Passive;
+    let wanted = format!("a durable queue with the arguments {}", written(&arguments));
+    let table = if passive { FieldTable::default() } else { arguments };
     let options = QueueDeclareOptions { passive, durable: true, ..QueueDeclareOptions::default() };
     let declared = link
         .ask(&format!("{} queue {name}", verb(passive)), channel.queue_declare(short(name)?, options, table))
         .await;
-    declared.map(drop).map_err(|error| mismatch(name, error))
+    declared.map(drop).map_err(|error| explained(name, wanted, error))
+}
+
+/// Arguments as an operator would type them.
+fn written(arguments: &FieldTable) -> String {
+    let one = |(name, value): (&ShortString, &AMQPValue)| match value {
+        AMQPValue::LongString(text) => format!("{name}={text}"),
+        AMQPValue::LongLongInt(number) => format!("{name}={number}"),
+        AMQPValue::Boolean(yes) => format!("{name}={yes}"),
+        other => format!("{name}={other:?}"),
+    };
+    arguments.inner().iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
 async fn control(link: &Link, channel: &Channel, topology: Topology) -> Result<(), Error> {
@@ -59,21 +90,24 @@ async fn control(link: &Link, channel: &Channel, topology: Topology) -> Result<(
         channel.exchange_declare(CONTROL.into(), ExchangeKind::Fanout, options, FieldTable::default());
     link.ask(&format!("{} exchange {CONTROL}", verb(passive)), declaring)
         .await
-        .map_err(|error| mismatch(CONTROL, error))
+        .map_err(|error| explained(CONTROL, "a durable exchange of type fanout".into(), error))
 }
 
 fn verb(passive: bool) -> &'static str {
     if passive { "find" } else { "declare" }
 }
 
-/// The broker's 406 is a matter for the operator, not for another try: say so.
-fn mismatch(name: &str, error: Error) -> Error {
+/// Two refusals are a matter for the operator, not for another try: what is there is something else, and what is
+/// only to be checked is not there.
+fn explained(name: &str, wanted: String, error: Error) -> Error {
+    const NOT_FOUND: u16 = 404;
     const PRECONDITION_FAILED: u16 = 406;
     let Error::Operation { source, .. } = &error else { return error };
-    match source.kind() {
-        ErrorKind::ProtocolError(refused) if refused.get_id() == PRECONDITION_FAILED => {
-            Error::Mismatch { name: name.to_owned(), detail: refused.get_message().to_string() }
-        }
+    let ErrorKind::ProtocolError(refused) = source.kind() else { return error };
+    let name = name.to_owned();
+    match refused.get_id() {
+        NOT_FOUND => Error::Missing { name, wanted },
+        PRECONDITION_FAILED => Error::Mismatch { name, detail: refused.get_message().to_string() },
         _ => error,
     }
 }

@@ -54,7 +54,7 @@ enum What {
         #[command(flatten)]
         config: ConfigArgs,
     },
-    /// Put messages back on the jobs queue with their properties, as if they came for the first time
+    /// Put messages back on the queues that they came from, with their properties, as if they were new
     Replay {
         /// Keys, or ids of jobs
         #[arg(value_name = "KEY|ID", required_unless_present = "all")]
@@ -208,6 +208,7 @@ fn described(message: &DeadMessage) -> Value {
         "id": job_id(message),
         "at": message.at,
         "reason": message.reason,
+        "queue": message.queue,
         "attempt": message.attempt,
         "worker": message.worker,
         "message_id": message.message_id,

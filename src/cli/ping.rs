@@ -78,12 +78,13 @@ fn shown(pongs: &[Pong], now: jiff::Timestamp) -> String {
         // Writing to a String does not fail.
         let _ = writeln!(
             text,
-            "{}  {state}, {running} of {} slots, up {}, version {}, queue {}",
+            "{}  {state}, {running} of {} slots, up {}, version {}, {} {}",
             pong.worker,
             pong.slots,
             ago(pong.since, now),
             pong.version,
-            pong.queue,
+            if pong.queues.len() == 1 { "queue" } else { "queues" },
+            pong.queues.join(", "),
         );
         for job in &pong.jobs {
             let state = if job.running { "runs" } else { "waits" };
@@ -119,7 +120,7 @@ mod tests {
             version: "0.1.0".into(),
             since: at(0),
             slots: 2,
-            queue: "sandpiper.jobs".into(),
+            queues: vec!["sandpiper.jobs".into()],
             draining: false,
             jobs: vec![
                 Held { id: "a".into(), since: at(100_000), running: true },

@@ -54,6 +54,10 @@ pub(super) struct Args {
     #[arg(long, conflicts_with_all = ["batch", "no_wait", "json"])]
     stream: bool,
 
+    /// Publish to this one of amqp.queues
+    #[arg(long, value_name = "NAME")]
+    queue: Option<String>,
+
     /// Only publish; results go to the results queue
     #[arg(long)]
     no_wait: bool,
@@ -74,7 +78,14 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<End> {
-    let config = args.config.load()?;
+    let mut config = args.config.load()?;
+    if let Some(queue) = &args.queue {
+        let names: Vec<&str> = config.amqp.queues.iter().map(|queue| &*queue.name).collect();
+        if !names.contains(&queue.as_str()) {
+            bail!("--queue: {queue:?} is none of the configured queues: {}", names.join(", "));
+        }
+        config.amqp.jobs_queue.clone_from(queue);
+    }
     let runtime = runtime()?;
     let end = match &args.batch {
         Some(file) => {

@@ -7,10 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::layers::Origins;
-use super::raw::{OneOrMany, Raw, RawAmqp, RawEnvironment, RawSandbox};
-use super::{
-    Amqp, Config, ConfigError, Environment, Http, Log, LogFormat, Sandbox, Secret, Topology, Worker, url,
-};
+use super::raw::{Raw, RawEnvironment, RawSandbox};
+use super::{Config, ConfigError, Environment, Http, Log, LogFormat, Sandbox, Worker};
 use crate::job::explain::quote;
 use crate::job::{Bounds, Limits};
 
@@ -21,10 +19,7 @@ const SLOTS_MAX: usize = 1_024;
 /// More children than that stand by for nothing: each keeps a process and its memory.
 const MAX_STANDBY: usize = 256;
 /// The longest duration taken for a timeout of ours.
-const DAY_MS: u64 = 24 * 60 * 60 * 1_000;
-/// RabbitMQ's own bound on a message, up to 3.13.
-const MESSAGE_MAX: usize = 128 << 20;
-
+pub(super) const DAY_MS: u64 = 24 * 60 * 60 * 1_000;
 pub(super) fn check(raw: Raw, origins: Origins) -> Result<Config, ConfigError> {
     let check = Checker { origins };
     let slots = match raw.worker.slots {
@@ -60,16 +55,16 @@ pub(super) fn check(raw: Raw, origins: Origins) -> Result<Config, ConfigError> {
     Ok(config)
 }
 
-struct Checker {
-    origins: Origins,
+pub(super) struct Checker {
+    pub(super) origins: Origins,
 }
 
 impl Checker {
-    fn fail<T>(&self, key: &str, fault: &str) -> Result<T, ConfigError> {
+    pub(super) fn fail<T>(&self, key: &str, fault: &str) -> Result<T, ConfigError> {
         Err(self.origins.error(key, format!("{} {fault}", quote(key))))
     }
 
-    fn range<T: PartialOrd + std::fmt::Display>(
+    pub(super) fn range<T: PartialOrd + std::fmt::Display>(
         &self,
         key: &str,
         value: T,
@@ -81,84 +76,26 @@ impl Checker {
         self.fail(key, &format!("is {value}; it must be from {} to {}", range.start(), range.end()))
     }
 
-    fn duration(&self, key: &str, millis: u64, range: RangeInclusive<u64>) -> Result<Duration, ConfigError> {
+    pub(super) fn duration(
+        &self,
+        key: &str,
+        millis: u64,
+        range: RangeInclusive<u64>,
+    ) -> Result<Duration, ConfigError> {
         self.range(key, millis, range).map(Duration::from_millis)
     }
 
-    fn choice<T: Copy>(&self, key: &str, value: &str, choices: &[(&str, T)]) -> Result<T, ConfigError> {
+    pub(super) fn choice<T: Copy>(
+        &self,
+        key: &str,
+        value: &str,
+        choices: &[(&str, T)],
+    ) -> Result<T, ConfigError> {
         if let Some((_, choice)) = choices.iter().find(|(name, _)| *name == value) {
             return Ok(*choice);
         }
         let names: Vec<String> = choices.iter().map(|(name, _)| quote(name)).collect();
         self.fail(key, &format!("is {}; it must be {}", quote(value), names.join(" or ")))
-    }
-
-    fn amqp(&self, raw: RawAmqp) -> Result<Amqp, ConfigError> {
-        let url_file = optional_path(&raw.url_file);
-        let urls = match (&url_file, raw.url) {
-            (Some(file), _) => url::read_file(file)?,
-            (None, OneOrMany::One(one)) => vec![Secret::new(one)],
-            (None, OneOrMany::Many(many)) => many.into_iter().map(Secret::new).collect(),
-        };
-        if urls.is_empty() {
-            return self.fail("amqp.url", "is empty; give at least one address");
-        }
-        for address in &urls {
-            if let Err(fault) = url::check(address.expose()) {
-                return self.fail("amqp.url", &format!("holds an address that {fault}"));
-            }
-        }
-        let queues = [
-            ("amqp.jobs_queue", &raw.jobs_queue),
-            ("amqp.results_queue", &raw.results_queue),
-            ("amqp.dead_queue", &raw.dead_queue),
-        ];
-        for (index, (key, name)) in queues.iter().enumerate() {
-            if name.is_empty() || name.len() > 255 || name.starts_with("amq.") {
-                return self.fail(key, "must have 1 to 255 bytes and not begin with `amq.`");
-            }
-            if queues[..index].iter().any(|(_, other)| other == name) {
-                return self
-                    .fail(key, &format!("is {}, as another queue is; give each its own", quote(name)));
-            }
-        }
-        if let Err(error) = globset::Glob::new(&raw.reply_to_allow) {
-            return self.fail("amqp.reply_to_allow", &format!("is no glob pattern: {}", error.kind()));
-        }
-        if !raw.heartbeat_ms.is_multiple_of(1_000) {
-            return self.fail("amqp.heartbeat_ms", "must be whole seconds, a multiple of 1000");
-        }
-        Ok(Amqp {
-            urls,
-            url_file,
-            ca_file: optional_path(&raw.ca_file),
-            topology: self.choice(
-                "amqp.topology",
-                &raw.topology,
-                &[("declare", Topology::Declare), ("passive", Topology::Passive)],
-            )?,
-            // Below 2 the worker could not answer a poison job before the broker drops it.
-            delivery_limit: self.range("amqp.delivery_limit", raw.delivery_limit, 2..=1_000_000)?,
-            prefetch_surplus: self.range("amqp.prefetch_surplus", raw.prefetch_surplus, 0..=1_024)?,
-            reply_to_allow: raw.reply_to_allow,
-            heartbeat: self.duration("amqp.heartbeat_ms", raw.heartbeat_ms, 1_000..=3_600_000)?,
-            connect_timeout: self.duration("amqp.connect_timeout_ms", raw.connect_timeout_ms, 1..=DAY_MS)?,
-            operation_timeout: self.duration(
-                "amqp.operation_timeout_ms",
-                raw.operation_timeout_ms,
-                1..=DAY_MS,
-            )?,
-            reconnect_max: self.duration("amqp.reconnect_max_ms", raw.reconnect_max_ms, 1..=DAY_MS)?,
-            max_body_bytes: self.range("amqp.max_body_bytes", raw.max_body_bytes, 1_024..=MESSAGE_MAX)?,
-            max_result_bytes: self.range(
-                "amqp.max_result_bytes",
-                raw.max_result_bytes,
-                16_384..=MESSAGE_MAX,
-            )?,
-            jobs_queue: raw.jobs_queue,
-            results_queue: raw.results_queue,
-            dead_queue: raw.dead_queue,
-        })
     }
 
     fn sandbox(&self, raw: RawSandbox, slots: usize) -> Result<Sandbox, ConfigError> {
@@ -309,20 +246,24 @@ impl Checker {
             .maximum
             .timeout_ms
             .saturating_add(u64::try_from(config.sandbox.start_timeout.as_millis()).unwrap_or(u64::MAX));
-        let rounds = 1 + usize::from(config.amqp.prefetch_surplus).div_ceil(config.worker.slots);
+        // The jobs of the lightest queue wait for their share of the slots.
+        let weights = config.amqp.queues.iter().map(|queue| u64::from(queue.weight));
+        let turns = weights.clone().sum::<u64>().div_ceil(weights.min().unwrap_or(1).max(1));
+        let turns = usize::try_from(turns).unwrap_or(usize::MAX);
+        let rounds = turns + usize::from(config.amqp.prefetch_surplus).div_ceil(config.worker.slots);
         let longest = one.saturating_mul(u64::try_from(rounds).unwrap_or(u64::MAX));
         if longest < ACK_TIMEOUT_MS {
             return Ok(());
         }
         self.fail("limits.timeout_ms.maximum", &format!(
             "lets a job stay unacked for {longest} ms ({rounds} rounds of it and `sandbox.start_timeout_ms`, as \
-             `amqp.prefetch_surplus` waits behind `worker.slots`); the broker gives up after {ACK_TIMEOUT_MS} ms: \
-             lower it or the surplus"
+             `amqp.prefetch_surplus` waits behind `worker.slots`, and queues for their share by weight); the \
+             broker gives up after {ACK_TIMEOUT_MS} ms: lower it or the surplus, or bring the weights together"
         ))
     }
 }
 
-fn optional_path(text: &str) -> Option<PathBuf> {
+pub(super) fn optional_path(text: &str) -> Option<PathBuf> {
     (!text.is_empty()).then(|| PathBuf::from(text))
 }
 

@@ -29,6 +29,11 @@ pub(super) struct Layers {
 pub(super) struct Origins(BTreeMap<String, String>);
 
 impl Origins {
+    /// Whether somebody set `key`.
+    pub(super) fn is_set(&self, key: &str) -> bool {
+        self.0.contains_key(key)
+    }
+
     /// An error on `key`, told with the place where it was set.
     pub(super) fn error(&self, key: &str, sentence: String) -> ConfigError {
         let mut path = key;

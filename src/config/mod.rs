@@ -3,6 +3,7 @@
 //! `layers` puts defaults, file, environment variables and flags over each other into `raw`, the keys as
 //! written; `check` makes a [`Config`] of that.
 
+mod broker;
 mod check;
 mod layers;
 mod raw;
@@ -131,14 +132,22 @@ pub struct Amqp {
     pub url_file: Option<PathBuf>,
     /// PEM file of the authorities to trust for `amqps://`.
     pub ca_file: Option<PathBuf>,
-    /// Where jobs come from.
+    /// PEM files of this worker's certificate, with what leads up to the authority, and of its key.
+    pub identity: Option<(PathBuf, PathBuf)>,
+    /// How it says who it is.
+    pub auth: Auth,
+    /// Where whoever submits jobs puts them; one of `queues`.
     pub jobs_queue: String,
+    /// Where jobs come from; never empty.
+    pub queues: Vec<Queue>,
     /// The reply queue for a job without `reply_to`, and for one whose `reply_to` no longer exists.
     pub results_queue: String,
     /// What could not be handled.
     pub dead_queue: String,
     /// Declare the queues, or only check that they are there.
     pub topology: Topology,
+    /// What kind of queue to declare for results and for the dead; each of `queues` has its own.
+    pub queue_type: QueueType,
     /// Deliveries before a job counts as poison.
     pub delivery_limit: u32,
     /// Deliveries taken beyond the slots.
@@ -157,6 +166,65 @@ pub struct Amqp {
     pub max_body_bytes: usize,
     /// Largest result, measured as encoded JSON.
     pub max_result_bytes: usize,
+}
+
+/// A queue that jobs come from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Queue {
+    /// Its name on the broker.
+    pub name: String,
+    /// Its share of the slots, beside those of the others, while all of them have jobs.
+    pub weight: u32,
+    /// As what it is declared.
+    pub kind: QueueType,
+    /// All of its jobs go to one worker, and to the next one when that is gone.
+    pub single_active_consumer: bool,
+    /// How many priorities its messages may have; 0 for none. Classic queues only.
+    pub max_priority: u8,
+    /// Workers with a higher one are served first.
+    pub consumer_priority: i32,
+}
+
+impl Queue {
+    /// One that gets everything where it is the only one.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            weight: 1,
+            kind: QueueType::Quorum,
+            single_active_consumer: false,
+            max_priority: 0,
+            consumer_priority: 0,
+        }
+    }
+}
+
+/// How a worker says who it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Auth {
+    /// By the user and password of the address.
+    Plain,
+    /// By its certificate.
+    External,
+}
+
+/// What kind of queue the broker makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QueueType {
+    /// Replicated, and it counts deliveries.
+    Quorum,
+    /// On one node, with priorities.
+    Classic,
+}
+
+impl QueueType {
+    /// As the broker calls it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Quorum => "quorum",
+            Self::Classic => "classic",
+        }
+    }
 }
 
 /// How the worker treats its queues at start.
@@ -276,10 +344,14 @@ impl Default for Config {
                 urls: vec![Secret::new("amqp://guest:guest@127.0.0.1:5672/%2f".into())],
                 url_file: None,
                 ca_file: None,
+                identity: None,
+                auth: Auth::Plain,
                 jobs_queue: "sandpiper.jobs".into(),
+                queues: vec![Queue::new("sandpiper.jobs")],
                 results_queue: "sandpiper.results".into(),
                 dead_queue: "sandpiper.dead".into(),
                 topology: Topology::Declare,
+                queue_type: QueueType::Quorum,
                 delivery_limit: 20,
                 prefetch_surplus: 2,
                 reply_to_allow: "*".into(),

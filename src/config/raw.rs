@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Config, Environment, LogFormat, Topology};
+use crate::config::{Auth, Config, Environment, LogFormat, Topology};
 use crate::job::{Bounds, Limits};
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -29,10 +29,18 @@ pub(super) struct RawAmqp {
     pub(super) url: OneOrMany,
     pub(super) url_file: String,
     pub(super) ca_file: String,
+    pub(super) cert_file: String,
+    pub(super) key_file: String,
+    pub(super) auth: String,
     pub(super) jobs_queue: String,
+    pub(super) queues: Vec<RawQueue>,
     pub(super) results_queue: String,
     pub(super) dead_queue: String,
     pub(super) topology: String,
+    pub(super) queue_type: String,
+    pub(super) single_active_consumer: bool,
+    pub(super) max_priority: u8,
+    pub(super) consumer_priority: i32,
     pub(super) delivery_limit: u32,
     pub(super) prefetch_surplus: u16,
     pub(super) reply_to_allow: String,
@@ -42,6 +50,18 @@ pub(super) struct RawAmqp {
     pub(super) reconnect_max_ms: u64,
     pub(super) max_body_bytes: usize,
     pub(super) max_result_bytes: usize,
+}
+
+/// What is not written has its default, or what `[amqp]` says for all queues.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawQueue {
+    pub(super) name: String,
+    pub(super) weight: Option<u32>,
+    pub(super) queue_type: Option<String>,
+    pub(super) single_active_consumer: Option<bool>,
+    pub(super) max_priority: Option<u8>,
+    pub(super) consumer_priority: Option<i32>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -130,13 +150,25 @@ impl Raw {
                 },
                 url_file: path(amqp.url_file),
                 ca_file: path(amqp.ca_file),
+                cert_file: path(amqp.identity.as_ref().map(|(certificate, _)| certificate.clone())),
+                key_file: path(amqp.identity.map(|(_, key)| key)),
+                auth: match amqp.auth {
+                    Auth::Plain => "plain".into(),
+                    Auth::External => "external".into(),
+                },
                 jobs_queue: amqp.jobs_queue,
+                // The one of `jobs_queue` alone, which goes without saying.
+                queues: Vec::new(),
                 results_queue: amqp.results_queue,
                 dead_queue: amqp.dead_queue,
                 topology: match amqp.topology {
                     Topology::Declare => "declare".into(),
                     Topology::Passive => "passive".into(),
                 },
+                queue_type: amqp.queue_type.as_str().into(),
+                single_active_consumer: false,
+                max_priority: 0,
+                consumer_priority: 0,
                 delivery_limit: amqp.delivery_limit,
                 prefetch_surplus: amqp.prefetch_surplus,
                 reply_to_allow: amqp.reply_to_allow,

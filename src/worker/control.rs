@@ -22,7 +22,7 @@ pub(super) struct Control {
     pub(super) worker: String,
     pub(super) since: jiff::Timestamp,
     pub(super) slots: usize,
-    pub(super) queue: String,
+    pub(super) queues: Vec<String>,
     pub(super) drain: CancellationToken,
     pub(super) addresses: Addresses,
     pub(super) running: Running,
@@ -68,7 +68,7 @@ impl Control {
             version: env!("CARGO_PKG_VERSION").into(),
             since: self.since,
             slots: self.slots,
-            queue: self.queue.clone(),
+            queues: self.queues.clone(),
             draining: self.drain.is_cancelled(),
             jobs: self.running.list(),
         };

@@ -24,7 +24,7 @@ pub use drain::{Ended, Shutdown};
 pub use health::Health;
 
 use crate::amqp::{Addresses, Consumer, Publisher};
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::ops::metrics::Metrics;
 use crate::sandbox::Sandbox;
 use answered::Answered;
@@ -46,14 +46,15 @@ pub async fn serve(
     let name = name(config);
     sandbox.warm_up(Some(metrics));
     metrics.slots(config.worker.slots);
-    metrics.queue(&config.amqp.jobs_queue);
+    config.amqp.queues.iter().for_each(|queue| metrics.queue(&queue.name));
     for (name, environment) in &config.environments {
         metrics.environment(name, environment.warm);
     }
 
     let publisher = Publisher::start(&config.amqp, &name, metrics);
     let drain = shutdown.drain.clone();
-    let mut consumer = Consumer::start(&config.amqp, &name, prefetch(config, once), metrics, drain.clone());
+    let prefetch = prefetch(config, once);
+    let mut consumer = Consumer::start(&config.amqp, &name, prefetch, metrics, drain.clone());
     let running = Running::default();
     health.watch(consumer.state(), publisher.state(), drain.clone(), running.clone());
     tracing::info!(worker = name, slots = config.worker.slots, "taking jobs");
@@ -63,7 +64,7 @@ pub async fn serve(
         worker: name.clone(),
         since: jiff::Timestamp::now(),
         slots: config.worker.slots,
-        queue: config.amqp.jobs_queue.clone(),
+        queues: config.amqp.queues.iter().map(|queue| queue.name.clone()).collect(),
         drain: drain.clone(),
         addresses: Addresses::new(&config.amqp),
         running: running.clone(),
@@ -75,7 +76,13 @@ pub async fn serve(
         addresses: Addresses::new(&config.amqp),
         amqp: config.amqp.clone(),
         start_timeout: config.sandbox.start_timeout,
-        slots: Slots::new(config.worker.slots, publisher.state(), drain.clone(), metrics),
+        slots: Slots::new(
+            config.worker.slots,
+            config.amqp.queues.iter().map(|queue| queue.weight),
+            publisher.state(),
+            drain.clone(),
+            metrics,
+        ),
         running,
         sandbox: sandbox.clone(),
         publisher: publisher.clone(),
@@ -146,12 +153,19 @@ impl Quota {
     }
 }
 
-/// One delivery for each slot, and a few that wait for one; never more than are wanted at all.
-fn prefetch(config: &Config, once: Option<NonZeroUsize>) -> u16 {
-    let slots = u16::try_from(config.worker.slots).unwrap_or(u16::MAX);
+/// How many unsettled deliveries of each queue are held: one for each slot, because any of them alone may have jobs,
+/// and of those few more that wait for a slot the share that its weight gives it; never more than are wanted at all.
+fn prefetch(config: &Config, once: Option<NonZeroUsize>) -> Vec<u16> {
     let most = once.map_or(u16::MAX, |jobs| u16::try_from(jobs.get()).unwrap_or(u16::MAX));
-    // Zero would mean no limit.
-    slots.saturating_add(config.amqp.prefetch_surplus).clamp(1, most)
+    let slots = u16::try_from(config.worker.slots).unwrap_or(u16::MAX);
+    let surplus = u64::from(config.amqp.prefetch_surplus);
+    let weights: u64 = config.amqp.queues.iter().map(|queue| u64::from(queue.weight)).sum();
+    let of = |queue: &config::Queue| {
+        let share = (surplus * u64::from(queue.weight)).div_ceil(weights);
+        // Zero would mean no limit.
+        slots.saturating_add(u16::try_from(share).unwrap_or(u16::MAX)).clamp(1, most)
+    };
+    config.amqp.queues.iter().map(of).collect()
 }
 
 /// What results and logs call this worker.
@@ -161,4 +175,23 @@ fn name(config: &Config) -> String {
     }
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     format!("{}:{}", host.trim(), std::process::id())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_surplus_is_shared_and_the_slots_are_everybodys() {
+        let mut config = Config::default();
+        (config.worker.slots, config.amqp.prefetch_surplus) = (4, 4);
+        assert_eq!(prefetch(&config, None), [8]);
+        let queue = |weight| config::Queue { weight, ..config::Queue::new("q") };
+        config.amqp.queues = vec![queue(3), queue(1)];
+        assert_eq!(prefetch(&config, None), [7, 5]);
+        assert_eq!(prefetch(&config, NonZeroUsize::new(2)), [2, 2]);
+        config.amqp.prefetch_surplus = 0;
+        assert_eq!(prefetch(&config, None), [4, 4]);
+    }
 }

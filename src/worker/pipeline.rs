@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio_util::sync::CancellationToken;
 
-use crate::amqp::{Address, AddressError, Addresses, Delivery, Message, Publisher};
+use crate::amqp::{Address, AddressError, Addresses, Delivery, Message, Publisher, Told};
 use crate::config;
 use crate::job::{self, Admission, Context, Job, Outcome, Refusal, RefusalKind, Reply, Status};
 use crate::ops::metrics::{DeadReason, Metrics};
@@ -68,6 +68,10 @@ impl Pipeline {
         if let (Ok(to), Some(before)) = (&to, self.answered_before(&delivery, key).await) {
             return self.answer_again(delivery, to.clone(), &before).await;
         }
+        if delivery.uncounted && self.not_poison(&delivery).is_ok() {
+            self.count(delivery).await;
+            return false;
+        }
         let _under_way = self.answered.begin(key);
         let ended = self.outcome(&delivery, &to, &mut context).await;
         let to = to.unwrap_or_else(|_| self.addresses.results());
@@ -82,6 +86,21 @@ impl Pipeline {
         }
         self.slots.draining().run_until_cancelled(self.answered.until_over(key)).await?;
         self.answered.find(key)
+    }
+
+    /// A classic queue says that a message was delivered before, and not how often: a job that kills every worker
+    /// would do so for ever. So before it is run again its queue gets a copy with a count instead, which outlives
+    /// whoever runs that. Between the two steps there are both: no fault loses the job, and one may double it.
+    async fn count(&self, delivery: Delivery) {
+        let queue = &self.amqp.queues[delivery.queue].name;
+        let copy = Message::counted(&delivery, queue);
+        let told = self.kill.run_until_cancelled(self.publisher.tell(&copy)).await;
+        if told == Some(Told::Heard) {
+            return delivery.ack_counted().await;
+        }
+        tracing::warn!(queue, "a job that came again could not be stored with its count; it is given back");
+        self.slots.draining().run_until_cancelled(tokio::time::sleep(BREATHER)).await;
+        delivery.requeue().await;
     }
 
     /// Publishes a result once more. The requester may have it already, and knows it by its message id.
@@ -109,6 +128,7 @@ impl Pipeline {
         let job = self.parse(delivery, context)?;
         self.not_poison(delivery)?;
         let to = to.as_ref().map_err(|error| decided(Status::Rejected, error.to_string()))?;
+        delivery.properties.echoable().map_err(|error| decided(Status::Rejected, error))?;
         still_wanted(delivery, &job)?;
         let entry = self.running.enter(&job.id, &self.kill)?;
         let (limits, stream, environment) = (job.limits, job.stream, job.environment.clone());
@@ -195,6 +215,7 @@ impl Pipeline {
             signal = outcome.signal,
             syscall = outcome.syscall,
             attempt = context.attempt,
+            trace_id = delivery.properties.trace_id(),
             queued_ms = context.queued.map(millis),
             start_ms = outcome.start.map(millis),
             run_ms = outcome.run.map(millis),
@@ -223,8 +244,15 @@ impl Pipeline {
         outcome: Outcome,
     ) -> bool {
         let why = outcome.error.clone().unwrap_or_default();
-        tracing::warn!(id = context.id, reason = reason.as_str(), "a message goes to the dead queue");
-        let copy = Message::dead(&delivery, &self.amqp.dead_queue, &why, &self.worker);
+        let trace_id = delivery.properties.trace_id();
+        tracing::warn!(
+            id = context.id,
+            reason = reason.as_str(),
+            trace_id,
+            "a message goes to the dead queue"
+        );
+        let queue = &self.amqp.queues[delivery.queue].name;
+        let copy = Message::dead(&delivery, &self.amqp.dead_queue, queue, &why, &self.worker);
         let stored = self.kill.run_until_cancelled(self.publisher.publish(&copy)).await;
         if stored.is_none() || self.answer(&delivery, to, context, outcome).await.is_none() {
             delivery.requeue().await;

@@ -19,11 +19,13 @@ mod operators;
 mod oracle;
 #[path = "../support/proxy.rs"]
 mod proxy;
+mod queues;
 mod replies;
 mod requester;
 mod shortage;
 mod shutdown;
 mod soak;
+mod stranger;
 mod stream;
 mod tls;
 mod traffic;
@@ -89,9 +91,28 @@ async fn jobs_come_back_once_and_what_is_none_is_kept() {
     traffic::a_thousand_jobs_through_two_workers(&node).await;
     traffic::what_is_no_job_is_dead_lettered_and_rejected(&node).await;
     traffic::what_is_not_acceptable_is_rejected_and_acked(&node).await;
-    traffic::poison_ends_in_the_dead_queue(&node).await;
+    traffic::poison_ends_in_the_dead_queue(&node, "quorum").await;
+    traffic::poison_ends_in_the_dead_queue(&node, "classic").await;
     traffic::a_job_past_its_time_is_not_run(&node).await;
     traffic::a_job_is_cancelled_where_it_runs_and_where_it_waits(&node).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn queues_of_every_kind_are_served() {
+    let node = Node::start();
+    queues::a_classic_queue_redelivers_without_running_twice(&node).await;
+    queues::slots_are_shared_by_weight(&node).await;
+    queues::the_dead_go_back_to_where_they_came_from(&node).await;
+    queues::high_priorities_come_first_in_a_classic_queue(&node).await;
+    queues::one_worker_is_active_until_the_next_takes_over(&node).await;
+    queues::the_preferred_worker_gets_jobs_first(&node).await;
+    queues::a_passive_worker_declares_nothing(&node).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_harm_nobody() {
+    let node = Node::start();
+    stranger::envelopes_that_no_library_writes(&node).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -177,6 +198,11 @@ async fn faults_by_chance_lose_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn tls_is_right_or_refused() {
     tls::the_right_authority_and_every_wrong_one().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_shows_its_certificate() {
+    tls::the_workers_own_certificate_and_every_wrong_one().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -16,11 +16,12 @@ const DIRECT: &str = "amq.rabbitmq.reply-to";
 
 pub(crate) async fn properties_are_as_promised(node: &Node) {
     let queues = Queues::of("properties");
-    let _worker = Worker::ready(node.url(), &queues.settings(&[])).await;
+    let worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let requester = Requester::connect(node.url()).await;
     let mut headers = FieldTable::default();
     let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
     headers.insert("traceparent".into(), AMQPValue::LongString(trace.into()));
+    headers.insert("tracestate".into(), AMQPValue::LongString("vendor=t61rcWkgMzE".into()));
     headers.insert("private".into(), AMQPValue::LongString("not yours".into()));
     let asked = BasicProperties::default()
         .with_correlation_id("Ünïcode \u{7f} and spaces ".into())
@@ -42,12 +43,17 @@ pub(crate) async fn properties_are_as_promised(node: &Node) {
         assert!(properties.timestamp().is_some());
         let headers = properties.headers().as_ref().unwrap().inner();
         assert_eq!(headers["traceparent"], AMQPValue::LongString(trace.into()));
+        assert_eq!(headers["tracestate"], AMQPValue::LongString("vendor=t61rcWkgMzE".into()));
         assert!(!headers.contains_key("private"));
         let body: serde_json::Value = serde_json::from_slice(&result.data).unwrap();
         assert_eq!(body["id"], "from-the-envelope");
         ids.push(text(properties.message_id()));
     }
     assert_eq!(ids[0], ids[1], "the same job has the same message id");
+    let log = worker.log();
+    let ended = log.lines().filter(|line| line.contains("job ended"));
+    let traced = ended.filter(|line| line.contains("\"trace_id\":\"0af7651916cd43dd8448eb211c80319c\""));
+    assert_eq!(traced.count(), 2, "{log}");
 }
 
 pub(crate) async fn a_vanished_reply_queue_is_replaced_by_the_results_queue(node: &Node) {

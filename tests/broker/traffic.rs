@@ -94,9 +94,10 @@ pub(crate) async fn what_is_not_acceptable_is_rejected_and_acked(node: &Node) {
     assert_eq!(requester.waiting(&queues.dead).await, 0, "a job that can be read is answered, not kept");
 }
 
-pub(crate) async fn poison_ends_in_the_dead_queue(node: &Node) {
-    let queues = Queues::of("poison");
-    let settings = queues.settings(&["amqp.delivery_limit=2"]);
+pub(crate) async fn poison_ends_in_the_dead_queue(node: &Node, kind: &str) {
+    let queues = Queues::of(&format!("poison.{kind}"));
+    let kind = format!("amqp.queue_type={kind}");
+    let settings = queues.settings(&["amqp.delivery_limit=2", &kind]);
     let requester = Requester::connect(node.url()).await;
     let mut replies = requester.replies(&queues.replies).await;
     let mut worker = Worker::ready(node.url(), &settings).await;
@@ -112,7 +113,9 @@ pub(crate) async fn poison_ends_in_the_dead_queue(node: &Node) {
     assert_eq!(result["status"], "worker_error", "{result}");
     assert_eq!((&result["id"], &result["attempt"]), (&json!("poison"), &json!(3)));
     let dead = requester.take(&queues.dead).await;
-    assert!(dead.properties.headers().as_ref().unwrap().inner().contains_key("x-sandpiper-reason"));
+    let headers = dead.properties.headers().as_ref().unwrap().inner();
+    assert!(headers.contains_key("x-sandpiper-reason") && headers.contains_key("x-sandpiper-worker"));
+    assert_eq!(headers["x-sandpiper-attempt"], AMQPValue::LongLongInt(3));
     assert_eq!(worker.metric("sandpiper_jobs_dead_lettered_total{reason=\"poison\"}"), 1.0);
     assert_eq!(requester.waiting(&queues.jobs).await, 0);
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use sandpiper::config::{Config, LogFormat, Topology};
+use sandpiper::config::{Config, LogFormat, Queue, Topology};
 
 fn written(text: &str) -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
@@ -150,6 +150,35 @@ fn what_is_wrong_is_said_with_its_remedy() {
             "[amqp]\ndead_queue = \"sandpiper.jobs\"",
             "`amqp.dead_queue` is `sandpiper.jobs`, as another queue is; give each its own",
         ),
+        (
+            "[amqp]\njobs_queue = \"a\"\nqueues = [{ name = \"b\" }]",
+            "`amqp.jobs_queue` is `a`, which is none of `amqp.queues`; add it there",
+        ),
+        (
+            "[[amqp.queues]]\nname = \"a\"\n[[amqp.queues]]\nname = \"a\"",
+            "`amqp.queues[1].name` is `a`, as another queue is; give each its own",
+        ),
+        (
+            "[[amqp.queues]]\nname = \"a\"\nweight = 0",
+            "`amqp.queues[0].weight` is 0; it must be from 1 to 1000",
+        ),
+        ("[[amqp.queues]]\nname = \"a\"\nwieght = 2", "unknown field `amqp.queues[0].wieght`; did you mean"),
+        ("[[amqp.queues]]\nweight = 2", "`amqp.queues[0].name` is missing and must be given"),
+        (
+            "[amqp]\nmax_priority = 5",
+            "`amqp.max_priority` is for classic queues: set `queue_type` to `classic`",
+        ),
+        (
+            "[[amqp.queues]]\nname = \"a\"\nmax_priority = 5",
+            "`amqp.queues[0].max_priority` is for classic queues",
+        ),
+        (
+            "[amqp]\nqueue_type = \"stream\"",
+            "`amqp.queue_type` is `stream`; it must be `quorum` or `classic`",
+        ),
+        ("[amqp]\ncert_file = \"/c.pem\"", "`amqp.cert_file` needs its key: set `amqp.key_file`"),
+        ("[amqp]\nkey_file = \"/c.key\"", "`amqp.key_file` needs a certificate: set `amqp.cert_file`"),
+        ("[amqp]\nauth = \"external\"", "`amqp.auth` is `external`, by certificate: set `amqp.cert_file`"),
         ("[amqp]\nheartbeat_ms = 1500", "`amqp.heartbeat_ms` must be whole seconds, a multiple of 1000"),
         ("[environments.x]\npython = \"python3\"", "`environments.x.python` must hold absolute paths"),
         (
@@ -220,4 +249,19 @@ fn addresses_come_from_a_file_and_change_with_it() {
     );
     let missing = from_env(&[("SANDPIPER_AMQP__URL_FILE", "/nowhere/url")]).unwrap_err();
     assert!(missing.starts_with("/nowhere/url: "), "{missing}");
+}
+
+#[test]
+fn queues_are_one_or_several() {
+    let one = from_env(&[("SANDPIPER_AMQP__JOBS_QUEUE", "mine")]).unwrap().amqp;
+    assert_eq!((one.queues, one.jobs_queue.as_str()), (vec![Queue::new("mine")], "mine"));
+    let list = "[{ name = \"urgent\", weight = 3 }, { name = \"batch\" }]";
+    let two = from_env(&[("SANDPIPER_AMQP__QUEUES", list)]).unwrap().amqp;
+    let weights: Vec<_> = two.queues.iter().map(|queue| (queue.name.as_str(), queue.weight)).collect();
+    assert_eq!((weights, two.jobs_queue.as_str()), (vec![("urgent", 3), ("batch", 1)], "urgent"));
+    let chosen = from_env(&[("SANDPIPER_AMQP__QUEUES", list), ("SANDPIPER_AMQP__JOBS_QUEUE", "batch")]);
+    assert_eq!(chosen.unwrap().amqp.jobs_queue, "batch");
+    // The lightest of them waits too long for what a job may take.
+    let late = from_env(&[("SANDPIPER_AMQP__QUEUES", "[{ name = \"a\", weight = 50 }, { name = \"b\" }]")]);
+    assert!(late.unwrap_err().contains("bring the weights together"));
 }

@@ -38,6 +38,8 @@ label! {
         Requeued => "requeued",
         /// Stored in the dead queue, then acked.
         DeadLettered => "dead_lettered",
+        /// Replaced by a copy that says how often it was delivered, where the queue does not.
+        Counted => "counted",
         /// The channel was gone: the broker delivers it again.
         Lost => "lost",
     }

@@ -1,0 +1,140 @@
+//! The words of strangers in a frame, made into what lapin can read.
+//!
+//! Bytes that are not UTF-8 become [`SUBSTITUTE`]; tables and lists that are nested too deep become a string of bytes,
+//! which are written alike. No length changes. None where a payload is not what it should be.
+
+/// Stands for a byte that was not UTF-8: the character that ASCII has for this.
+pub(super) const SUBSTITUTE: char = '\u{1a}';
+
+/// Headers in headers, so many times; what is deeper is left as bytes.
+pub(super) const DEPTH: usize = 16;
+
+/// The methods that carry words of a stranger: routing keys, and the broker's complaints, which quote names and are
+/// cut to 255 bytes wherever that falls.
+pub(super) fn method(payload: &mut [u8]) -> Option<()> {
+    let mut walk = Walk(payload);
+    match (walk.u16()?, walk.u16()?) {
+        // connection.close, channel.close: a code, the text.
+        (10, 50) | (20, 40) => {
+            walk.u16()?;
+            walk.short()
+        }
+        // basic.return: a code, the text, exchange, routing key.
+        (60, 50) => {
+            walk.u16()?;
+            (0..3).try_for_each(|_| walk.short())
+        }
+        // basic.deliver: consumer, number, redelivered, exchange, routing key.
+        (60, 60) => {
+            walk.short()?;
+            walk.skip(9)?;
+            (0..2).try_for_each(|_| walk.short())
+        }
+        // basic.get-ok: number, redelivered, exchange, routing key.
+        (60, 71) => {
+            walk.skip(9)?;
+            (0..2).try_for_each(|_| walk.short())
+        }
+        _ => Some(()),
+    }
+}
+
+/// The properties of a message.
+pub(super) fn header(payload: &mut [u8]) -> Option<()> {
+    let mut walk = Walk(payload);
+    // Class, weight, size of the body.
+    walk.skip(12)?;
+    let flags = walk.u16()?;
+    for property in 0..14 {
+        if flags & (0x8000 >> property) == 0 {
+            continue;
+        }
+        match property {
+            2 => walk.table()?,
+            // Delivery mode and priority; the timestamp.
+            3 | 4 => walk.skip(1)?,
+            9 => walk.skip(8)?,
+            _ => walk.short()?,
+        }
+    }
+    Some(())
+}
+
+/// What is left of a payload.
+struct Walk<'a>(&'a mut [u8]);
+
+impl<'a> Walk<'a> {
+    fn take(&mut self, count: usize) -> Option<&'a mut [u8]> {
+        let bytes = std::mem::take(&mut self.0);
+        let (taken, left) = bytes.split_at_mut_checked(count)?;
+        self.0 = left;
+        Some(taken)
+    }
+
+    fn skip(&mut self, count: usize) -> Option<()> {
+        self.take(count).map(drop)
+    }
+
+    fn u16(&mut self) -> Option<u16> {
+        self.take(2)?.first_chunk().copied().map(u16::from_be_bytes)
+    }
+
+    /// What a length of 32 bits stands before.
+    fn long(&mut self) -> Option<&'a mut [u8]> {
+        let length = self.take(4)?.first_chunk().copied().map(u32::from_be_bytes)?;
+        self.take(usize::try_from(length).ok()?)
+    }
+
+    fn short(&mut self) -> Option<()> {
+        let length = self.take(1)?[0];
+        self.take(length.into()).map(substitute)
+    }
+
+    /// The headers.
+    fn table(&mut self) -> Option<()> {
+        Walk(self.long()?).fields(b'F', DEPTH)
+    }
+
+    /// Everything in a table, or in an array, which has no names.
+    fn fields(mut self, kind: u8, depth: usize) -> Option<()> {
+        while !self.0.is_empty() {
+            if kind == b'F' {
+                self.short()?;
+            }
+            self.value(depth)?;
+        }
+        Some(())
+    }
+
+    fn value(&mut self, depth: usize) -> Option<()> {
+        let kind = &mut self.take(1)?[0];
+        let length = match *kind {
+            b'V' => 0,
+            b't' | b'b' | b'B' => 1,
+            b's' | b'U' | b'u' => 2,
+            b'I' | b'i' | b'f' => 4,
+            b'D' => 5,
+            b'L' | b'l' | b'd' | b'T' => 8,
+            b'S' | b'x' => return self.long().map(drop),
+            b'F' | b'A' if depth == 0 => {
+                // Bytes are written like tables and arrays: a length, and so much of it.
+                *kind = b'x';
+                return self.long().map(drop);
+            }
+            kind @ (b'F' | b'A') => return Walk(self.long()?).fields(kind, depth - 1),
+            _ => return None,
+        };
+        self.skip(length)
+    }
+}
+
+/// Replaces every byte that belongs to no character.
+fn substitute(text: &mut [u8]) {
+    let mut from = 0;
+    while let Err(error) = std::str::from_utf8(&text[from..]) {
+        let bad = from + error.valid_up_to();
+        let end = error.error_len().map_or(text.len(), |length| bad + length);
+        text[bad..end].fill(SUBSTITUTE as u8);
+        from = end;
+    }
+}

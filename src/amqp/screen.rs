@@ -1,0 +1,307 @@
+//! What a stranger may write on a message's envelope and lapin cannot read, made harmless before lapin sees it.
+//!
+//! A broker passes properties on as they are. lapin takes every short string for UTF-8 and gives the connection up
+//! where one is not; and it follows nested headers with its stack, so that some tens of kilobytes of brackets end
+//! the process. Either way the message comes again, to the next worker. So frames are looked at as they come in, and
+//! changed in place, without changing their length; [`envelope`] knows how. Bodies pass through unseen. The broker itself is trusted: what is not
+//! AMQP at all is left for lapin to complain about.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use async_rs::traits::Reactor;
+use async_rs::util::RuntimeParts;
+use async_rs::{Runtime, Tokio, TokioRuntime};
+use futures_util::{AsyncRead, AsyncWrite, Stream};
+use lapin::tcp::AsyncTcpStream;
+
+use crate::amqp::envelope;
+
+/// A frame that is looked at is kept until all of it is there. No broker sends larger ones: it would have to be
+/// asked for them.
+const FRAME_MAX: usize = 16 << 20;
+
+/// How much is read at a time.
+const CHUNK: usize = 64 << 10;
+
+/// A stream as tokio has it, plain or in TLS.
+type Bare = AsyncTcpStream<<Tokio as Reactor>::TcpStream>;
+
+/// A stream whose incoming frames are screened.
+pub(super) type Screened = Screen<Bare>;
+
+/// The runtime of this process, with screened streams.
+pub(super) type ScreenedRuntime = Runtime<RuntimeParts<Tokio, Screening>>;
+
+/// The runtime that lapin shall use.
+pub(super) fn runtime() -> ScreenedRuntime {
+    Runtime::new(RuntimeParts::new(Tokio::current(), Screening(Tokio::current())))
+}
+
+/// The one that dials.
+pub(super) fn dialling() -> TokioRuntime {
+    Runtime::tokio_current()
+}
+
+/// tokio's reactor, but for the type of its streams.
+#[derive(Clone, Debug)]
+pub(super) struct Screening(Tokio);
+
+impl Reactor for Screening {
+    type TcpStream = Screened;
+    type Sleep = <Tokio as Reactor>::Sleep;
+
+    /// lapin takes only what was dialled.
+    fn register<H: io::Read + io::Write + Send + 'static>(
+        &self,
+        _: H,
+    ) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin + 'static> {
+        Err::<Screened, _>(io::ErrorKind::Unsupported.into())
+    }
+
+    fn sleep(&self, duration: Duration) -> Self::Sleep {
+        self.0.sleep(duration)
+    }
+
+    fn interval(&self, duration: Duration) -> impl Stream<Item = Instant> + Send + 'static {
+        self.0.interval(duration)
+    }
+
+    fn tcp_connect_addr(
+        &self,
+        address: SocketAddr,
+    ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
+        let connecting = self.0.tcp_connect_addr(address);
+        async { Ok(Screen::new(AsyncTcpStream::Plain(connecting.await?))) }
+    }
+}
+
+/// Reads whole frames where they have to be looked at, and writes straight through.
+#[derive(Debug)]
+pub(super) struct Screen<S> {
+    stream: S,
+    buffer: Vec<u8>,
+    /// Up to here the buffer was read by lapin,
+    read: usize,
+    /// up to here it may be,
+    clean: usize,
+    /// up to here it has come in,
+    filled: usize,
+    /// and so many bytes after the clean ones need no look.
+    passing: usize,
+    /// What comes is not AMQP.
+    blind: bool,
+}
+
+impl<S> Screen<S> {
+    pub(super) fn new(stream: S) -> Self {
+        Self { stream, buffer: Vec::new(), read: 0, clean: 0, filled: 0, passing: 0, blind: false }
+    }
+
+    /// Makes room at the end, after everything clean was read.
+    fn make_room(&mut self) {
+        self.buffer.copy_within(self.clean..self.filled, 0);
+        (self.read, self.clean, self.filled) = (0, 0, self.filled - self.clean);
+        if self.buffer.len() < self.filled + CHUNK {
+            self.buffer.resize(self.filled + CHUNK, 0);
+        }
+    }
+
+    /// Cleans as many frames as are there.
+    fn advance(&mut self) {
+        /// Type, channel, size; and the mark at the end.
+        const AROUND: usize = 1 + 2 + 4 + 1;
+        const METHOD: u8 = 1;
+        const HEADER: u8 = 2;
+        const BODY: u8 = 3;
+        const HEARTBEAT: u8 = 8;
+        loop {
+            if self.blind {
+                self.clean = self.filled;
+                return;
+            }
+            let passing = self.passing.min(self.filled - self.clean);
+            self.clean += passing;
+            self.passing -= passing;
+            let Some([kind, _, _, size @ ..]) = self.buffer[self.clean..self.filled].first_chunk::<7>()
+            else {
+                return;
+            };
+            let (kind, size) = (*kind, u32::from_be_bytes(*size));
+            let frame = usize::try_from(size).unwrap_or(usize::MAX).saturating_add(AROUND);
+            match kind {
+                BODY | HEARTBEAT => self.passing = frame,
+                METHOD | HEADER if frame <= FRAME_MAX => {
+                    let end = self.clean + frame;
+                    if end > self.filled {
+                        return;
+                    }
+                    let payload = &mut self.buffer[self.clean + AROUND - 1..end - 1];
+                    // What cannot be understood here cannot be by lapin; it says so.
+                    let _ =
+                        if kind == METHOD { envelope::method(payload) } else { envelope::header(payload) };
+                    self.clean = end;
+                }
+                _ => self.blind = true,
+            }
+        }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Screen<S> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut [u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        while this.read == this.clean {
+            this.make_room();
+            let got = Pin::new(&mut this.stream).poll_read(cx, &mut this.buffer[this.filled..]);
+            let got = ready!(got)?;
+            if got == 0 {
+                // Half a frame at the end is nothing that lapin would read.
+                return Poll::Ready(Ok(0));
+            }
+            this.filled += got;
+            this.advance();
+        }
+        let part = &this.buffer[this.read..this.clean];
+        let part = &part[..part.len().min(into.len())];
+        into[..part.len()].copy_from_slice(part);
+        this.read += part.len();
+        Poll::Ready(Ok(part.len()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Screen<S> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write_vectored(cx, parts)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    }
+
+    fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_close(cx)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+mod tests {
+    use super::*;
+    use crate::amqp::envelope::DEPTH;
+    use futures_util::AsyncReadExt;
+    use futures_util::io::Cursor;
+
+    fn short(text: &[u8]) -> Vec<u8> {
+        [&[u8::try_from(text.len()).unwrap()], text].concat()
+    }
+
+    fn long(bytes: &[u8]) -> Vec<u8> {
+        [&u32::try_from(bytes.len()).unwrap().to_be_bytes()[..], bytes].concat()
+    }
+
+    fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+        [&[kind, 0, 1], &long(payload)[..], &[0xce]].concat()
+    }
+
+    fn properties(flags: u16, values: &[u8]) -> Vec<u8> {
+        frame(2, &[&[0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9], &flags.to_be_bytes()[..], values].concat())
+    }
+
+    /// What comes out where `bytes` come in, read in parts of every size.
+    async fn screened(bytes: &[u8]) -> Vec<u8> {
+        let mut whole = Vec::new();
+        Screen::new(Cursor::new(bytes)).read_to_end(&mut whole).await.unwrap();
+        assert_eq!(whole.len(), bytes.len());
+        for size in 1..40 {
+            let (mut parts, mut screen) = (Vec::new(), Screen::new(Bits(bytes, size)));
+            screen.read_to_end(&mut parts).await.unwrap();
+            assert!(parts == whole, "read {size} bytes at a time");
+        }
+        whole
+    }
+
+    /// A stream that gives so many bytes at a time.
+    struct Bits<'a>(&'a [u8], usize);
+
+    impl AsyncRead for Bits<'_> {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            into: &mut [u8],
+        ) -> Poll<io::Result<usize>> {
+            let count = self.1.min(self.0.len()).min(into.len());
+            let (now, later) = self.0.split_at(count);
+            into[..count].copy_from_slice(now);
+            self.0 = later;
+            Poll::Ready(Ok(count))
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_in_order_passes_unchanged() {
+        let field = [short("clé".as_bytes()), vec![b'S'], long(b"\xff\xfe")].concat();
+        let all = [
+            frame(1, &[&[0, 60, 0, 60][..], &short(b"tag"), &[0; 9], &short(b""), &short(b"jobs")].concat()),
+            properties(1 << 13 | 1 << 10, &[long(&field), short("ünï".as_bytes())].concat()),
+            frame(3, b"\xff\xfe\x01\x02 whatever"),
+            frame(8, b""),
+        ]
+        .concat();
+        assert_eq!(screened(&all).await, all);
+        // Another protocol altogether, whatever it looks like later on.
+        let strange = [b"HTTP/1.1 400 no\r\n", &properties(1 << 10, &short(b"\xff"))[..]].concat();
+        assert_eq!(screened(&strange).await, strange);
+    }
+
+    #[tokio::test]
+    async fn every_word_of_a_stranger_becomes_text() {
+        let bad = |text: &[u8]| [short(text), short(b"\xe2\x82"), short(b"b\xffd")].concat();
+        let good = |text: &[u8]| [short(text), short(b"\x1a\x1a"), short(b"b\x1ad")].concat();
+        for (before, id) in [(&[0, 60, 0, 50, 1, 56][..], b"no"), (&[0, 60, 0, 60], b"me")] {
+            let gap = if id == b"me" { 9 } else { 0 };
+            let method = |words: Vec<u8>| {
+                let (first, rest) = words.split_at(3);
+                frame(1, &[before, first, &vec![0xff; gap], rest].concat())
+            };
+            assert_eq!(screened(&method(bad(id))).await, method(good(id)));
+        }
+        // Every property that is a short string, one after the other.
+        for property in [0_u16, 1, 5, 6, 7, 8, 10, 11, 12, 13] {
+            let all = |text: &[u8]| properties(0x8000 >> property, &short(text));
+            assert_eq!(screened(&all(b"\xffabc\xc3")).await, all(b"\x1aabc\x1a"), "{property}");
+        }
+        let fields = |name: &[u8]| {
+            let inner = [short(name), vec![b'I', 0, 0, 0, 1], short(name), vec![b'V']].concat();
+            let table = [short(name), vec![b'F'], long(&inner), short(name), vec![b't', 1]].concat();
+            properties(1 << 13 | 1 << 12 | 1 << 6, &[long(&table), vec![2], vec![0xff; 8]].concat())
+        };
+        assert_eq!(screened(&fields(b"n\x80")).await, fields(b"n\x1a"));
+    }
+
+    #[tokio::test]
+    async fn what_is_nested_too_deep_becomes_bytes() {
+        let nested =
+            |depth: usize| (0..depth).fold(vec![b'V'], |inner, _| [vec![b'A'], long(&inner)].concat());
+        let headers = |value: &[u8]| properties(1 << 13, &long(&[&short(b"deep"), value].concat()));
+        assert_eq!(screened(&headers(&nested(DEPTH))).await, headers(&nested(DEPTH)));
+        let hostile = headers(&nested(200));
+        let clean = screened(&hostile).await;
+        let changed: Vec<usize> = (0..clean.len()).filter(|at| clean[*at] != hostile[*at]).collect();
+        // One tag, so many levels below the first.
+        let first = hostile.iter().position(|byte| *byte == b'A').unwrap();
+        assert_eq!(changed, [first + 5 * DEPTH]);
+        assert_eq!(clean[changed[0]], b'x');
+    }
+}

@@ -147,8 +147,8 @@ mod tests {
 
     #[test]
     fn a_cold_process_is_given_all_but_the_zygote() {
-        let [begin, end] = ZYGOTE.map(|line| TEMPLATE.find(line).unwrap());
-        assert!(begin < end && end - begin > 4 << 10, "{begin} to {end}");
+        let [begin, end] = ZYGOTE.map(|line| TEMPLATE.find(line).unwrap_or_default());
+        assert!(begin > 0 && end > begin + (4 << 10), "{begin} to {end}");
         assert!(TEMPLATE.contains("def zygote(") && !COLD.contains("def zygote("));
         for name in ["uid", "gid", "enable_network", "preload", "code"] {
             assert_eq!(COLD.matches(&format!("{{{{{name}}}}}")).count(), 1, "{name}");

@@ -226,11 +226,13 @@ def sandpiper():
 
         def quiet(kind):
             for base in bases(kind):
-                module = modules.get(home(base))
+                where = str(home(base))  # some types in C have an attribute of their own there
                 if "__del__" in names(base):
                     return False
-                if home(base).partition(".")[0] not in plain and not (module and file(module).endswith(".py")):
-                    return False
+                if where.partition(".")[0] not in plain:
+                    module = modules.get(where)
+                    if not module or not file(module).endswith(".py"):
+                        return False
             return True
 
         def loud(module):
@@ -286,7 +288,6 @@ def sandpiper():
         import gc
         import linecache
         import random
-        import tempfile
         import traceback
 
         # Whatever a child needs is made here, if it can be: each object that a child touches is a page to copy.
@@ -340,7 +341,8 @@ def sandpiper():
         # has been told of the fork.
         for reseed in reseeds:
             reseed()
-        tempfile._name_sequence = None
+        if "tempfile" in sys.modules:
+            sys.modules["tempfile"]._name_sequence = None
         if "uuid" in sys.modules:
             sys.modules["uuid"]._last_timestamp = None
         # From here, so that what this function holds is not let go of.

@@ -145,7 +145,7 @@ fn prepare(root: &Root, privilege: Privilege) -> Option<OwnedFd> {
     if privilege == Privilege::None {
         return None;
     }
-    launch::mount_namespace(plan::prepared_root(root).bytes())
+    launch::namespace("mnt", plan::prepared_root(root).bytes())
         .and_then(fd::out_of_the_way)
         .inspect_err(|error| tracing::warn!(%error, "each cold job builds its own root, which takes longer"))
         .ok()

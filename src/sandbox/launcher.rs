@@ -20,6 +20,8 @@ pub(super) struct Order {
     pub(super) wall: Plan,
     pub(super) program: Arc<Program>,
     pub(super) control: OwnedFd,
+    /// The control group that the job is born in, where that can be.
+    pub(super) group: Option<OwnedFd>,
     /// Descriptors that the plans name, kept open until the processes have them.
     pub(super) _kept: Vec<OwnedFd>,
 }
@@ -66,5 +68,6 @@ fn start(order: &Order, init_program: &OwnedFd) -> io::Result<Launched> {
         init_program: init_program.as_fd(),
         program: &order.program,
         control: order.control.as_fd(),
+        group: order.group.as_ref().map(AsFd::as_fd),
     })
 }

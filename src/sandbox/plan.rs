@@ -53,6 +53,8 @@ pub(super) struct Job<'a> {
     pub(super) memory_by_cgroup: bool,
     /// Open `cgroup.procs` files to enter, as they are numbered in the process that enters.
     pub(super) cgroups: &'a [u64],
+    /// The namespace of its control groups, for a process that is let into them later; else it makes its own.
+    pub(super) cgroup_namespace: Option<BorrowedFd<'a>>,
     pub(super) landlock: landlock::Support,
 }
 
@@ -154,6 +156,7 @@ fn wait_for_ever(plan: &mut Plan) {
 pub(super) fn prepared_root(root: &Root) -> Plan {
     let mut plan = Plan::default();
     plan.push(&Step::DieWithParent {});
+    plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWNS) });
     file_system(&mut plan, root, None);
     plan
 }
@@ -171,7 +174,10 @@ pub(super) fn cold(
     if let Some(prepared) = prepared {
         plan.push(&Step::Setns { fd: number(prepared.as_fd()), kind: flag(libc::CLONE_NEWNS) });
     }
-    namespaces(&mut plan, job.network);
+    if let Some(namespace) = job.cgroup_namespace {
+        plan.push(&Step::Setns { fd: number(namespace), kind: flag(libc::CLONE_NEWCGROUP) });
+    }
+    namespaces(&mut plan, job.network, job.cgroup_namespace.is_none());
     if prepared.is_none() {
         file_system(&mut plan, root, Some(true));
     } else if root.has_proc() {
@@ -244,7 +250,7 @@ pub(super) fn zygote_origin(privilege: Privilege, namespace: Option<&OwnedFd>, r
     if *CAN_GO_FIRST {
         goes_first(&mut plan);
     }
-    namespaces(&mut plan, false);
+    namespaces(&mut plan, false, true);
     // Its `/proc` is the worker's, and hidden by the zygote's own; the kernel lets a process without privilege
     // mount one only where there is one already.
     file_system(&mut plan, root, Some(true));
@@ -275,7 +281,7 @@ pub(super) fn zygote(
             mount_proc(&mut plan, c"/proc", true);
         }
     } else {
-        namespaces(&mut plan, false);
+        namespaces(&mut plan, false, true);
         // Its children write their maps there.
         file_system(&mut plan, root, Some(false));
     }
@@ -292,16 +298,26 @@ pub(super) fn zygote(
     plan
 }
 
+/// Makes a namespace of the control groups behind these doors.
+pub(super) fn cgroup_namespace(doors: &[OwnedFd]) -> Plan {
+    let mut plan = Plan::default();
+    plan.push(&Step::DieWithParent {});
+    doors.iter().for_each(|door| plan.push(&Step::WriteFd { fd: number(door.as_fd()), content: b"0" }));
+    plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWCGROUP) });
+    plan
+}
+
 fn enter_cgroups(plan: &mut Plan, job: &Job<'_>) {
     for &fd in job.cgroups {
         plan.push(&Step::WriteFd { fd, content: b"0" });
     }
 }
 
-fn namespaces(plan: &mut Plan, network: bool) {
+fn namespaces(plan: &mut Plan, network: bool, cgroup: bool) {
     let network = if network { 0 } else { libc::CLONE_NEWNET };
-    let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP;
-    plan.push(&Step::Unshare { flags: flag(namespaces | network) });
+    let cgroup = if cgroup { libc::CLONE_NEWCGROUP } else { 0 };
+    let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+    plan.push(&Step::Unshare { flags: flag(namespaces | network | cgroup) });
     plan.push(&Step::Hostname { name: c"sandpiper" });
 }
 

@@ -35,6 +35,8 @@ pub struct Launch<'a> {
     pub program: &'a Program,
     /// Where a step that fails is reported.
     pub control: BorrowedFd<'a>,
+    /// The directory of a control group of version 2 that the job is born in.
+    pub group: Option<BorrowedFd<'a>>,
 }
 
 /// A program to execute, with its strings in the form that the kernel takes.
@@ -121,35 +123,32 @@ pub fn can(namespaces: libc::c_int, plan: &[u8]) -> bool {
     child.and_then(|child| child.wait()).is_ok_and(|(exit, _)| exit == Exit::Code(0))
 }
 
-/// Carries out a plan in a mount namespace of its own, and keeps that for others to join.
+/// Carries out a plan in a process of its own, and keeps the namespace that it is in then for others to join:
+/// `mnt` or `cgroup`, as `/proc` names them.
 ///
 /// # Errors
 /// The plan, or one of the calls around it, failed.
-pub fn mount_namespace(plan: &[u8]) -> io::Result<OwnedFd> {
+pub fn namespace(kind: &str, plan: &[u8]) -> io::Result<OwnedFd> {
     let (hold, release) = fd::pipe()?;
     let (mut done, doing) = fd::pipe().map(|(read, write)| (std::fs::File::from(read), write))?;
     // SAFETY: the child only makes system calls on prepared memory, and never returns.
-    let (holder, pid) = match unsafe { fork(libc::CLONE_NEWNS) }? {
+    let (holder, pid) = match unsafe { fork(0) }? {
         0 => {
+            let byte = 0_u8;
             let raised = wall::raise(plan).is_ok();
-            // Holds the namespace until it has been opened: the pipe then ends. The own copy of the writing end
-            // would keep it open.
-            // SAFETY: the numbers are this process's own copies; the buffer is live.
-            unsafe {
-                let mut byte = 0_u8;
-                libc::close(release.as_raw_fd());
-                if raised && libc::write(doing.as_raw_fd(), (&raw const byte).cast(), 1) == 1 {
-                    libc::read(hold.as_raw_fd(), (&raw mut byte).cast(), 1);
-                }
+            // SAFETY: the number is this process's own copy; the buffer is live.
+            if raised && unsafe { libc::write(doing.as_raw_fd(), (&raw const byte).cast(), 1) } == 1 {
+                // Holds the namespace until it has been opened.
+                wait_and_end(&hold, &release);
             }
-            end(i32::from(!raised))
+            end(1)
         }
         pid => (Child::adopt(pid)?, pid),
     };
     drop(doing);
     let namespace = match done.read(&mut [0])? {
-        0 => Err(io::Error::other("a root cannot be prepared once for all jobs")),
-        _ => std::fs::File::open(format!("/proc/{pid}/ns/mnt")),
+        0 => Err(io::Error::other(format!("a {kind} namespace cannot be prepared"))),
+        _ => std::fs::File::open(format!("/proc/{pid}/ns/{kind}")),
     };
     drop(release);
     holder.wait()?;
@@ -176,6 +175,53 @@ pub(super) unsafe fn fork(flags: libc::c_int) -> io::Result<libc::pid_t> {
         return Err(io::Error::last_os_error());
     }
     libc::pid_t::try_from(pid).map_err(io::Error::other)
+}
+
+/// [`fork`] into a control group of version 2, by its directory: nothing has to be moved there.
+///
+/// # Safety
+/// As for [`fork`].
+unsafe fn fork_into(group: RawFd, flags: libc::c_int) -> io::Result<libc::pid_t> {
+    const CLONE_INTO_CGROUP: u64 = 1 << 33;
+    // A sibling's signal is its maker's.
+    let signal = if flags & libc::CLONE_PARENT == 0 { libc::SIGCHLD } else { 0 };
+    // SAFETY: the structure is plain numbers: all zero is a value of it.
+    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+    arguments.flags = CLONE_INTO_CGROUP | u64::from(flags.cast_unsigned());
+    arguments.exit_signal = u64::from(signal.cast_unsigned());
+    arguments.cgroup = u64::from(group.cast_unsigned());
+    // SAFETY: the structure is live, and its size is right; with no stack given the child goes on with a copy of
+    // this one.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<libc::clone_args>()) };
+    if pid < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    libc::pid_t::try_from(pid).map_err(io::Error::other)
+}
+
+/// A child that was born in a control group of version 2, and its number; it ends with the pipe.
+///
+/// # Errors
+/// The kernel lets no process be born there.
+pub fn born_into(group: BorrowedFd<'_>) -> io::Result<(Child, i32, OwnedFd)> {
+    let (hold, release) = fd::pipe()?;
+    // SAFETY: the child only makes system calls, and never returns.
+    match unsafe { fork_into(group.as_raw_fd(), 0) }? {
+        0 => wait_and_end(&hold, &release),
+        pid => Ok((Child::adopt(pid)?, pid, release)),
+    }
+}
+
+/// For a child that only has to be there: ends when its maker closes the other end of the pipe.
+pub(super) fn wait_and_end(hold: &OwnedFd, release: &OwnedFd) -> ! {
+    let mut byte = 0_u8;
+    // The own copy of the writing end would keep the pipe open.
+    // SAFETY: the numbers are this process's own copies; the buffer is live.
+    unsafe {
+        libc::close(release.as_raw_fd());
+        libc::read(hold.as_raw_fd(), (&raw mut byte).cast(), 1);
+    }
+    end(0)
 }
 
 /// `_exit`: no handler of the worker's runs in its copy.
@@ -210,7 +256,12 @@ fn run_origin(launch: &Launch<'_>, pids: RawFd, worker: libc::pid_t) -> ! {
     };
     announce(pids, init);
     // SAFETY: as above.
-    let job = match unsafe { fork(libc::CLONE_PARENT) } {
+    let job = match unsafe {
+        match launch.group {
+            Some(group) => fork_into(group.as_raw_fd(), libc::CLONE_PARENT),
+            None => fork(libc::CLONE_PARENT),
+        }
+    } {
         Ok(0) => run_job(launch),
         Ok(pid) => pid,
         Err(_) => failed(errno()),

@@ -2,10 +2,10 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use super::fd;
-use super::launch::{end, fork};
+use super::launch::{fork, wait_and_end};
 use super::process::Child;
 
 /// A run of ids inside, and the host's ids behind them.
@@ -30,17 +30,8 @@ pub fn make(mappings: &[Mapping]) -> io::Result<OwnedFd> {
     let (hold, release) = fd::pipe()?;
     // SAFETY: the child only makes system calls on prepared memory, and never returns.
     let (holder, pid) = match unsafe { fork(libc::CLONE_NEWUSER) }? {
-        0 => {
-            // Holds the namespace until its maps are written and it has been opened: the pipe then ends. The
-            // own copy of the writing end would keep it open.
-            // SAFETY: the numbers are this process's own copies; the buffer is live.
-            unsafe {
-                libc::close(release.as_raw_fd());
-                let mut byte = 0_u8;
-                libc::read(hold.as_raw_fd(), (&raw mut byte).cast(), 1);
-            }
-            end(0)
-        }
+        // Holds the namespace until its maps are written and it has been opened.
+        0 => wait_and_end(&hold, &release),
         pid => (Child::adopt(pid)?, pid),
     };
     let directory = format!("/proc/{pid}");

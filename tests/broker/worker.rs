@@ -125,6 +125,20 @@ impl Worker {
         value.unwrap_or_else(|| panic!("{name} is missing")).parse().unwrap()
     }
 
+    /// The sum over all children of a metric, whatever their labels.
+    pub(crate) fn total(&self, name: &str) -> f64 {
+        let text = self.get("/metrics").1;
+        let children = text.lines().filter(|line| {
+            line.strip_prefix(name).is_some_and(|rest| rest.starts_with('{') || rest.starts_with(' '))
+        });
+        let values: Vec<f64> = children
+            .filter_map(|line| line.rsplit_once(' '))
+            .map(|(_, value)| value.parse().unwrap())
+            .collect();
+        assert!(!values.is_empty(), "{name} is missing");
+        values.iter().sum()
+    }
+
     pub(crate) fn terminate(&self) {
         self.signal(nix::sys::signal::Signal::SIGTERM);
     }

@@ -21,8 +21,9 @@ use std::time::Duration;
 use counters::{Counters, Reading};
 use home::Home;
 
+use super::plan;
 use crate::job::Limits;
-use crate::sys::{fd, probe};
+use crate::sys::{fd, launch, probe};
 
 /// Why there are no control groups to be had.
 #[derive(Debug, thiserror::Error)]
@@ -111,11 +112,41 @@ pub(super) struct Group {
     name: String,
     /// `cgroup.procs`, open for writing.
     doors: Arc<[OwnedFd]>,
+    entry: Entry,
     counters: Counters,
     /// Memory and processes, as the kernel has them.
     set: Option<[u64; 2]>,
     /// The counters when the present job began.
     began: Reading,
+}
+
+/// How a new process gets in. Walking through the [doors](Group::doors) can take the kernel ten milliseconds.
+#[derive(Debug)]
+pub(super) enum Entry {
+    /// It is born inside, by the directory of version 2.
+    Birth(OwnedFd),
+    /// It is [admitted](Group::admit) while it does something else, and joins the namespace of the group, in which
+    /// this is the root, before.
+    Admission(OwnedFd),
+    /// Only through the doors, by itself.
+    ByItself,
+}
+
+impl Entry {
+    fn birth(directory: &Path) -> Self {
+        let born = fs::File::open(directory).and_then(fd::out_of_the_way).and_then(|directory| {
+            let (child, _, hold) = launch::born_into(directory.as_fd())?;
+            drop(hold);
+            child.wait()?;
+            Ok(directory)
+        });
+        born.map_or(Self::ByItself, Self::Birth)
+    }
+
+    fn outside(doors: &[OwnedFd]) -> Self {
+        let namespace = launch::namespace("cgroup", plan::cgroup_namespace(doors).bytes());
+        namespace.and_then(fd::out_of_the_way).map_or(Self::ByItself, Self::Admission)
+    }
 }
 
 /// What the processes of a group have used together.
@@ -132,7 +163,7 @@ pub(super) struct Used {
 impl Group {
     fn make(homes: &Arc<Homes>, number: usize) -> Result<Self, CgroupError> {
         let name = format!("slot-{number}");
-        let mut doors = Vec::new();
+        let (mut doors, mut directories) = (Vec::new(), Vec::new());
         for home in &homes.list {
             let directory = home.path().join(&name);
             unless(io::ErrorKind::AlreadyExists, fs::create_dir(&directory))
@@ -140,10 +171,15 @@ impl Group {
             let door = directory.join("cgroup.procs");
             let opened = fs::OpenOptions::new().write(true).open(&door).and_then(fd::out_of_the_way);
             doors.push(opened.map_err(CgroupError::file("open", &door))?);
+            directories.push(directory);
         }
+        let entry = match homes.version {
+            Version::One => Entry::outside(&doors),
+            Version::Two => directories.first().map_or(Entry::ByItself, |directory| Entry::birth(directory)),
+        };
         let counters = Counters::open(homes, &name)?;
         let began = counters.read();
-        Ok(Self { homes: Arc::clone(homes), name, doors: doors.into(), counters, set: None, began })
+        Ok(Self { homes: Arc::clone(homes), name, doors: doors.into(), entry, counters, set: None, began })
     }
 
     /// Sets the limits of the next job, and counts anew from here.
@@ -214,6 +250,11 @@ impl Group {
     /// Open `cgroup.procs` files: a process that writes `0` to each of them is in, and whatever it forks.
     pub(super) fn doors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.doors.iter().map(AsFd::as_fd)
+    }
+
+    /// How a new process gets in that needs no time for it.
+    pub(super) fn entry(&self) -> &Entry {
+        &self.entry
     }
 
     /// Lets a process in, beside whatever it is doing. That can take the kernel ten milliseconds.

@@ -109,8 +109,10 @@ mod tests {
     #![allow(clippy::print_stderr, reason = "a skip is said aloud")]
 
     use std::fs;
+    use std::os::fd::AsFd;
 
     use super::*;
+    use crate::sys::launch;
 
     #[test]
     fn what_is_lacking_is_told_by_whole_names() {
@@ -182,6 +184,13 @@ mod tests {
         fs::create_dir(&slot).unwrap();
         let offered = fs::read_to_string(slot.join(OFFERED)).unwrap();
         assert_eq!(lacking(&offered, &[delegated.controller]), Vec::<&str>::new());
+        // And a process can be born there.
+        let directory = fs::File::open(&slot).unwrap();
+        let (child, pid, hold) = launch::born_into(directory.as_fd()).unwrap();
+        let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        assert!(groups.lines().any(|line| line.starts_with("0::") && line.ends_with("/slot-0")), "{groups}");
+        drop(hold);
+        child.wait().unwrap();
 
         drop(homes);
         assert!(is_in(&delegated.base) && !home.exists());

@@ -68,6 +68,7 @@ impl Process {
             wall,
             program: Arc::clone(&environment.zygote_program),
             control: fd::out_of_the_way(&control)?,
+            group: None,
             _kept: kept,
         };
         let plans = [order.origin.clone(), order.init.clone(), order.wall.clone()];
@@ -145,6 +146,7 @@ impl Process {
             limits,
             memory_by_cgroup: seat.group.is_some(),
             cgroups: &doors,
+            cgroup_namespace: None,
             landlock: shared.landlock,
         };
         let plan = plan::warm(&job, environment.variant(false).root.has_proc());

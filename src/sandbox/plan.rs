@@ -161,6 +161,17 @@ pub(super) fn prepared_root(root: &Root) -> Plan {
     plan
 }
 
+/// For a trial whether that can be joined here.
+pub(super) fn on_prepared_root(prepared: &OwnedFd) -> Plan {
+    let mut plan = Plan::default();
+    join_root(&mut plan, prepared);
+    plan
+}
+
+fn join_root(plan: &mut Plan, prepared: &OwnedFd) {
+    plan.push(&Step::Setns { fd: number(prepared.as_fd()), kind: flag(libc::CLONE_NEWNS) });
+}
+
 /// The outer wall of a job that starts cold, on its prepared root where there is one.
 pub(super) fn cold(
     job: &Job<'_>,
@@ -172,7 +183,7 @@ pub(super) fn cold(
     let mut plan = Plan::default();
     enter_cgroups(&mut plan, job);
     if let Some(prepared) = prepared {
-        plan.push(&Step::Setns { fd: number(prepared.as_fd()), kind: flag(libc::CLONE_NEWNS) });
+        join_root(&mut plan, prepared);
     }
     if let Some(namespace) = job.cgroup_namespace {
         plan.push(&Step::Setns { fd: number(namespace), kind: flag(libc::CLONE_NEWCGROUP) });
@@ -295,6 +306,13 @@ pub(super) fn zygote(
     plan.push(&Step::DieWithParent {});
     // It has no working directory.
     start_python(&mut plan, descriptors, abi::WORK_FD);
+    plan
+}
+
+/// For a trial whether such a namespace can be joined here.
+pub(super) fn in_cgroup_namespace(namespace: &OwnedFd) -> Plan {
+    let mut plan = Plan::default();
+    plan.push(&Step::Setns { fd: number(namespace.as_fd()), kind: flag(libc::CLONE_NEWCGROUP) });
     plan
 }
 

@@ -85,13 +85,14 @@ def binary(chosen):
 
 
 def packages(*names):
-    """A python that has these; what is missing is installed into target/venv."""
-    python = TARGET / "venv" / "bin" / "python"
+    """A python that has these; what is missing is installed into target/venv, or where SP_TEST_LIBRARIES has it."""
+    home = pathlib.Path(os.environ.get("SP_TEST_LIBRARIES", TARGET / "venv/bin/python")).parent.parent
+    python = home / "bin" / "python"
     if not python.exists():
-        subprocess.run([PYTHON, "-m", "venv", TARGET / "venv"], check=True)
+        subprocess.run([PYTHON, "-m", "venv", home], check=True)
     there = subprocess.run([python, "-c", f"import {', '.join(names)}"], stderr=subprocess.DEVNULL, check=False)
     if there.returncode != 0:
-        say(f"installing {', '.join(names)} into {TARGET / 'venv'}")
+        say(f"installing {', '.join(names)} into {home}")
         wanted = [PACKAGES[name] for name in names]
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted], check=True)
     return str(python)

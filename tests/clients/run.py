@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,14 +222,15 @@ def main():
         ends.callback(subprocess.run, [BROKER, "stop", node], stdin=subprocess.DEVNULL)
         started = subprocess.run([BROKER, "start", node], stdout=subprocess.PIPE, check=True, stdin=subprocess.DEVNULL)
         url = started.stdout.decode().strip().split("=", 1)[1]
-        python = folder / "python3"
-        python.symlink_to("/usr/bin/python3")
+        # Not in /tmp, which each job has to itself.
+        python = pathlib.Path(ends.enter_context(tempfile.TemporaryDirectory(dir="/var/tmp"))) / "python3"
+        shutil.copy("/usr/bin/python3", python)
         worker = Worker("clients", url, folder, {
             "SANDPIPER_ENVIRONMENTS__BROKEN__PYTHON": str(python),
             "SANDPIPER_ENVIRONMENTS__BROKEN__WARM": "false",
         })
         ends.callback(lambda: (worker.process.kill(), worker.process.wait()))
-        python.unlink()  # now it is broken
+        python.write_bytes(b"")  # now it is broken
         try:
             clients(url, folder)
             dify(url, folder)

@@ -4,6 +4,7 @@
 //! the processes of other tests, which run at the same time, never do. It writes down what it saw in a file, because
 //! the standard streams are the worker's.
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::process::{Command, ExitCode};
 use std::sync::mpsc;
@@ -50,17 +51,25 @@ pub(crate) fn supervise(mut args: impl Iterator<Item = OsString>) -> ExitCode {
 
     let mut unreaped = 0;
     let mut survivors = Vec::new();
+    let mut killed = HashSet::new();
+    let mut how = WaitPidFlag::WNOHANG;
     loop {
-        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+        match waitpid(None, Some(how)) {
             Ok(WaitStatus::StillAlive) => {
-                // Killed one generation at a time: the children of a survivor become ours when it dies.
+                // Killed one generation at a time: the children of a survivor become ours when it dies. Whichever
+                // ends first is waited for: the first process of a pid namespace ends after all others.
                 for (pid, name) in children() {
-                    survivors.push(format!("{pid} {name}"));
-                    let _ = kill(pid, Signal::SIGKILL);
-                    let _ = waitpid(pid, None);
+                    if killed.insert(pid) {
+                        survivors.push(format!("{pid} {name}"));
+                        let _ = kill(pid, Signal::SIGKILL);
+                    }
                 }
+                how = WaitPidFlag::empty();
             }
-            Ok(_) => unreaped += 1,
+            Ok(status) => {
+                unreaped += usize::from(!status.pid().is_some_and(|pid| killed.contains(&pid)));
+                how = WaitPidFlag::WNOHANG;
+            }
             Err(_) => break,
         }
     }

@@ -145,7 +145,12 @@ impl Entry {
 
     fn outside(doors: &[OwnedFd]) -> Self {
         let namespace = launch::namespace("cgroup", plan::cgroup_namespace(doors).bytes());
-        namespace.and_then(fd::out_of_the_way).map_or(Self::ByItself, Self::Admission)
+        match namespace.and_then(fd::out_of_the_way) {
+            Ok(namespace) if launch::can(0, plan::in_cgroup_namespace(&namespace).bytes()) => {
+                Self::Admission(namespace)
+            }
+            _ => Self::ByItself,
+        }
     }
 }
 

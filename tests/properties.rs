@@ -1,12 +1,15 @@
 //! What must hold for any input where a hostile or damaged one could come: the rendered script and the assignment,
-//! the report of a starting process, and the plan of a wall.
+//! the report of a starting process, the plan of a wall, and what the kernel asks of a job's system calls.
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+use std::sync::LazyLock;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use proptest::prelude::*;
 use sandpiper::config::Config;
 use sandpiper::job::{self, Job};
+use sandpiper::sandbox::policy::{Arch, Judgement, Options, Policy};
 use sandpiper::script::Payload;
 use sandpiper_shim::abi::{REPORT_LEN, Report, Stage};
 use sandpiper_shim::plan::{Step, Steps};
@@ -36,7 +39,23 @@ fn arbitrary_code() -> impl Strategy<Value = String> {
     prop::collection::vec(part, 0..8).prop_map(|parts| parts.concat())
 }
 
+static POLICY: LazyLock<Policy> =
+    LazyLock::new(|| Policy::compile(&Options { network: false, exec: false, extra: &[] }).unwrap());
+
 proptest! {
+    #[test]
+    fn any_question_has_an_answer(
+        arch in prop_oneof![any::<u32>(), Just(Arch::host().unwrap().audit())],
+        number in prop_oneof![any::<i32>(), 0..600_i32],
+        arguments in any::<[u64; 6]>(),
+    ) {
+        match POLICY.judge(arch, number, &arguments) {
+            Judgement::Kill { name } => prop_assert!(!name.is_empty()),
+            // An errno of 0 would lie: the call would seem to have succeeded.
+            Judgement::Refuse { name, errno } => prop_assert!(!name.is_empty() && (1..4096).contains(&errno)),
+        }
+    }
+
     #[test]
     fn code_comes_back_from_script_and_key(code in arbitrary_code(), args in prop::collection::vec("[^\0]{0,20}", 0..4)) {
         let payload = Payload::encode(job(&code, &args));

@@ -107,11 +107,13 @@ impl Report {
     #[must_use]
     pub fn decode(bytes: &[u8; REPORT_LEN]) -> Option<Self> {
         let number = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        // What is not used is zero; anything else is no report.
+        let empty = bytes[4..].iter().all(|byte| *byte == 0);
         match number(0) {
-            LOCKED => Some(Self::Locked),
-            LOCKED_WITHOUT_LISTENER => Some(Self::LockedWithoutListener),
-            READY => Some(Self::Ready),
-            FORKED => Some(Self::Forked),
+            LOCKED if empty => Some(Self::Locked),
+            LOCKED_WITHOUT_LISTENER if empty => Some(Self::LockedWithoutListener),
+            READY if empty => Some(Self::Ready),
+            FORKED if empty => Some(Self::Forked),
             FAILED => Some(Self::Failed {
                 stage: Stage::from_number(number(4))?,
                 step: number(8),

@@ -2,8 +2,8 @@
 //!
 //! Version 2 is tried first, then version 1; where neither can be had, the caller is left with rlimits. The groups
 //! are made once, below the worker's own, and handed from job to job with their seat: making one for every job
-//! would cost more than the job. A job enters by itself, through descriptors that were opened for it
-//! ([`Group::doors`]), or is [admitted](Group::admit) while its python starts; the first process of its pid namespace stays outside, so that it outlives a kill for memory.
+//! would cost more than the job. How a job gets in is its group's [`Entry`]; the first process of its pid namespace
+//! stays outside, so that it outlives a kill for memory.
 
 mod counters;
 mod home;

@@ -307,7 +307,11 @@ def sandpiper():
         os.close(end)
         open_stdin()
         remember()
-        leave, ours = shortcut(), new()
+        ours = new()
+        try:
+            leave = shortcut()
+        except Exception:
+            pass  # something out of the ordinary was imported: every job takes python's own way out
         if os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) != 1:
             sys.exit("the environment's imports have started a thread, which a fork would lose")
         for reseed in reseeds:

@@ -149,7 +149,7 @@ fn prepare(root: &Root, privilege: Privilege) -> Option<OwnedFd> {
         .and_then(fd::out_of_the_way)
         .and_then(|prepared| {
             // Joining takes a capability more than making: that of `chroot`.
-            let joins = launch::can(0, plan::on_prepared_root(&prepared).bytes());
+            let joins = launch::can(0, plan::joining(&prepared, libc::CLONE_NEWNS).bytes());
             joins.then_some(prepared).ok_or_else(|| io::Error::other("a mount namespace cannot be joined"))
         })
         .inspect_err(|error| tracing::warn!(%error, "each cold job builds its own root, which takes longer"))

@@ -136,7 +136,7 @@ pub(super) fn limit_watches(namespace: BorrowedFd<'_>) {
 pub(super) fn init(privilege: Privilege, namespace: Option<&OwnedFd>, outside: u32) -> Plan {
     let mut plan = Plan::default();
     if privilege == Privilege::Full {
-        join(&mut plan, namespace);
+        join(&mut plan, namespace.map(AsFd::as_fd), libc::CLONE_NEWUSER);
         let id = if namespace.is_some() { 0 } else { outside.into() };
         plan.push(&Step::Identity { uid: id, gid: id, keeps_groups: 0 });
     }
@@ -161,15 +161,11 @@ pub(super) fn prepared_root(root: &Root) -> Plan {
     plan
 }
 
-/// For a trial whether that can be joined here.
-pub(super) fn on_prepared_root(prepared: &OwnedFd) -> Plan {
+/// Joins a namespace and no more, for a trial whether that can be done here.
+pub(super) fn joining(namespace: &OwnedFd, kind: i32) -> Plan {
     let mut plan = Plan::default();
-    join_root(&mut plan, prepared);
+    join(&mut plan, Some(namespace.as_fd()), kind);
     plan
-}
-
-fn join_root(plan: &mut Plan, prepared: &OwnedFd) {
-    plan.push(&Step::Setns { fd: number(prepared.as_fd()), kind: flag(libc::CLONE_NEWNS) });
 }
 
 /// The outer wall of a job that starts cold, on its prepared root where there is one.
@@ -182,12 +178,8 @@ pub(super) fn cold(
 ) -> Plan {
     let mut plan = Plan::default();
     enter_cgroups(&mut plan, job);
-    if let Some(prepared) = prepared {
-        join_root(&mut plan, prepared);
-    }
-    if let Some(namespace) = job.cgroup_namespace {
-        plan.push(&Step::Setns { fd: number(namespace), kind: flag(libc::CLONE_NEWCGROUP) });
-    }
+    join(&mut plan, prepared.map(AsFd::as_fd), libc::CLONE_NEWNS);
+    join(&mut plan, job.cgroup_namespace, libc::CLONE_NEWCGROUP);
     namespaces(&mut plan, job.network, job.cgroup_namespace.is_none());
     if prepared.is_none() {
         file_system(&mut plan, root, Some(true));
@@ -199,7 +191,7 @@ pub(super) fn cold(
         Privilege::None => INSIDE,
     };
     writable(&mut plan, owner, job.limits.disk_bytes);
-    join(&mut plan, job.seat.namespace.as_ref());
+    join(&mut plan, job.seat.namespace.as_ref().map(AsFd::as_fd), libc::CLONE_NEWUSER);
     plan.push(&Step::DropBounding {});
     // An ordinary user's init has the job's own uid, and counts.
     let besides = u64::from(job.privilege == Privilege::None);
@@ -265,7 +257,7 @@ pub(super) fn zygote_origin(privilege: Privilege, namespace: Option<&OwnedFd>, r
     // Its `/proc` is the worker's, and hidden by the zygote's own; the kernel lets a process without privilege
     // mount one only where there is one already.
     file_system(&mut plan, root, Some(true));
-    join(&mut plan, namespace);
+    join(&mut plan, namespace.map(AsFd::as_fd), libc::CLONE_NEWUSER);
     plan.push(&Step::Identity { uid: 0, gid: 0, keeps_groups: 0 });
     plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWPID) });
     plan
@@ -309,13 +301,6 @@ pub(super) fn zygote(
     plan
 }
 
-/// For a trial whether such a namespace can be joined here.
-pub(super) fn in_cgroup_namespace(namespace: &OwnedFd) -> Plan {
-    let mut plan = Plan::default();
-    plan.push(&Step::Setns { fd: number(namespace.as_fd()), kind: flag(libc::CLONE_NEWCGROUP) });
-    plan
-}
-
 /// Makes a namespace of the control groups behind these doors.
 pub(super) fn cgroup_namespace(doors: &[OwnedFd]) -> Plan {
     let mut plan = Plan::default();
@@ -339,9 +324,10 @@ fn namespaces(plan: &mut Plan, network: bool, cgroup: bool) {
     plan.push(&Step::Hostname { name: c"sandpiper" });
 }
 
-fn join(plan: &mut Plan, namespace: Option<&OwnedFd>) {
+/// Joins a namespace, where there is one.
+fn join(plan: &mut Plan, namespace: Option<BorrowedFd<'_>>, kind: i32) {
     if let Some(namespace) = namespace {
-        plan.push(&Step::Setns { fd: number(namespace.as_fd()), kind: flag(libc::CLONE_NEWUSER) });
+        plan.push(&Step::Setns { fd: number(namespace), kind: flag(kind) });
     }
 }
 

@@ -146,7 +146,7 @@ impl Entry {
     fn outside(doors: &[OwnedFd]) -> Self {
         let namespace = launch::namespace("cgroup", plan::cgroup_namespace(doors).bytes());
         match namespace.and_then(fd::out_of_the_way) {
-            Ok(namespace) if launch::can(0, plan::in_cgroup_namespace(&namespace).bytes()) => {
+            Ok(namespace) if launch::can(0, plan::joining(&namespace, libc::CLONE_NEWCGROUP).bytes()) => {
                 Self::Admission(namespace)
             }
             _ => Self::ByItself,

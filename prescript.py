@@ -287,7 +287,6 @@ def sandpiper():
         exec(compile(imports, "<imports>", "exec", dont_inherit=True), {"__name__": "<imports>"})
         import gc
         import linecache
-        import random
         import traceback
 
         # Whatever a child needs is made here, if it can be: each object that a child touches is a page to copy.

@@ -25,6 +25,7 @@ use crate::sandbox::Sandbox;
 const EXAMPLES: &str = "\
 Examples:
   sandpiper bench --local -n 200
+  sandpiper bench --local --pause 10                  jobs that come one by one to a machine at rest
   sandpiper bench --local --concurrency 4 --json
   sandpiper bench --local --cold                      a new interpreter for every job
   sandpiper bench job.py -n 1000 --concurrency 16     through the broker, to a running worker
@@ -56,6 +57,10 @@ pub(super) struct Args {
     /// With --local: start a new interpreter for every job
     #[arg(long, requires = "local")]
     cold: bool,
+
+    /// With --local: wait so long before each job, until all that the one before left to do is done
+    #[arg(long, value_name = "MS", requires = "local", conflicts_with = "concurrency")]
+    pause: Option<u64>,
 
     /// Print the figures as one JSON document
     #[arg(long)]
@@ -137,6 +142,9 @@ async fn measure(
     let mut left = args.jobs.get();
     let begin = Instant::now();
     while samples.len() < args.jobs.get() {
+        if let Some(pause) = args.pause {
+            tokio::time::sleep(Duration::from_millis(pause)).await;
+        }
         while left > 0 && running.len() < args.concurrency.get() {
             left -= 1;
             let runner = Arc::clone(&runner);

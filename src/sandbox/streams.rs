@@ -122,10 +122,14 @@ pub(super) struct Input {
 }
 
 impl Input {
+    /// Sends at once what fits, which is all of it in most cases.
     pub(super) fn new(pipe: OwnedFd, bytes: Vec<u8>) -> io::Result<Self> {
         fd::set_nonblocking(&pipe)?;
-        let pipe = ready::writable(File::from(pipe))?;
-        Ok(Self { pipe: (!bytes.is_empty()).then_some(pipe), bytes, sent: 0 })
+        let (pipe, mut sent) = (File::from(pipe), 0);
+        if push(&pipe, &bytes, &mut sent) {
+            return Ok(Self { pipe: None, bytes: Vec::new(), sent });
+        }
+        Ok(Self { pipe: Some(ready::writable(pipe)?), bytes, sent })
     }
 
     /// There is more to send.
@@ -138,18 +142,11 @@ impl Input {
         let Some(pipe) = &self.pipe else { return };
         let done = match pipe.writable().await {
             Ok(mut ready) => {
-                let mut file = ready.get_inner();
-                match file.write(&self.bytes[self.sent..]) {
-                    Ok(sent) => {
-                        self.sent += sent;
-                        self.sent == self.bytes.len()
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                        ready.clear_ready();
-                        false
-                    }
-                    Err(error) => error.kind() != io::ErrorKind::Interrupted,
+                let done = push(ready.get_inner(), &self.bytes, &mut self.sent);
+                if !done {
+                    ready.clear_ready();
                 }
+                done
             }
             Err(_) => true,
         };
@@ -158,6 +155,18 @@ impl Input {
             self.bytes = Vec::new();
         }
     }
+}
+
+/// Writes until there is no room. True where nothing is left to do: all is sent, or nobody reads it.
+fn push(mut pipe: &File, bytes: &[u8], sent: &mut usize) -> bool {
+    while *sent < bytes.len() {
+        match pipe.write(&bytes[*sent..]) {
+            Ok(more) => *sent += more,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return error.kind() != io::ErrorKind::WouldBlock,
+        }
+    }
+    true
 }
 
 #[cfg(test)]

@@ -222,10 +222,10 @@ impl Watch {
         }
         self.stdout.tap(terms.tap.clone(), Stream::Stdout);
         self.stderr.tap(terms.tap, Stream::Stderr);
-        let mut assignment = Input::new(control.into_inner(), terms.assignment)?;
-        let mut stdin = Input::new(stdin, terms.stdin)?;
         let start = Instant::now();
         self.handed_over = Some((start, SystemTime::now()));
+        let mut assignment = Input::new(control.into_inner(), terms.assignment)?;
+        let mut stdin = Input::new(stdin, terms.stdin)?;
         let deadline = start + Duration::from_millis(limits.timeout_ms);
         let cpu_limit = Duration::from_millis(limits.cpu_ms);
         let mut look = start + pause(cpu_limit, group);

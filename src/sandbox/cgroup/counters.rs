@@ -18,8 +18,8 @@ const TICK_MS: u64 = 10;
 pub(super) struct Reading {
     pub(super) kills: u64,
     pub(super) cpu: Duration,
-    pub(super) user: Duration,
-    pub(super) system: Duration,
+    /// In user mode, and in the kernel.
+    pub(super) times: [Duration; 2],
     pub(super) memory: u64,
 }
 
@@ -87,14 +87,17 @@ impl Counters {
         })
     }
 
+    /// In user mode, and in the kernel.
+    pub(super) fn times(&self) -> [Duration; 2] {
+        with_text(&self.times, |text| times(self.version, text)).unwrap_or_default()
+    }
+
     /// What a counter does not tell is 0.
     pub(super) fn read(&self) -> Reading {
-        let [user, system] = with_text(&self.times, |text| times(self.version, text)).unwrap_or_default();
         Reading {
             kills: self.kills().unwrap_or_default(),
             cpu: self.cpu_time().unwrap_or_default(),
-            user,
-            system,
+            times: self.times(),
             memory: with_text(&self.memory, number).unwrap_or_default(),
         }
     }

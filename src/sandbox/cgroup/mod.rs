@@ -290,10 +290,10 @@ impl Group {
 
     /// All that was used since [`begin`](Self::begin).
     pub(super) fn used(&self) -> Used {
-        let now = self.counters.read();
+        let ([user, system], [user_before, system_before]) = (self.counters.times(), self.began.times);
         Used {
-            user: now.user.saturating_sub(self.began.user),
-            system: now.system.saturating_sub(self.began.system),
+            user: user.saturating_sub(user_before),
+            system: system.saturating_sub(system_before),
             // What was there before is not the job's: files that an earlier one made the kernel cache.
             memory_peak: self.counters.peak().unwrap_or_default().saturating_sub(self.began.memory),
         }

@@ -11,6 +11,8 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use tokio::sync::{Notify, watch as channel};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -141,7 +143,7 @@ impl Zygote {
         }
     }
 
-    /// A child made for these limits. Fails where there is no zygote at the moment.
+    /// A child made for these limits. Where there is no zygote at the moment the error is `NotConnected`.
     pub(super) async fn make(
         &self,
         shared: &Shared,
@@ -153,7 +155,9 @@ impl Zygote {
             group.begin(limits).map_err(io::Error::other)?;
         }
         let mut process = self.process.lock().await;
-        let alive = process.as_mut().ok_or_else(|| io::Error::other("there is no zygote at the moment"))?;
+        let alive = process
+            .as_mut()
+            .ok_or_else(|| io::Error::new(io::ErrorKind::NotConnected, "there is no zygote at the moment"))?;
         let made = alive.fork(shared, environment, &lease, limits).await;
         let forked = match made {
             Ok(forked) => forked,
@@ -244,8 +248,8 @@ async fn keep(zygote: Weak<Zygote>, shared: Weak<Shared>, name: String, metrics:
     }
 }
 
-/// Starts the zygote where there is none, and makes the children that are missing. Tells whether it has started
-/// one.
+/// Starts the zygote where there is none, and makes the children that are missing, all at one time: while one
+/// raises its walls, the next can be forked. Tells whether it has started a zygote.
 async fn tend(zygote: &Zygote, shared: &Arc<Shared>, environment: &Environment) -> io::Result<bool> {
     let mut process = zygote.process.lock().await;
     let start = process.is_none() && !zygote.ended.is_cancelled();
@@ -253,13 +257,34 @@ async fn tend(zygote: &Zygote, shared: &Arc<Shared>, environment: &Environment) 
         *process = Some(Process::start(shared, environment).await?);
     }
     drop(process);
-    while zygote.standing() < environment.standby && !zygote.ended.is_cancelled() {
-        // There is a seat for each slot and each child; without one, more jobs run than there are slots.
-        let Some(lease) = shared.seats.try_take() else { break };
-        let made = zygote.make(shared, environment, lease, &shared.default_limits).await?;
-        zygote.standby.lock().unwrap_or_else(PoisonError::into_inner).push_back(made);
+    let (mut making, mut made_all) = (FuturesUnordered::new(), Ok(start));
+    loop {
+        while made_all.is_ok()
+            && zygote.standing() + making.len() < environment.standby
+            && !zygote.ended.is_cancelled()
+        {
+            // There is a seat for each slot and each child; without one, more jobs run than there are slots.
+            let Some(lease) = shared.seats.try_take() else { break };
+            making.push(zygote.make(shared, environment, lease, &shared.default_limits));
+        }
+        // None is dropped half made: the zygote's answer would be taken for that to another order.
+        tokio::select! {
+            made = making.next() => match made {
+                Some(Ok(made)) => {
+                    zygote.standby.lock().unwrap_or_else(PoisonError::into_inner).push_back(made);
+                }
+                Some(Err(error)) => made_all = Err(error),
+                None => break,
+            },
+            () = zygote.wake.notified() => {}
+        }
     }
-    Ok(start)
+    if made_all.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotConnected) {
+        // It has made as many as it may, or somebody else has found it dead: it is only to be started anew.
+        zygote.wake.notify_one();
+        return Ok(start);
+    }
+    made_all
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::io::{self, BufRead, BufReader};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use sandpiper_shim::abi::Report;
@@ -73,7 +74,7 @@ impl Process {
         };
         let plans = [order.origin.clone(), order.init.clone(), order.wall.clone()];
         drop((output, control, stdin));
-        report_output(said, environment.name.clone())?;
+        let output = report_output(said, environment.name.clone())?;
 
         let socket = ready::readable(socket)?;
         let by = Instant::now() + shared.start_timeout;
@@ -94,7 +95,10 @@ impl Process {
             (Some(Report::Ready), _) => Ok(process),
             (Some(report), _) => Err(io::Error::other(failed_step(report, &plans))),
             (None, _) => {
-                Err(io::Error::other("the zygote ended before it was ready; the log has what it said"))
+                let last = tokio::task::spawn_blocking(move || output.join().ok().flatten());
+                let last = timeout_at(by, last).await.ok().and_then(Result::ok).flatten();
+                let said = last.unwrap_or_else(|| "it said nothing".into());
+                Err(io::Error::other(format!("the zygote ended before it was ready: {said}")))
             }
         }
     }
@@ -179,12 +183,10 @@ impl Process {
     }
 }
 
-/// What the operator's imports print goes to the log.
-fn report_output(pipe: OwnedFd, environment: String) -> io::Result<()> {
+/// What the operator's imports print goes to the log. The thread ends with it, and gives back the last line.
+fn report_output(pipe: OwnedFd, environment: String) -> io::Result<JoinHandle<Option<String>>> {
     std::thread::Builder::new().name("zygote-output".into()).spawn(move || {
-        for line in BufReader::new(std::fs::File::from(pipe)).lines().map_while(Result::ok) {
-            tracing::warn!(environment, line, "a zygote said");
-        }
-    })?;
-    Ok(())
+        let lines = BufReader::new(std::fs::File::from(pipe)).lines().map_while(Result::ok);
+        lines.inspect(|line| tracing::warn!(environment, line, "a zygote said")).last()
+    })
 }

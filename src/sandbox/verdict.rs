@@ -38,6 +38,14 @@ pub(super) fn judge(seen: Observation, limits: &Limits, has_preload: bool, taken
         Cause::MemoryLimit => {
             (Status::MemoryLimit, format!("the job used more than {} bytes of memory", limits.memory_bytes))
         }
+        Cause::MemoryElsewhere => (
+            Status::WorkerError,
+            format!(
+                "the kernel killed the job because the machine, or the container around the worker, was out of \
+                 memory; the job was within its own {} bytes: run fewer at one time, or give the worker more",
+                limits.memory_bytes
+            ),
+        ),
         Cause::OutputLimit => (
             Status::OutputLimit,
             format!("the job wrote more than {} bytes to one stream", limits.output_bytes),

@@ -51,8 +51,10 @@ pub(super) enum Cause {
     Timeout,
     /// CPU time over.
     CpuLimit,
-    /// The kernel killed one of its processes because memory was over.
+    /// The kernel killed one of its processes because the job's memory was over.
     MemoryLimit,
+    /// The same because that of the machine, or of the container around, was over.
+    MemoryElsewhere,
     /// It wrote too much.
     OutputLimit,
     /// It made this forbidden call.
@@ -230,8 +232,7 @@ impl Watch {
         let cpu_limit = Duration::from_millis(limits.cpu_ms);
         let mut look = start + pause(cpu_limit, group);
         loop {
-            // In this order: what happened first is likelier to be seen first, and a flood of output or of calls
-            // delays nothing that ends the job.
+            // In this order: no flood of output or of calls delays what ends the job.
             tokio::select! {
                 biased;
                 exit = ended(&self.job) => {
@@ -302,8 +303,11 @@ impl Watch {
         }
         let cause = match cause {
             // Its end may have come before anyone looked; and where its start failed, that is why.
-            Cause::Ended | Cause::StartFailed(_) if group.is_some_and(Group::killed_for_memory) => {
-                Cause::MemoryLimit
+            Cause::Ended | Cause::StartFailed(_) | Cause::MemoryLimit
+                if group.is_some_and(Group::killed_for_memory) =>
+            {
+                let own = group.is_none_or(|group| group.came_near(limits.memory_bytes));
+                if own { Cause::MemoryLimit } else { Cause::MemoryElsewhere }
             }
             // The last of it was still in the pipe.
             Cause::Ended if stdout.truncated || stderr.truncated => Cause::OutputLimit,

@@ -49,6 +49,29 @@ fn the_next_worker_removes_what_a_killed_one_left() {
     assert_eq!(homes(pid), Vec::<PathBuf>::new());
 }
 
+#[test]
+fn a_job_that_dies_for_others_is_not_blamed() {
+    if skipped() {
+        return;
+    }
+    let grow = "import time\nprint('waits', flush=True)\ntime.sleep(3)\nheld = bytearray(150 << 20)\nprint('has it')";
+    let job = serde_json::json!({ "code": grow, "limits": { "memory_bytes": 256_u32 << 20 } }).to_string();
+    let exec =
+        command(["exec", "--json", "--job", &job]).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let pid = exec.id();
+    eventually("a process is in its group", || slots(pid).iter().any(|slot| !processes(slot).is_empty()));
+    // What all of the worker's jobs may have together, as where a container is full.
+    let (file, home) = ["memory.limit_in_bytes", "memory.max"]
+        .into_iter()
+        .find_map(|file| Some((file, homes(pid).into_iter().find(|home| home.join(file).exists())?)))
+        .unwrap();
+    std::fs::write(home.join(file), (80 << 20).to_string()).unwrap();
+    let ended = exec.wait_with_output().unwrap();
+    let result: serde_json::Value = serde_json::from_slice(&ended.stdout).unwrap();
+    assert_eq!(result["status"], "worker_error", "{result}");
+    assert!(result["error"].as_str().unwrap().contains("within its own 268435456 bytes"), "{result}");
+}
+
 /// A worker whose job is running and will not end by itself.
 fn sleeper() -> std::process::Child {
     let job = r#"{"code": "import time; time.sleep(60)", "timeout_ms": 60000}"#;

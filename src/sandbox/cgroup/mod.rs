@@ -105,6 +105,9 @@ fn make(homes: Homes, count: usize, limits: &Limits) -> Result<Vec<Group>, Cgrou
     (0..count).map(group).collect()
 }
 
+/// A huge page that did not fit leaves as much of a limit unused, and some more is on its way in other hands.
+const UNUSED: u64 = 4 << 20;
+
 /// One seat's control group, version 1 or 2: the same directory in every hierarchy.
 #[derive(Debug)]
 pub(super) struct Group {
@@ -286,6 +289,12 @@ impl Group {
     /// The kernel has killed a process since [`begin`](Self::begin) because memory was over.
     pub(super) fn killed_for_memory(&self) -> bool {
         self.counters.kills().is_some_and(|kills| kills > self.began.kills)
+    }
+
+    /// It has had about as much memory as this at one time, as far as the kernel tells. One that is killed with less
+    /// had to die for others.
+    pub(super) fn came_near(&self, limit: u64) -> bool {
+        self.counters.peak().is_none_or(|peak| peak.saturating_add(UNUSED) >= limit)
     }
 
     /// All that was used since [`begin`](Self::begin).

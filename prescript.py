@@ -4,11 +4,13 @@
 # job's code is in here from the start, but the key to it arrives only after the worker has seen the filter.
 # Imports are few and come first: each one costs every job its time, and none may be found in the job's files.
 #
+# What stands above the last statement is the same for all, and a cold process is given it compiled.
+#
 # Filled in for uid 0, which no job has, the same script is a zygote: the preload holds the operator's imports,
 # and from then on it makes processes that go on as jobs. Their code comes with the key.
 
 
-def sandpiper():
+def sandpiper(uid, gid, enable_network, preload, payload):
     import os
     import sys
 
@@ -355,7 +357,7 @@ def sandpiper():
     def job(uid, gid, ours, renew):
         # From the lockdown to the end. `renew` where nothing is prepared yet.
         nonlocal source
-        if shim.lockdown(uid, gid, {{enable_network}}) != 0:
+        if shim.lockdown(uid, gid, enable_network) != 0:
             os._exit(125)
 
         # The assignment: key, code, number of arguments, arguments, environment; each ends in NUL.
@@ -370,7 +372,7 @@ def sandpiper():
         if len(fields) < 4:
             os._exit(125)  # the worker went away
         key = binascii.a2b_base64(fields[0])
-        code = binascii.a2b_base64(fields[1] or b"{{code}}")
+        code = binascii.a2b_base64(fields[1] or payload)
         count = int(fields[2])
         arguments = fields[3 : 3 + count]
         environment = fields[3 + count : -1]
@@ -403,8 +405,7 @@ def sandpiper():
             remember()
         run("<job>", source)
 
-    uid, gid = {{uid}}, {{gid}}
-    preload = binascii.a2b_base64(b"{{preload}}")
+    preload = binascii.a2b_base64(preload)
     if uid == 0:
         zygote(preload)
     else:
@@ -414,4 +415,6 @@ def sandpiper():
 
 
 # In a namespace of its own: what is left of it must not keep the job's alive when python ends.
-type(sandpiper)(sandpiper.__code__, {"__builtins__": __builtins__})()
+type(sandpiper)(sandpiper.__code__, {"__builtins__": __builtins__})(
+    {{uid}}, {{gid}}, {{enable_network}}, b"{{preload}}", b"{{code}}"
+)

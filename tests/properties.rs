@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use sandpiper::config::Config;
 use sandpiper::job::{self, Job};
 use sandpiper::sandbox::policy::{Arch, Judgement, Options, Policy};
-use sandpiper::script::Payload;
+use sandpiper::script::{Payload, Prescript};
 use sandpiper_shim::abi::{REPORT_LEN, Report, Stage};
 use sandpiper_shim::plan::{Step, Steps};
 
@@ -21,7 +21,8 @@ fn job(code: &str, args: &[String]) -> Job {
 
 /// What prescript.py does with both halves.
 fn decode(script: &str, assignment: &[u8]) -> Vec<u8> {
-    let (_, code) = script.split_once("code = binascii.a2b_base64(fields[1] or b\"").unwrap();
+    // The last of the values that the prescript's last statement gives it.
+    let (_, code) = script.rsplit_once(", b\"").unwrap();
     let (code, _) = code.split_once('"').unwrap();
     let key = BASE64.decode(assignment.split(|byte| *byte == 0).next().unwrap()).unwrap();
     assert_eq!(key.len(), 64, "512 bits");
@@ -59,7 +60,7 @@ proptest! {
     #[test]
     fn code_comes_back_from_script_and_key(code in arbitrary_code(), args in prop::collection::vec("[^\0]{0,20}", 0..4)) {
         let payload = Payload::encode(job(&code, &args));
-        let (script, assignment) = (payload.render(1000, 1000), payload.assignment(false, &[]));
+        let (script, assignment) = (payload.render(&Prescript::plain(), 1000, 1000), payload.assignment(false, &[]));
         prop_assert_eq!(decode(&script, &assignment), code.as_bytes());
         prop_assert!(!script.contains("{{"), "a placeholder was left or came in");
         let fields: Vec<&[u8]> = assignment.split(|byte| *byte == 0).collect();
@@ -72,7 +73,7 @@ proptest! {
 
     #[test]
     fn keys_are_never_the_same(code in "[a-z]{1,80}") {
-        let script = || Payload::encode(job(&code, &[])).render(1000, 1000);
+        let script = || Payload::encode(job(&code, &[])).render(&Prescript::plain(), 1000, 1000);
         prop_assert_ne!(script(), script());
     }
 

@@ -96,7 +96,8 @@ impl Shared {
         seat: &Lease,
     ) -> io::Result<(Order, Ends)> {
         let inside = seat.inside(self.privilege);
-        let script = fd::sealed_file(c"script", payload.render(inside, inside).as_bytes())?;
+        let script =
+            fd::sealed_file(c"script", payload.render(&environment.prescript, inside, inside).as_bytes())?;
         let (stdin, stdin_end) = fd::pipe()?;
         let (stdout_end, stdout) = fd::pipe()?;
         let (stderr_end, stderr) = fd::pipe()?;

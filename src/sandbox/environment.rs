@@ -13,9 +13,10 @@ use super::StartError;
 use super::identity::{INSIDE, Privilege};
 use super::plan;
 use super::policy::{Options, Policy, PolicyError, Program as Filter};
-use super::root::{Root, RootError};
+use super::root::{self, Root, RootError};
 use super::zygote::Zygote;
 use crate::config;
+use crate::script::Prescript;
 use crate::sys::fd;
 use crate::sys::launch::{self, Program};
 
@@ -25,6 +26,8 @@ pub(super) struct Environment {
     pub(super) name: String,
     pub(super) program: Arc<Program>,
     pub(super) zygote_program: Arc<Program>,
+    /// What its cold processes read.
+    pub(super) prescript: Prescript,
     /// What a zygote imports.
     pub(super) imports: Vec<String>,
     /// Children that are to stand by.
@@ -97,6 +100,7 @@ impl Environment {
             name: name.to_owned(),
             program: Arc::new(program(environment, false)),
             zygote_program: Arc::new(program(environment, true)),
+            prescript: prescript(name, &environment.python),
             imports: environment.imports.clone(),
             standby: environment.standby,
             zygote: (environment.warm && machine.can_start_warm).then(|| Arc::new(Zygote::new())),
@@ -138,6 +142,21 @@ fn program(environment: &config::Environment, zygote: bool) -> Program {
         variables.extend(pools.iter().map(|pool| string(format!("{pool}_NUM_THREADS=1").as_bytes())));
     }
     Program::new(python, arguments, variables)
+}
+
+/// As the interpreter compiles it.
+fn prescript(name: &str, python: &Path) -> Prescript {
+    let compiled = root::ask(python, Prescript::COMPILER, Prescript::source());
+    let compiled = compiled.ok().filter(|output| output.status.success());
+    compiled.and_then(|output| Prescript::compiled(&String::from_utf8(output.stdout).ok()?)).unwrap_or_else(
+        || {
+            tracing::warn!(
+                environment = name,
+                "the prescript could not be compiled; each cold job does it, which takes longer"
+            );
+            Prescript::plain()
+        },
+    )
 }
 
 /// An ordinary user has no namespace of mounts before a job's own user namespace is there.

@@ -5,11 +5,12 @@
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 
 use serde::Deserialize;
 
 use crate::config::Environment;
+use crate::sys::fd;
 
 /// Why an environment cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -238,14 +239,20 @@ impl Root {
     }
 }
 
-fn probe(python: &Path) -> Result<Probe, RootError> {
-    let output = Command::new(python)
-        .args(["-I", "-c", PROBE])
+/// What the interpreter prints that runs `program` and reads `input`.
+pub(super) fn ask(python: &Path, program: &str, input: &str) -> std::io::Result<Output> {
+    let input = fd::sealed_file(c"input", input.as_bytes())?;
+    Command::new(python)
+        .args(["-I", "-c", program])
         .env_clear()
         .env("LANG", "C.UTF-8")
-        .stdin(std::process::Stdio::null())
+        .stdin(std::fs::File::from(input))
         .output()
-        .map_err(|source| RootError::Run { python: python.to_owned(), source })?;
+}
+
+fn probe(python: &Path) -> Result<Probe, RootError> {
+    let output =
+        ask(python, PROBE, "").map_err(|source| RootError::Run { python: python.to_owned(), source })?;
     let answer = output.status.success().then(|| serde_json::from_slice(&output.stdout).ok()).flatten();
     answer.ok_or_else(|| {
         let stderr = String::from_utf8_lossy(&output.stderr);

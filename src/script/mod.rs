@@ -24,6 +24,52 @@ static COLD: LazyLock<String> = LazyLock::new(|| {
     [&TEMPLATE[..begin], &TEMPLATE[end..]].concat()
 });
 
+/// Where that becomes a single statement, with every placeholder in it.
+const STATEMENT: &str = "# In a namespace of its own";
+
+/// The prescript for cold processes of one interpreter.
+#[derive(Debug)]
+pub struct Prescript {
+    /// All of it but the last statement.
+    head: String,
+}
+
+impl Prescript {
+    /// What an interpreter runs to compile the prescript for others of its kind, which would take them as long as
+    /// a quarter of their start. It reads [`source`](Self::source) and prints one line.
+    pub const COMPILER: &str = "\
+import marshal, sys
+code = compile(sys.stdin.read(), '<stdin>', 'exec')
+print(sys.hexversion, marshal.dumps(code).hex())
+";
+
+    /// What there is to compile.
+    pub fn source() -> &'static str {
+        COLD.split_once(STATEMENT).unwrap_or_default().0
+    }
+
+    /// As it stands: python compiles it itself.
+    pub fn plain() -> Self {
+        Self { head: Self::source().to_owned() }
+    }
+
+    /// From the [`COMPILER`](Self::COMPILER)'s line. None where that is something else.
+    pub fn compiled(line: &str) -> Option<Self> {
+        let (version, code) = line.trim_end().split_once(' ')?;
+        let is_hex = |digit: u8| digit.is_ascii_hexdigit();
+        if !version.bytes().all(|digit| digit.is_ascii_digit()) || !code.bytes().all(is_hex) {
+            return None;
+        }
+        // The interpreter may be replaced by a newer one while the worker runs.
+        let source: String = Self::source().bytes().map(|byte| format!("{byte:02x}")).collect();
+        let head = format!(
+            "import marshal, sys\nif sys.hexversion == {version}:\n    exec(marshal.loads(bytes.fromhex('{code}')))\n\
+             else:\n    exec(compile(bytes.fromhex('{source}'), '<stdin>', 'exec'))\n"
+        );
+        Some(Self { head })
+    }
+}
+
 /// Bytes of a key: 512 bits.
 const KEY_BYTES: usize = 64;
 
@@ -86,9 +132,10 @@ impl Payload {
         fields
     }
 
-    /// The prescript for a process that is to be this user and group.
-    pub fn render(&self, uid: u32, gid: u32) -> String {
-        render(&COLD, [uid, gid], self.network, &self.preload, &self.code)
+    /// The `prescript` for a process that is to be this user and group.
+    pub fn render(&self, prescript: &Prescript, uid: u32, gid: u32) -> String {
+        let statement = &COLD[Prescript::source().len()..];
+        [&prescript.head, &*render(statement, [uid, gid], self.network, &self.preload, &self.code)].concat()
     }
 }
 
@@ -142,6 +189,7 @@ fn fill<'a>(template: &'a str, value: impl Fn(&str) -> Option<&'a str>) -> Strin
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 mod tests {
     use super::*;
 
@@ -150,8 +198,19 @@ mod tests {
         let [begin, end] = ZYGOTE.map(|line| TEMPLATE.find(line).unwrap_or_default());
         assert!(begin > 0 && end > begin + (4 << 10), "{begin} to {end}");
         assert!(TEMPLATE.contains("def zygote(") && !COLD.contains("def zygote("));
+        let statement = &COLD[Prescript::source().len()..];
         for name in ["uid", "gid", "enable_network", "preload", "code"] {
-            assert_eq!(COLD.matches(&format!("{{{{{name}}}}}")).count(), 1, "{name}");
+            assert_eq!(statement.matches(&format!("{{{{{name}}}}}")).count(), 1, "{name}");
+        }
+        assert!(!Prescript::source().contains("{{") && Prescript::source().contains("def sandpiper("));
+    }
+
+    #[test]
+    fn only_a_compilers_line_is_taken() {
+        let compiled = Prescript::compiled("50991856 e300ff\n").unwrap();
+        assert!(compiled.head.contains("== 50991856:") && compiled.head.contains("fromhex('e300ff')"));
+        for line in ["", "50991856", "50991856 e3'", "x e3", "Traceback (most recent call last):"] {
+            assert!(Prescript::compiled(line).is_none(), "{line}");
         }
     }
 

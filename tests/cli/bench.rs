@@ -27,3 +27,30 @@ fn a_program_that_fails_makes_the_figures_worthless() {
     assert!(bench.stdout.contains("2 failed"), "{bench:?}");
     assert!(bench.complaint().contains("not every job succeeded"), "{bench:?}");
 }
+
+/// A module in site-packages that ends the zygote as soon as it is to make a child, and one that is not there.
+#[test]
+fn an_environment_that_cannot_start_warm_says_why() {
+    // Jobs hide what lies below /tmp.
+    let place = tempfile::tempdir_in("/var/tmp").unwrap();
+    let asked = std::process::Command::new("/usr/bin/python3")
+        .args(["-c", "import sys; print(end='python%d.%d' % sys.version_info[:2])"])
+        .output()
+        .unwrap();
+    let version = String::from_utf8(asked.stdout).unwrap();
+    let (bin, library) =
+        (place.path().join("bin"), place.path().join("lib").join(version).join("site-packages"));
+    std::fs::create_dir_all(&bin).unwrap();
+    std::fs::create_dir_all(&library).unwrap();
+    std::os::unix::fs::symlink("/usr/bin/python3", bin.join("python")).unwrap();
+    std::fs::write(place.path().join("pyvenv.cfg"), "home = /usr/bin\n").unwrap();
+    let dies = "import os\nos.register_at_fork(before=lambda: os._exit(1))\n";
+    std::fs::write(library.join("dies.py"), dies).unwrap();
+    for (module, why) in [("dies", "the zygote has ended"), ("absent", "No module named 'absent'")] {
+        let python = format!("environments.default.python={}", bin.join("python").display());
+        let imports = format!("environments.default.imports=[\"{module}\"]");
+        let bench = run(["bench", "--local", "-n", "1", "--set", &python, "--set", &imports]);
+        assert_eq!(bench.code, 1, "{bench:?}");
+        assert!(bench.stderr.lines().last().unwrap().contains(why), "{bench:?}");
+    }
+}

@@ -273,7 +273,8 @@ async fn tend(zygote: &Zygote, shared: &Arc<Shared>, environment: &Environment) 
                 Some(Ok(made)) => {
                     zygote.standby.lock().unwrap_or_else(PoisonError::into_inner).push_back(made);
                 }
-                Some(Err(error)) => made_all = Err(error),
+                // The first says why; those after it may only miss the zygote.
+                Some(Err(error)) => made_all = made_all.and(Err(error)),
                 None => break,
             },
             () = zygote.wake.notified() => {}

@@ -9,12 +9,14 @@
 //!   that a zygote forks (warm).
 //! - [`lockdown`]: the inner wall, raised from inside python: identity and capabilities verified, then the
 //!   filter.
-//! - [`zygote`]: makes a job's processes out of a python that has done its imports.
+//! - [`zygote`]: makes a job's processes out of a python that has done its imports, and has first moved its
+//!   memory into large pages.
 //! - [`abi`]: what both sides agree on: descriptor numbers, the report, the layout of a policy.
 
 pub mod abi;
 pub mod ffi;
 pub mod lockdown;
+mod pages;
 pub mod plan;
 mod report;
 mod sys;

@@ -14,6 +14,7 @@ use core::arch::asm;
 use core::ffi::c_int;
 
 use crate::abi::{CONTROL_FD, MAX_ORDER, ORDER_FD, ORDER_FDS, Report, Stage};
+use crate::pages;
 use crate::report;
 use crate::sys::{self, Errno, syscall};
 use crate::wall::{self, Failure};
@@ -53,6 +54,8 @@ impl Zygote {
     }
 
     fn prepare(&mut self) -> Result<(), Errno> {
+        // Makes jobs faster and nothing else.
+        let _ = pages::gather();
         // SAFETY: the call takes nothing.
         let pid = unsafe { syscall(libc::SYS_getpid, [0; 5]) }?;
         // SAFETY: the call takes numbers.

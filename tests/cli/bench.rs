@@ -54,3 +54,24 @@ fn an_environment_that_cannot_start_warm_says_why() {
         assert!(bench.stderr.lines().last().unwrap().contains(why), "{bench:?}");
     }
 }
+
+/// The interpreter's own code is a file's no more where its process comes out of a zygote that has moved it.
+#[test]
+fn warm_jobs_come_out_of_large_pages() {
+    assert!(
+        std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists(),
+        "this kernel has no transparent huge pages"
+    );
+    let directory = tempfile::tempdir().unwrap();
+    let program = directory.path().join("looks.py");
+    let looks = "import os\n\
+        for line in open('/proc/self/maps'):\n    \
+            name = os.path.basename(line.split()[-1])\n    \
+            assert not ('r-xp' in line and name.startswith(('python', 'libpython'))), line\n";
+    std::fs::write(&program, looks).unwrap();
+    let bench = run(["bench", "--local", "-n", "4", program.to_str().unwrap()]);
+    assert_eq!(bench.code, 0, "{bench:?}");
+    let cold = ["bench", "--local", "-n", "1", "--set", "environments.default.warm=false"];
+    let bench = run(cold.into_iter().chain([program.to_str().unwrap()]));
+    assert_eq!(bench.code, 1, "a cold one reads it from its file: {bench:?}");
+}

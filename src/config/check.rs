@@ -40,7 +40,7 @@ pub(super) fn check(raw: Raw, origins: Origins) -> Result<Config, ConfigError> {
         worker,
         sandbox: check.sandbox(raw.sandbox, slots)?,
         limits: check.limits(Bounds::from(&raw.limits))?,
-        environments: check.environments(raw.environments)?,
+        environments: check.environments(raw.environments, slots)?,
         http: Http { listen: check.listen(&raw.http.listen)? },
         log: Log {
             level: check.level(raw.log.level)?,
@@ -172,6 +172,7 @@ impl Checker {
     fn environments(
         &self,
         raw: BTreeMap<String, RawEnvironment>,
+        slots: usize,
     ) -> Result<BTreeMap<String, Environment>, ConfigError> {
         let mut environments = BTreeMap::new();
         for (name, raw) in raw {
@@ -196,11 +197,16 @@ impl Checker {
                 let problem = format!("must hold names of modules, as in `import a.b`; `{name}` is none");
                 return self.fail(&format!("{key}.imports"), &problem);
             }
-            if raw.standby > MAX_STANDBY {
+            let standby = match raw.standby {
+                // With one alone a job that follows another at once would wait for its child.
+                0 => slots.clamp(2, MAX_STANDBY),
+                number => number,
+            };
+            if standby > MAX_STANDBY {
                 let problem = format!("must be at most {MAX_STANDBY}");
                 return self.fail(&format!("{key}.standby"), &problem);
             }
-            let RawEnvironment { allow_exec, warm, imports, standby, .. } = raw;
+            let RawEnvironment { allow_exec, warm, imports, .. } = raw;
             environments.insert(name, Environment { python, mounts, allow_exec, warm, imports, standby });
         }
         Ok(environments)

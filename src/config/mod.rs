@@ -338,7 +338,6 @@ impl std::fmt::Debug for Secret {
 
 impl Default for Config {
     fn default() -> Self {
-        let slots = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Self {
             amqp: Amqp {
                 urls: vec![Secret::new("amqp://guest:guest@127.0.0.1:5672/%2f".into())],
@@ -362,7 +361,7 @@ impl Default for Config {
                 max_body_bytes: 8 << 20,
                 max_result_bytes: 16 << 20,
             },
-            worker: Worker { name: String::new(), slots, drain_timeout: Duration::from_secs(25) },
+            worker: Worker { name: String::new(), slots: one_a_processor(), drain_timeout: Duration::from_secs(25) },
             sandbox: Sandbox {
                 shim: None,
                 start_timeout: Duration::from_secs(10),
@@ -391,7 +390,11 @@ impl Default for Environment {
             allow_exec: false,
             warm: true,
             imports: Vec::new(),
-            standby: 2,
+            standby: one_a_processor().max(2),
         }
     }
+}
+
+fn one_a_processor() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }

@@ -219,7 +219,8 @@ impl From<Environment> for RawEnvironment {
             allow_exec: environment.allow_exec,
             warm: environment.warm,
             imports: environment.imports,
-            standby: environment.standby,
+            // As many as slots, in the same way.
+            standby: 0,
         }
     }
 }

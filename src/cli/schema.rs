@@ -45,8 +45,10 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
         What::Result => schema::result(),
         What::Asyncapi => {
             let amqp = args.config.load()?.amqp;
+            let others = amqp.queues.iter().map(|queue| &*queue.name).filter(|name| *name != amqp.jobs_queue);
+            let jobs: Vec<&str> = std::iter::once(&*amqp.jobs_queue).chain(others).collect();
             asyncapi::document::<Command, Pong>(&Names {
-                jobs: &amqp.jobs_queue,
+                jobs: &jobs,
                 results: &amqp.results_queue,
                 dead: &amqp.dead_queue,
                 control: CONTROL,

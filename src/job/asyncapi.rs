@@ -13,8 +13,8 @@ use super::reply::Reply;
 /// What the queues and the exchange are called.
 #[derive(Clone, Copy, Debug)]
 pub struct Names<'a> {
-    /// Where jobs come from.
-    pub jobs: &'a str,
+    /// Where jobs come from, the one first that is for whoever has no choice.
+    pub jobs: &'a [&'a str],
     /// Where results go that have no reply queue.
     pub results: &'a str,
     /// Where messages go that cannot be handled.
@@ -73,7 +73,7 @@ pub fn document<Command: JsonSchema, Pong: JsonSchema>(names: &Names<'_>) -> Val
         },
         "defaultContentType": "application/json",
         "channels": {
-            "jobs": queue(names.jobs, "Jobs. Several workers share them.", &["job"]),
+            "jobs": jobs(names.jobs),
             "replies": {
                 "address": null,
                 "description": "Whatever a job or a command names in `reply_to`.",
@@ -175,6 +175,21 @@ fn queue(name: &str, description: &str, messages: &[&str]) -> Value {
             "bindingVersion": BINDINGS,
         } },
     })
+}
+
+/// One channel for all queues of jobs: several are one address with a parameter.
+fn jobs(names: &[&str]) -> Value {
+    let mut channel = queue(names.first().unwrap_or(&""), "Jobs. Several workers share them.", &["job"]);
+    if let [first, _, ..] = names {
+        channel["address"] = "{queue}".into();
+        channel["parameters"] = json!({
+            "queue": { "description": "A queue of jobs; each has its share.", "enum": names, "default": first },
+        });
+        if let Some(queue) = channel["bindings"]["amqp"]["queue"].as_object_mut() {
+            queue.remove("name");
+        }
+    }
+    channel
 }
 
 fn sending(to: &str, message: &str, summary: &str) -> Value {

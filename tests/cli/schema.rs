@@ -81,6 +81,22 @@ fn asyncapi_has_the_queues_as_configured_and_schemas_that_hold() {
     }
 }
 
+#[test]
+fn asyncapi_has_every_queue_of_jobs() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = directory.path().join("config.toml");
+    let text =
+        "[amqp]\njobs_queue = \"b\"\nqueues = [{ name = \"a\" }, { name = \"b\" }, { name = \"c\" }]\n";
+    std::fs::write(&config, text).unwrap();
+    let ran = run(["schema", "asyncapi", "--config", config.to_str().unwrap()]);
+    assert_eq!((ran.code, ran.stderr.as_str()), (0, ""));
+    let jobs = &ran.json()["channels"]["jobs"];
+    assert_eq!(jobs["address"], "{queue}");
+    assert_eq!(jobs["parameters"]["queue"]["enum"], json!(["b", "a", "c"]));
+    assert_eq!(jobs["parameters"]["queue"]["default"], "b");
+    assert!(jobs["bindings"]["amqp"]["queue"].get("name").is_none(), "{jobs}");
+}
+
 fn payload(document: &Value, message: &str) -> jsonschema::Validator {
     let components = &document["components"];
     let mut schema = components["messages"][message]["payload"].clone();

@@ -164,11 +164,14 @@ def dify(url, folder):
 
 
 def asyncapi(node):
-    printed = subprocess.run(
-        [WORKER, "schema", "asyncapi"], stdout=subprocess.PIPE, check=True, stdin=subprocess.DEVNULL
-    ).stdout
     here = TARGET / "clients" / "asyncapi"
-    subprocess.run(["node", "asyncapi.js"], cwd=here, input=printed, check=True)
+    several = here / "several.toml"
+    several.write_text('[amqp]\nqueues = [{ name = "eu.jobs" }, { name = "us.jobs" }]\n')
+    for options in (["--config", several], []):
+        printed = subprocess.run(
+            [WORKER, "schema", "asyncapi", *options], stdout=subprocess.PIPE, check=True, stdin=subprocess.DEVNULL
+        ).stdout
+        subprocess.run(["node", "asyncapi.js"], cwd=here, input=printed, check=True)
     document = json.loads(printed)
     columns = ["name", "durable", "exclusive", "auto_delete"]
     listed = subprocess.run(

@@ -212,12 +212,13 @@ pub(crate) async fn the_preferred_worker_gets_jobs_first(node: &Node) {
         for at in 0..10 {
             let id = format!("job-{at}");
             // The ack before it as well: a busy worker is passed over.
-            let acked = f64::from(at);
-            eventually("the last one is acked", async || (first.metric(ACKED) == acked).then_some(())).await;
+            let acked = || first.metric(ACKED) + other.metric(ACKED) == f64::from(at);
+            eventually("the last one is acked", async || acked().then_some(())).await;
             requester.submit(&queues.jobs, &id, &queues.replies).await;
             collect(&mut replies, &[id]).await;
         }
-        assert_eq!(other.metric(ACKED), 0.0);
+        // The broker may hear of the next job before it hears of an ack. Without preference it were every other one.
+        assert!(other.metric(ACKED) <= 2.0, "the other worker had {}", other.metric(ACKED));
         for at in 10..14 {
             requester
                 .run(&queues.jobs, &format!("job-{at}"), &queues.replies, "import time; time.sleep(1)")

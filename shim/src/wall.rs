@@ -78,6 +78,7 @@ fn carry_out(step: &Step<'_>, ruleset: &mut Ruleset) -> Result<(), Errno> {
         Step::Duplicate { from, to } => numeric(libc::SYS_dup3, [from, to]),
         Step::CloseFrom { first } => numeric(libc::SYS_close_range, [first, u32::MAX.into()]),
         Step::Chdir { path } => chdir(path),
+        Step::ChdirTo { fd } => numeric(libc::SYS_fchdir, [fd, 0]),
         Step::OpenDirectory { to, path } => open_directory(path, to),
         Step::UnblockSignals {} => sys::unblock_signals(),
     }

@@ -361,7 +361,11 @@ impl Default for Config {
                 max_body_bytes: 8 << 20,
                 max_result_bytes: 16 << 20,
             },
-            worker: Worker { name: String::new(), slots: one_a_processor(), drain_timeout: Duration::from_secs(25) },
+            worker: Worker {
+                name: String::new(),
+                slots: one_a_processor(),
+                drain_timeout: Duration::from_secs(25),
+            },
             sandbox: Sandbox {
                 shim: None,
                 start_timeout: Duration::from_secs(10),

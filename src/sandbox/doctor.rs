@@ -105,8 +105,7 @@ const TMPFS: Layer = Layer::needed("tmpfs", "disk_bytes could not be enforced", 
 const ROOT: Layer = Layer::needed("pivot_root", "a job would see the host's files", MOUNT_REMEDY);
 const PROC: Layer = Layer::welcome(
     "proc",
-    "jobs run without /proc: multiprocessing's CPU count, psutil and the like do not work; an ordinary user's jobs \
-     all start cold",
+    "jobs run without /proc: multiprocessing's CPU count, psutil and the like do not work",
     "in a container, unmask /proc (Docker: --security-opt systempaths=unconfined; Kubernetes: procMount: Unmasked)",
 );
 const UIDS: Layer = Layer::welcome(

@@ -203,8 +203,19 @@ pub(super) fn cold(
     plan
 }
 
+/// The `/proc` in which a warm child writes its maps.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Proc {
+    /// The zygote's own; a new one comes to lie on it, which is the job's.
+    Own,
+    /// The worker's, whose descriptor comes with the order: the job has none.
+    Lent(u64),
+    /// The job has none, and no maps to write.
+    None,
+}
+
 /// The outer wall of a job that a zygote starts, which stands behind one already.
-pub(super) fn warm(job: &Job<'_>, has_proc: bool) -> Plan {
+pub(super) fn warm(job: &Job<'_>, proc: Proc) -> Plan {
     let mut plan = Plan::default();
     enter_cgroups(&mut plan, job);
     // The network is the zygote's own, which has none.
@@ -217,10 +228,13 @@ pub(super) fn warm(job: &Job<'_>, has_proc: bool) -> Plan {
         Privilege::None => 0,
     };
     writable(&mut plan, owner, job.limits.disk_bytes);
-    // From inside of the zygote's `/proc`, in which maps can be written, while the job's own comes to lie on it.
-    plan.push(&Step::Chdir { path: if has_proc { c"/proc" } else { c"/" } });
-    if has_proc {
-        mount_proc(&mut plan, c"/proc", true);
+    match proc {
+        Proc::Own => {
+            plan.push(&Step::Chdir { path: c"/proc" });
+            mount_proc(&mut plan, c"/proc", true);
+        }
+        Proc::Lent(fd) => plan.push(&Step::ChdirTo { fd }),
+        Proc::None => {}
     }
     if job.privilege == Privilege::None {
         own_user_namespace(&mut plan, INSIDE, [0; 2]);

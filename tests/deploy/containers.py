@@ -142,13 +142,13 @@ def check(deploy, worker, documents, want, run):
     example = of_pod(documents(deploy, "overlays/example")[0]["Deployment"])
     ordinary = of_service(yaml.safe_load((deploy / "compose.yaml").read_text())["services"]["worker"])
     contexts = {
-        # Docker's and Kubernetes' default /proc: jobs have none, and an ordinary user's start cold.
-        "kubernetes/base": (of_pod(documents(deploy, "base")[0]["Deployment"]), "^without  proc ", ""),
-        "kubernetes/overlays/example": (example, "^ok       several_uids", WARM),
-        "compose.yaml": (ordinary, "^ok       proc ", WARM),
+        # Docker's and Kubernetes' default /proc: jobs have none.
+        "kubernetes/base": (of_pod(documents(deploy, "base")[0]["Deployment"]), "^without  proc "),
+        "kubernetes/overlays/example": (example, "^ok       several_uids"),
+        "compose.yaml": (ordinary, "^ok       proc "),
     }
-    for name, (settings, layers, warm) in contexts.items():
-        code, said = contain(worker, profile, STEPS % {"layers": layers, "warm": warm}, **settings)
+    for name, (settings, layers) in contexts.items():
+        code, said = contain(worker, profile, STEPS % {"layers": layers, "warm": WARM}, **settings)
         want(code == 42, f"a container with seccomp.json and the settings of {name} ends with {code}:\n{said}")
 
     # Root in a pod whose uids do not reach to the default sandbox.uid_base: no worker, instead of failing jobs.

@@ -1,7 +1,9 @@
 //! One zygote while it lives: started like a job, then asked over a socket for one process after another.
 
+use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -14,7 +16,7 @@ use super::super::Shared;
 use super::super::cgroup::Group;
 use super::super::environment::Environment;
 use super::super::events::read_report;
-use super::super::identity::Seat;
+use super::super::identity::{Privilege, Seat};
 use super::super::launcher::Order;
 use super::super::plan::{self, Plan};
 use super::super::verdict::failed_step;
@@ -141,8 +143,19 @@ impl Process {
         // In the order of their places, of which the plan knows.
         let doors: Vec<BorrowedFd<'_>> = seat.group.iter().flat_map(Group::doors).collect();
         let streams = [&control, &stdin, &stdout, &stderr].map(AsRawFd::as_raw_fd);
-        let fds: Vec<RawFd> = streams.into_iter().chain(doors.iter().map(AsRawFd::as_raw_fd)).collect();
+        let mut fds: Vec<RawFd> = streams.into_iter().chain(doors.iter().map(AsRawFd::as_raw_fd)).collect();
         let doors: Vec<u64> = (4..).take(doors.len()).map(plan::place).collect();
+        let lent;
+        let proc = match (environment.variant(false).root.has_proc(), shared.privilege) {
+            (true, _) => plan::Proc::Own,
+            (false, Privilege::Full) => plan::Proc::None,
+            (false, Privilege::None) => {
+                let flags = libc::O_PATH | libc::O_DIRECTORY;
+                lent = OpenOptions::new().read(true).custom_flags(flags).open("/proc")?;
+                fds.push(lent.as_raw_fd());
+                plan::Proc::Lent(plan::place(fds.len() as u64 - 1))
+            }
+        };
         let job = plan::Job {
             privilege: shared.privilege,
             seat,
@@ -153,7 +166,7 @@ impl Process {
             cgroup_namespace: None,
             landlock: shared.landlock,
         };
-        let plan = plan::warm(&job, environment.variant(false).root.has_proc());
+        let plan = plan::warm(&job, proc);
         fd::send(self.socket.get_ref().as_fd(), plan.bytes(), &fds)?;
         self.forks += 1;
         let answer = timeout(FORK_TIMEOUT, self.receive())

@@ -170,8 +170,11 @@ fn job(id: &str, reply_to: &str, code: &str) -> (Vec<u8>, BasicProperties) {
 
 /// The next message as its properties and its body.
 pub(crate) async fn next(replies: &mut Consumer) -> (BasicProperties, Value) {
-    let message =
-        tokio::time::timeout(PATIENCE, replies.next()).await.expect("no result came").unwrap().unwrap();
+    let message = tokio::time::timeout(PATIENCE, replies.next()).await.expect("no result came");
+    opened(message.unwrap().unwrap())
+}
+
+fn opened(message: Delivery) -> (BasicProperties, Value) {
     let body = serde_json::from_slice(&message.data).unwrap();
     (message.properties, body)
 }
@@ -181,7 +184,11 @@ pub(crate) async fn next(replies: &mut Consumer) -> (BasicProperties, Value) {
 pub(crate) async fn collect(replies: &mut Consumer, ids: &[String]) -> HashMap<String, usize> {
     let mut seen: HashMap<String, (String, usize)> = HashMap::new();
     while seen.len() < ids.len() {
-        let (properties, body) = next(replies).await;
+        let Ok(message) = tokio::time::timeout(PATIENCE, replies.next()).await else {
+            let missing: Vec<_> = ids.iter().filter(|id| !seen.contains_key(*id)).collect();
+            panic!("no result came for {missing:?}");
+        };
+        let (properties, body) = opened(message.unwrap().unwrap());
         let id = body["id"].as_str().unwrap().to_owned();
         assert!(ids.contains(&id), "{id} was never asked for");
         assert_eq!(body["status"], "succeeded", "{body}");

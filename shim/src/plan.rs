@@ -126,12 +126,12 @@ steps! {
     30 "close_range" CloseFrom { numbers: first; }
     /// `chdir(path)`.
     31 "chdir" Chdir { strings: path; }
-    /// `fchdir(fd)`.
-    34 "fchdir" ChdirTo { numbers: fd; }
     /// No signal blocked; their actions stay.
     32 "unblock signals" UnblockSignals {}
     /// Opens a directory as a place (`O_PATH`), under this number, which no later step may read.
     33 "open directory" OpenDirectory { numbers: to; strings: path; }
+    /// `fchdir(fd)`.
+    34 "fchdir" ChdirTo { numbers: fd; }
 }
 
 impl<'a> Step<'a> {

@@ -28,7 +28,8 @@ async fn under_way(worker: &Worker) {
 /// Every job has its result, nothing waits, and the worker takes jobs again.
 async fn all_is_well(node: &Node, worker: &mut Worker, queues: &Queues, ids: &[String]) {
     let requester = Requester::connect(node.url()).await;
-    let mut replies = requester.replies(&queues.replies).await;
+    // Not declared again: that would hide that the broker has forgotten it, and what was in it.
+    let mut replies = requester.listen(&queues.replies).await;
     collect(&mut replies, ids).await;
     worker.until_ready().await;
     worker.assert_alive();
@@ -107,13 +108,18 @@ async fn an_alarm(node: &Node, name: &str, set: &str, on: &[&str], off: &[&str])
 pub(crate) async fn restarted_and_killed(node: &Node) {
     let mut queues = Queues::of("restarted");
     let mut worker = Worker::ready(node.url(), &queues.settings(&[])).await;
-    // Stopped before it is killed: RabbitMQ 3.10 forgets a quorum queue that it is killed within minutes of
-    // declaring, and the queue never answers again. A clean stop writes it down.
+    // A reply queue of its own for each round: a duplicate may come late.
+    let name = |kill: bool| format!("restarted.replies.{kill}");
+    let requester = Requester::connect(node.url()).await;
     for kill in [false, true] {
-        // Of its own for each round: a duplicate may come late.
-        queues.replies = format!("restarted.replies.{kill}");
+        requester.declare(&name(kill)).await;
+    }
+    // Stopped before it is killed, and every queue declared before that: a broker that is killed soon after it has
+    // declared a queue, of either kind, may have forgotten it, with what it has confirmed. A clean stop writes it
+    // down.
+    for kill in [false, true] {
+        queues.replies = name(kill);
         let requester = Requester::connect(node.url()).await;
-        requester.declare(&queues.replies).await;
         let before = worker.metric(SUCCEEDED);
         let ids = publish(&requester, &queues, if kill { "killed" } else { "stopped" }).await;
         eventually("jobs are under way", async || (worker.metric(SUCCEEDED) > before + 2.0).then_some(()))

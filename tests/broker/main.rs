@@ -104,6 +104,7 @@ async fn queues_of_every_kind_are_served() {
     queues::slots_are_shared_by_weight(&node).await;
     queues::the_dead_go_back_to_where_they_came_from(&node).await;
     queues::high_priorities_come_first_in_a_classic_queue(&node).await;
+    queues::high_priorities_come_first_in_a_quorum_queue(&node).await;
     queues::one_worker_is_active_until_the_next_takes_over(&node).await;
     queues::the_preferred_worker_gets_jobs_first(&node).await;
     queues::a_passive_worker_declares_nothing(&node).await;

@@ -176,6 +176,35 @@ pub(crate) async fn high_priorities_come_first_in_a_classic_queue(node: &Node) {
     assert_eq!(seen, ["high-0", "high-1", "middle", "low-0", "low-1", "low-2", "none"]);
 }
 
+/// RabbitMQ 4 deals two of a quorum queue's messages whose priority is above 4 to one of the others; 3 knows none.
+pub(crate) async fn high_priorities_come_first_in_a_quorum_queue(node: &Node) {
+    let queues = Queues::of("priorities.quorum");
+    let settings = settings(&queues, &[]);
+    drop(Worker::ready(node.url(), &settings).await);
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    let names = |kind: &str| (0..6).map(|at| format!("{kind}-{at}")).collect::<Vec<_>>();
+    let order = [names("low"), names("high")].concat();
+    for id in &order {
+        let priority = if id.starts_with("high") { 5 } else { 4 };
+        let properties = BasicProperties::default().with_reply_to(queues.replies.as_str().into());
+        let job = format!("{{\"id\": \"{id}\", \"code\": \"print(1)\"}}");
+        requester.publish(&queues.jobs, job.as_bytes(), properties.with_priority(priority)).await;
+    }
+    let _worker = Worker::ready(node.url(), &settings).await;
+    let mut seen = Vec::new();
+    for _ in &order {
+        seen.push(next(&mut replies).await.1["id"].as_str().unwrap().to_owned());
+    }
+    println!("{seen:?}");
+    if node.is_at_least(4) {
+        let high = seen[..9].iter().filter(|id| id.starts_with("high")).count();
+        assert_eq!(high, 6, "{seen:?}");
+    } else {
+        assert_eq!(seen, order);
+    }
+}
+
 pub(crate) async fn one_worker_is_active_until_the_next_takes_over(node: &Node) {
     for kind in ["quorum", "classic"] {
         let queues = Queues::of(&format!("active.{kind}"));

@@ -78,7 +78,7 @@ pub(crate) async fn faults_by_chance(node: &Node) {
     proxy.set(Fault::None);
     println!("{} jobs in {:?}", ids.len(), begin.elapsed());
     let requester = Requester::connect(node.url()).await;
-    let mut replies = requester.replies(&queues.replies).await;
+    let mut replies = requester.listen(&queues.replies).await;
     let doubled: HashSet<String> = ids.iter().cloned().collect();
     let mut workers: Vec<&mut Worker> = workers.iter_mut().collect();
     oracle::holds(node, &mut workers, &queues, &mut replies, &ids, &doubled).await;

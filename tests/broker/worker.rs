@@ -68,6 +68,7 @@ impl Worker {
         let mut worker = Self { child, address: String::new(), log, scratch };
         worker.address = eventually("the worker opens its port", async || {
             let log = worker.log();
+            assert!(worker.child.try_wait().unwrap().is_none(), "the worker ended");
             let mut events =
                 log.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
             events.find_map(|event| event["address"].as_str().map(ToOwned::to_owned))

@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod bench;
-#[allow(dead_code, reason = "the broker's own tests use the rest")]
+#[allow(dead_code, clippy::print_stdout, reason = "the broker's own tests use the rest")]
 #[path = "../support/broker.rs"]
 mod broker;
 mod cgroups;

@@ -63,6 +63,22 @@ impl Node {
         nix::sys::signal::kill(pid, signal).unwrap();
     }
 
+    /// Whether it is RabbitMQ of this major version or a later one.
+    pub(crate) fn is_at_least(&self, major: u32) -> bool {
+        let version = self.ctl(&["version"]);
+        version.split('.').next().and_then(|number| number.parse::<u32>().ok()).unwrap() >= major
+    }
+
+    /// The end of what it has logged.
+    fn log(&self) -> String {
+        const LINES: usize = 300;
+        let files = std::fs::read_dir(self.directory.join("log")).into_iter().flatten().flatten();
+        let named = files.filter(|file| file.path().extension().is_some_and(|ending| ending == "log"));
+        let text: String = named.filter_map(|file| std::fs::read_to_string(file.path()).ok()).collect();
+        let lines: Vec<_> = text.lines().collect();
+        lines[lines.len().saturating_sub(LINES)..].join("\n")
+    }
+
     /// `rabbitmqctl`.
     pub(crate) fn ctl(&self, arguments: &[&str]) -> String {
         run("ctl", &self.directory, arguments)
@@ -71,6 +87,9 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("--- the node's log\n{}", self.log());
+        }
         if self.home.is_some() {
             clear(&self.directory);
         }
@@ -173,7 +192,9 @@ fn run(verb: &str, directory: &Path, arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// `SP_TEST_BROKER` names what does the same with another RabbitMQ.
 fn broker(verb: &str, directory: &Path, arguments: &[&str]) -> std::io::Result<std::process::Output> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/broker");
+    let ours = || Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/broker");
+    let script = std::env::var_os("SP_TEST_BROKER").map_or_else(ours, PathBuf::from);
     Command::new(script).arg(verb).arg(directory).args(arguments).stdin(Stdio::null()).output()
 }

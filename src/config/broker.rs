@@ -161,7 +161,7 @@ impl Checker {
         self.fail(
             key,
             "is for classic queues: set `queue_type` to `classic`, or leave it out; a quorum queue of RabbitMQ 4 \
-             puts messages of a priority above 4 before others by itself",
+             delivers two messages of a priority above 4 for each other one by itself",
         )
     }
 

@@ -64,10 +64,10 @@ impl Process {
             policy: kept[4].as_fd(),
         };
         let namespace = shared.zygote_namespace.as_ref();
-        let wall = plan::zygote(namespace, &variant.root, &variant.coarse_zygote, &descriptors);
+        let wall = plan::zygote::wall(namespace, &variant.root, &variant.coarse_zygote, &descriptors);
         let order = Order {
-            origin: plan::zygote_origin(shared.privilege, namespace, &variant.root),
-            init: plan::zygote_init(),
+            origin: plan::zygote::origin(shared.privilege, namespace, &variant.root),
+            init: plan::zygote::init(),
             wall,
             program: Arc::clone(&environment.zygote_program),
             control: fd::out_of_the_way(&control)?,
@@ -147,13 +147,13 @@ impl Process {
         let doors: Vec<u64> = (4..).take(doors.len()).map(plan::place).collect();
         let lent;
         let proc = match (environment.variant(false).root.has_proc(), shared.privilege) {
-            (true, _) => plan::Proc::Own,
-            (false, Privilege::Full) => plan::Proc::None,
+            (true, _) => plan::zygote::Proc::Own,
+            (false, Privilege::Full) => plan::zygote::Proc::None,
             (false, Privilege::None) => {
                 let flags = libc::O_PATH | libc::O_DIRECTORY;
                 lent = OpenOptions::new().read(true).custom_flags(flags).open("/proc")?;
                 fds.push(lent.as_raw_fd());
-                plan::Proc::Lent(plan::place(fds.len() as u64 - 1))
+                plan::zygote::Proc::Lent(plan::place(fds.len() as u64 - 1))
             }
         };
         let job = plan::Job {
@@ -166,7 +166,7 @@ impl Process {
             cgroup_namespace: None,
             landlock: shared.landlock,
         };
-        let plan = plan::warm(&job, proc);
+        let plan = plan::zygote::warm(&job, proc);
         fd::send(self.socket.get_ref().as_fd(), plan.bytes(), &fds)?;
         self.forks += 1;
         let answer = timeout(FORK_TIMEOUT, self.receive())

@@ -14,6 +14,7 @@ use crate::cli::{End, runtime};
 use crate::config::Config;
 use crate::ops::http::{Probes, Server};
 use crate::ops::metrics::Metrics;
+use crate::ops::traces::Traces;
 use crate::sandbox::Sandbox;
 use crate::sandbox::doctor::demand;
 use crate::worker::{self, Ended, Health, Shutdown};
@@ -78,6 +79,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
 /// The worker, with the operators' port open from before its start until after its drain.
 async fn serve(config: &Config, sandbox: Sandbox, once: Option<NonZeroUsize>) -> anyhow::Result<End> {
     let metrics = Metrics::new().context("failed to set up metrics")?;
+    let traces = Traces::start(&worker::name(config)).context("failed to start the worker")?;
     let health = Health::new();
     let shutdown = Shutdown::default();
     let closed = CancellationToken::new();
@@ -91,8 +93,11 @@ async fn serve(config: &Config, sandbox: Sandbox, once: Option<NonZeroUsize>) ->
         }
         None => None,
     };
-    let ended = worker::serve(config, sandbox, &metrics, &health, &shutdown, once).await;
+    let ended = worker::serve(config, sandbox, &metrics, &traces, &health, &shutdown, once).await;
     closed.cancel();
+    if ended == Ended::Drained {
+        traces.close().await;
+    }
     if let (Some(port), Ended::Drained) = (port, ended) {
         port.await.context("the port for metrics and health failed")?;
     }

@@ -26,6 +26,7 @@ pub use health::Health;
 use crate::amqp::{Addresses, Consumer, Publisher};
 use crate::config::{self, Config};
 use crate::ops::metrics::Metrics;
+use crate::ops::traces::Traces;
 use crate::sandbox::Sandbox;
 use answered::Answered;
 use control::Control;
@@ -39,6 +40,7 @@ pub async fn serve(
     config: &Config,
     sandbox: Sandbox,
     metrics: &Metrics,
+    traces: &Traces,
     health: &Health,
     shutdown: &Shutdown,
     once: Option<NonZeroUsize>,
@@ -88,6 +90,7 @@ pub async fn serve(
         publisher: publisher.clone(),
         answered: Answered::default(),
         metrics: metrics.clone(),
+        traces: traces.clone(),
         kill: kill.clone(),
     });
     let commands = tokio::spawn(control.obey(consumer.commands()));
@@ -169,7 +172,7 @@ fn prefetch(config: &Config, once: Option<NonZeroUsize>) -> Vec<u16> {
 }
 
 /// What results and logs call this worker.
-fn name(config: &Config) -> String {
+pub fn name(config: &Config) -> String {
     if !config.worker.name.is_empty() {
         return config.worker.name.clone();
     }

@@ -12,6 +12,7 @@ use crate::amqp::{Address, AddressError, Addresses, Delivery, Message, Publisher
 use crate::config;
 use crate::job::{self, Admission, Context, Job, Outcome, Refusal, RefusalKind, Reply, Status};
 use crate::ops::metrics::{DeadReason, Metrics};
+use crate::ops::traces::{self, Traces};
 use crate::retry::Delays;
 use crate::sandbox::Sandbox;
 use crate::script::Payload;
@@ -42,6 +43,7 @@ pub(super) struct Pipeline {
     pub(super) publisher: Publisher,
     pub(super) answered: Answered,
     pub(super) metrics: Metrics,
+    pub(super) traces: Traces,
     /// Ends what still runs when the time for draining is over.
     pub(super) kill: CancellationToken,
 }
@@ -221,6 +223,17 @@ impl Pipeline {
             run_ms = outcome.run.map(millis),
             "job ended"
         );
+        let _until_kept = self.traces.job(&traces::Ended {
+            queue: &self.amqp.queues[delivery.queue].name,
+            id: &context.id,
+            correlation_id: delivery.properties.correlation_id.as_deref(),
+            traceparent: delivery.properties.traceparent.as_deref(),
+            tracestate: delivery.properties.tracestate.as_deref(),
+            body_bytes: delivery.body.len(),
+            attempt: context.attempt,
+            received: SystemTime::now() - delivery.received.elapsed(),
+            outcome: &outcome,
+        });
         let message_id = job::message_id(&context.id).to_string();
         let ran = outcome.started_at.is_some() && outcome.status != Status::WorkerError;
         let body = Reply::new(context, outcome).encode(self.amqp.max_result_bytes);

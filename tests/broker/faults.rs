@@ -83,9 +83,11 @@ async fn an_alarm(node: &Node, name: &str, set: &str, on: &[&str], off: &[&str])
     let mut leaver = Worker::ready(node.url(), &queues.settings(&["worker.drain_timeout_ms=2000"])).await;
     let requester = Requester::connect(node.url()).await;
     requester.declare(&queues.replies).await;
-    // Without an end, for the broker blocks whoever publishes while the alarm is on, and tells nobody else.
-    let load = Load::start(node.url(), &queues, 0.2, Duration::from_millis(50)).await;
+    // Without an end and more than both can do, so that both have something to publish: the broker blocks whoever
+    // publishes while the alarm is on, and tells nobody else.
+    let load = Load::start(node.url(), &queues, 0.5, Duration::from_millis(50)).await;
     under_way(&worker).await;
+    under_way(&leaver).await;
     node.ctl(&[&[set], on].concat());
     worker.until_not_ready().await;
     // One that has to go meanwhile cannot publish what it has done: it gives it back, and goes.

@@ -233,21 +233,22 @@ pub(crate) async fn the_preferred_worker_gets_jobs_first(node: &Node) {
     for kind in ["quorum", "classic"] {
         let queues = Queues::of(&format!("preferred.{kind}"));
         let kind = format!("amqp.queue_type={kind}");
-        let other = Worker::ready(node.url(), &settings(&queues, &[&kind])).await;
-        let first = settings(&queues, &[&kind, "amqp.consumer_priority=10"]);
+        // Room for one more job: the broker may hear of the next one before it hears of the ack of the last.
+        let room = "amqp.prefetch_surplus=1";
+        let other = Worker::ready(node.url(), &settings(&queues, &[&kind, room])).await;
+        let first = settings(&queues, &[&kind, room, "amqp.consumer_priority=10"]);
         let first = Worker::ready(node.url(), &first).await;
         let requester = Requester::connect(node.url()).await;
         let mut replies = requester.replies(&queues.replies).await;
         for at in 0..10 {
             let id = format!("job-{at}");
-            // The ack before it as well: a busy worker is passed over.
             let acked = || first.metric(ACKED) + other.metric(ACKED) == f64::from(at);
             eventually("the last one is acked", async || acked().then_some(())).await;
             requester.submit(&queues.jobs, &id, &queues.replies).await;
             collect(&mut replies, &[id]).await;
         }
-        // The broker may hear of the next job before it hears of an ack. Without preference it were every other one.
-        assert!(other.metric(ACKED) <= 2.0, "the other worker had {}", other.metric(ACKED));
+        // Without preference it were every other one.
+        assert!(other.metric(ACKED) <= 1.0, "the other worker had {}", other.metric(ACKED));
         for at in 10..14 {
             requester
                 .run(&queues.jobs, &format!("job-{at}"), &queues.replies, "import time; time.sleep(1)")

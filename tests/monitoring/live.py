@@ -187,7 +187,7 @@ def the_log_is_as_the_page_says(stack):
     once = [i for i in ids if i.startswith(tuple(f"{kind}-" for kind in KINDS))]
     assert sum(ids[i] for i in once) <= len(once) * 1.1, "more than an event a job"
     fields = set().union(*(event.keys() for event in ended))
-    listed = set(re.findall(r"^\| `(\w+)` \| [^|]+ \|$", page[page.index("## Logs"):], re.M))
+    listed = set(re.findall(r"^\| `(\w+)` \| [^|]+ \|$", page[page.index("## Logs"):page.index("## Traces")], re.M))
     assert fields == listed, f"the page lists {sorted(listed)}, the log has {sorted(fields)}"
     for name, value in example.items():
         assert any(type(event.get(name)) is type(value) for event in ended), f"no event has {name} like the example"

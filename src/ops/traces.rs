@@ -55,13 +55,20 @@ pub enum TracesError {
     Exporter(String),
 }
 
-/// Where traces are to go, by these variables in this order, and the one that says so.
+/// Where traces are to go, and the variable that says so.
 fn endpoint() -> Option<(&'static str, String)> {
-    let said = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
     let off = said("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"))
         || said("OTEL_TRACES_EXPORTER").is_some_and(|value| value == "none");
-    let mut names = ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"].into_iter();
-    names.find_map(|name| Some((name, said(name)?))).filter(|_| !off)
+    first_said(["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"]).filter(|_| !off)
+}
+
+/// What is said of traces goes before what is said of everything.
+fn first_said(names: [&'static str; 2]) -> Option<(&'static str, String)> {
+    names.into_iter().find_map(|name| Some((name, said(name)?)))
+}
+
+fn said(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
 /// Sends no spans.

@@ -91,6 +91,18 @@ fn metrics_come_in_the_text_format() {
     assert!(body.contains("status=\"syscall_killed\""), "every status is there from the start: {body}");
 }
 
+#[cfg(not(feature = "otlp"))]
+#[test]
+fn traces_that_this_build_cannot_send_are_named() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut command = command(["serve", "--listen", &taken.local_addr().unwrap().to_string()]);
+    let ended = command.env("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318").output().unwrap();
+    let said = String::from_utf8(ended.stderr).unwrap();
+    let wanted =
+        "OTEL_EXPORTER_OTLP_ENDPOINT is set, but this build sends no traces: cargo build --features otlp";
+    assert!(said.contains(wanted), "{said}");
+}
+
 #[test]
 fn a_taken_port_ends_the_start_and_names_the_key() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();

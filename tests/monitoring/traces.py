@@ -9,10 +9,12 @@ import http.server
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
 
@@ -123,6 +125,31 @@ def a_collector_that_takes_nothing_is_no_matter(url, folder, client, collector):
     assert worker.end(signal.SIGTERM) == 0, worker.log.read_text()
 
 
+def a_collector_that_never_answers_holds_nothing_up(url, folder, client):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        worker = Worker("patient", url, folder, {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint})
+        client.publish({"id": "silent", "code": "print(1)"}, "c-silent", client.reply_to)
+        client.collect(["c-silent"])
+        began = time.monotonic()
+        assert worker.end(signal.SIGTERM) == 0, worker.log.read_text()
+        # The export itself would wait for ten.
+        assert time.monotonic() - began < 8, worker.log.read_text()
+        assert "the last traces could not be sent" in worker.log.read_text(), worker.log.read_text()
+
+
+def what_is_switched_off_sends_nothing(url, folder, client):
+    collector = Collector()
+    endpoint = f"http://127.0.0.1:{collector.server_port}"
+    for n, off in enumerate(({"OTEL_SDK_DISABLED": "true"}, {"OTEL_TRACES_EXPORTER": "none"},
+                             {"OTEL_TRACES_SAMPLER": "always_off"})):
+        worker = Worker(f"off-{n}", url, folder, {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint} | off)
+        client.publish({"id": f"off-{n}", "code": "print(1)"}, f"c-off-{n}", client.reply_to)
+        client.collect([f"c-off-{n}"])
+        assert worker.end(signal.SIGTERM) == 0, worker.log.read_text()
+        assert not collector.got, (off, collector.got)
+
+
 def what_will_not_do_is_refused(url):
     for variable, value, remedy in (
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://collector:4318", "must begin with http://"),
@@ -145,8 +172,11 @@ def main():
         client, collector = Client(url), Collector()
         every_job_has_its_span(url, folder, client, collector)
         a_collector_that_takes_nothing_is_no_matter(url, folder, client, collector)
+        a_collector_that_never_answers_holds_nothing_up(url, folder, client)
+        what_is_switched_off_sends_nothing(url, folder, client)
         what_will_not_do_is_refused(url)
-    print("every job has its span; a collector that takes nothing is no matter; what will not do is refused")
+    print("every job has its span; a collector that takes nothing or never answers is no matter; off is off; what will "
+          "not do is refused")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider};
 
-use super::{Ended, TracesError, endpoint};
+use super::{Ended, TracesError, endpoint, first_said};
 use crate::job;
 
 /// For the last batch, when the worker ends: a collector that is away must not hold it up.
@@ -39,12 +39,10 @@ impl Traces {
             let remedy = "must begin with http://; a collector beside the worker can send on by TLS";
             return Err(TracesError::Unsupported { variable, value, remedy });
         }
-        for variable in ["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"] {
-            let Ok(value) = std::env::var(variable) else { continue };
-            if !["", "http/protobuf"].contains(&value.as_str()) {
-                let remedy = "must be http/protobuf, which collectors take on port 4318";
-                return Err(TracesError::Unsupported { variable, value, remedy });
-            }
+        let protocol = first_said(["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"]);
+        if let Some((variable, value)) = protocol.filter(|(_, value)| value != "http/protobuf") {
+            let remedy = "must be http/protobuf, which collectors take on port 4318";
+            return Err(TracesError::Unsupported { variable, value, remedy });
         }
         let exporter = SpanExporter::builder()
             .with_http()

@@ -152,10 +152,12 @@ pub(crate) async fn a_job_is_cancelled_where_it_runs_and_where_it_waits(node: &N
     let worker = Worker::ready(node.url(), &queues.settings(&["worker.slots=1"])).await;
     let requester = Requester::connect(node.url()).await;
     let mut replies = requester.replies(&queues.replies).await;
-    for id in ["runs", "waits"] {
-        requester.run(&queues.jobs, id, &queues.replies, "import time; time.sleep(50)").await;
-    }
+    // One after the other: of two that come at once either may get the slot.
+    requester.run(&queues.jobs, "runs", &queues.replies, "import time; time.sleep(50)").await;
     eventually("one runs", async || (worker.metric("sandpiper_jobs_running") == 1.0).then_some(())).await;
+    requester.run(&queues.jobs, "waits", &queues.replies, "import time; time.sleep(50)").await;
+    let received = format!("sandpiper_jobs_received_total{{queue=\"{}\"}}", queues.jobs);
+    eventually("one waits", async || (worker.metric(&received) == 2.0).then_some(())).await;
     let amqp = sandpiper::config::Amqp {
         urls: vec![sandpiper::config::Secret::new(node.url().into())],
         ..sandpiper::config::Config::default().amqp

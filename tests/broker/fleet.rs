@@ -65,7 +65,7 @@ async fn killed(node: &Node, warm: bool) {
 }
 
 pub(crate) async fn rolling_restart_under_load(node: &Node) {
-    const ROUNDS: usize = 3;
+    const ROUNDS: usize = 10;
     let queues = Queues::of("rolling");
     let settings = queues.settings(&["worker.slots=2"]);
     let mut worker = Worker::ready(node.url(), &settings).await;

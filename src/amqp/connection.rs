@@ -90,6 +90,7 @@ impl Dialer {
         let failed = failed(&broker, uri.scheme == AMQPScheme::AMQPS);
         uri.query.heartbeat = Some(u16::try_from(self.config.heartbeat.as_secs()).unwrap_or(u16::MAX));
 
+        let largest_frame = uri.query.frame_max;
         let socket = Socket::default();
         let timeout = self.config.connect_timeout;
         let connecting = Connection::connector(
@@ -113,7 +114,7 @@ impl Dialer {
                     };
                     let in_time = tokio::time::timeout(timeout, stream).await;
                     let stream = in_time.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))?;
-                    Ok(AsyncTcpStream::Plain(Screen::new(stream)))
+                    Ok(AsyncTcpStream::Plain(Screen::new(stream, largest_frame)))
                 }
             },
             self.properties(),
@@ -248,8 +249,13 @@ impl Link {
         let lost = CancellationToken::new();
         let watcher = CancellationToken::new();
         let (blocked, is_blocked) = watch::channel(false);
+        let events = connection.events_listener();
+        // What happened before somebody listened is told to nobody.
+        if !connection.status().connected() {
+            lost.cancel();
+        }
         tokio::spawn(watcher.clone().run_until_cancelled_owned(watch_events(
-            connection.events_listener(),
+            events,
             connection.status().clone(),
             lost.clone(),
             blocked,
@@ -306,12 +312,28 @@ impl Link {
     }
 
     /// Waits for the answer to one operation: until it comes, the connection is lost, or it is overdue, which
-    /// counts as lost. While the broker blocks the connection the clock stands still: it owes us nothing then.
+    /// counts as lost.
     pub(super) async fn ask<T>(
         &self,
         what: &str,
         operation: impl Future<Output = lapin::Result<T>>,
     ) -> Result<T, Error> {
+        match self.ask_for_now(what, operation).await? {
+            Some(answer) => Ok(answer),
+            None => {
+                self.give_up();
+                Err(Error::Timeout { what: what.into(), after: self.timeout })
+            }
+        }
+    }
+
+    /// The same, and the connection is kept: none where the answer is overdue. While the broker blocks the
+    /// connection the clock stands still: it owes us nothing then.
+    pub(super) async fn ask_for_now<T>(
+        &self,
+        what: &str,
+        operation: impl Future<Output = lapin::Result<T>>,
+    ) -> Result<Option<T>, Error> {
         let mut operation = std::pin::pin!(operation);
         let mut blocked = self.blocked();
         loop {
@@ -319,14 +341,13 @@ impl Link {
             tokio::select! {
                 biased;
                 answer = &mut operation => {
-                    return answer.map_err(|source| Error::Operation { what: what.into(), source: Box::new(source) });
+                    return answer
+                        .map(Some)
+                        .map_err(|source| Error::Operation { what: what.into(), source: Box::new(source) });
                 }
                 () = self.lost() => return Err(Error::Lost),
                 Ok(()) = blocked.changed() => {}
-                () = tokio::time::sleep(self.timeout), if !is_blocked => {
-                    self.give_up();
-                    return Err(Error::Timeout { what: what.into(), after: self.timeout });
-                }
+                () = tokio::time::sleep(self.timeout), if !is_blocked => return Ok(None),
             }
         }
     }

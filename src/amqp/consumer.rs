@@ -129,8 +129,9 @@ impl Session for Consuming {
                 // The place first: a delivery in our hands must have somewhere to go.
                 job = async { (sender.reserve().await, jobs.next().await) } => match job {
                     (Ok(place), Some((queue, Some(Ok(job))))) => {
-                        self.metrics.received(&self.config.queues[queue].name, job.data.len(), job.redelivered);
-                        place.send(Delivery::new(queue, job, link.clone(), self.metrics.clone()));
+                        let config = &self.config.queues[queue];
+                        self.metrics.received(&config.name, job.data.len(), job.redelivered);
+                        place.send(Delivery::new(queue, config, job, link.clone(), self.metrics.clone()));
                     }
                     (_, Some((_, Some(Err(source))))) => return Err(broken("go on consuming", source)),
                     (_, Some((queue, None))) => {

@@ -4,6 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::amqp::Properties;
+use crate::job;
 
 /// A message to all workers: a JSON object with one field.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -65,7 +66,12 @@ impl Command {
 
     /// What a body says, where it says anything that this version understands.
     pub(super) fn parse(body: &[u8]) -> Option<Self> {
-        serde_json::from_slice(body).ok()
+        let command = serde_json::from_slice(body).ok()?;
+        // It is logged, and kept for a while, and anybody may have sent it.
+        match &command {
+            Self::Cancel(id) if !job::is_id(id) => None,
+            _ => Some(command),
+        }
     }
 }
 
@@ -82,8 +88,12 @@ mod tests {
             assert_eq!(command.to_body(), body);
             assert_eq!(Command::parse(body), Some(command));
         }
-        for body in [&b"{}"[..], b"", b"{\"reboot\":\"now\"}", b"\xff", b"[]", b"\"ping\""] {
+        for body in
+            [&b"{}"[..], b"", b"{\"reboot\":\"now\"}", b"\xff", b"[]", b"\"ping\"", b"{\"cancel\":\"no id\"}"]
+        {
             assert_eq!(Command::parse(body), None, "{body:?}");
         }
+        let long = Command::Cancel("x".repeat(1 << 20)).to_body();
+        assert_eq!(Command::parse(&long), None);
     }
 }

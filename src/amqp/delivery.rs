@@ -15,6 +15,7 @@ use crate::amqp::chain;
 use crate::amqp::connection::Link;
 use crate::amqp::envelope::SUBSTITUTE;
 use crate::amqp::message::DELIVERIES;
+use crate::config::{self, QueueType};
 use crate::ops::metrics::{Metrics, Settled};
 
 /// A message from a queue of jobs.
@@ -138,9 +139,14 @@ fn header(raw: &BasicProperties, name: &str) -> Option<String> {
     }
 }
 
-/// How often a quorum queue delivered the message before; it says so from the second time on.
-fn delivered_before(raw: &BasicProperties) -> Option<u32> {
-    number(raw, "x-delivery-count")
+/// How often a queue of this kind has counted the message that it delivers again. Anybody may write such a header;
+/// a quorum queue puts its own in that place. Later versions of the broker count what was given back apart from
+/// what was lost with its channel.
+fn counted(raw: &BasicProperties, kind: QueueType) -> Option<u32> {
+    match kind {
+        QueueType::Quorum => number(raw, "x-delivery-count").max(number(raw, "x-acquired-count")),
+        QueueType::Classic => None,
+    }
 }
 
 /// A header's number, where it has one.
@@ -167,17 +173,19 @@ struct Settler {
 }
 
 impl Delivery {
+    /// From `queue`, the `at`th of the configured ones.
     pub(super) fn new(
-        queue: usize,
+        at: usize,
+        queue: &config::Queue,
         delivery: lapin::message::Delivery,
         link: Arc<Link>,
         metrics: Metrics,
     ) -> Self {
-        let counted = delivered_before(&delivery.properties);
         let noted = number(&delivery.properties, DELIVERIES).unwrap_or(0);
-        let before = counted.unwrap_or(noted.saturating_add(u32::from(delivery.redelivered)));
+        let counted = counted(&delivery.properties, queue.kind).filter(|_| delivery.redelivered);
+        let before = noted.saturating_add(counted.unwrap_or(delivery.redelivered.into()));
         Self {
-            queue,
+            queue: at,
             body: delivery.data,
             properties: Properties::new(delivery.properties),
             attempt: before.saturating_add(1),
@@ -191,6 +199,16 @@ impl Delivery {
     /// Its channel is gone: the broker has given the message to somebody else, or will.
     pub fn is_gone(&self) -> bool {
         self.settler.link.is_lost() || !self.settler.acker.usable()
+    }
+
+    /// Waits until the connection that it came by is gone.
+    pub async fn gone(&self) {
+        self.settler.link.lost().await;
+    }
+
+    /// Nothing is said of it any more: the broker has given the message to somebody else, or will.
+    pub fn lost(self) {
+        self.settler.metrics.settled(Settled::Lost);
     }
 
     /// The message is done with.
@@ -300,8 +318,9 @@ mod tests {
         headers.insert("traceparent".into(), AMQPValue::LongString("00-ab".into()));
         headers.insert("tracestate".into(), AMQPValue::ShortString(ShortString::from("a=b")));
         headers.insert("x-delivery-count".into(), AMQPValue::LongLongInt(7));
+        headers.insert("x-acquired-count".into(), AMQPValue::LongUInt(9));
         let raw = BasicProperties::default().with_headers(headers);
-        assert_eq!(delivered_before(&raw), Some(7));
+        assert_eq!((counted(&raw, QueueType::Quorum), counted(&raw, QueueType::Classic)), (Some(9), None));
         let properties = Properties::new(raw);
         assert_eq!(properties.traceparent.as_deref(), Some("00-ab"));
         assert_eq!(properties.tracestate.as_deref(), Some("a=b"));

@@ -3,6 +3,8 @@
 //! Bytes that are not UTF-8 become [`SUBSTITUTE`]; tables and lists that are nested too deep become a string of bytes,
 //! which are written alike. No length changes. None where a payload is not what it should be.
 
+use std::ops::Range;
+
 /// Stands for a byte that was not UTF-8: the character that ASCII has for this.
 pub(super) const SUBSTITUTE: char = '\u{1a}';
 
@@ -58,6 +60,32 @@ pub(super) fn header(payload: &mut [u8]) -> Option<()> {
         }
     }
     Some(())
+}
+
+/// Where the headers stand among the properties of a message, and their length before them.
+pub(super) fn headers(payload: &mut [u8]) -> Option<Range<usize>> {
+    let all = payload.len();
+    let mut walk = Walk(payload);
+    walk.skip(12)?;
+    let flags = walk.u16()?;
+    for property in [0x8000, 0x4000] {
+        if flags & property != 0 {
+            walk.short()?;
+        }
+    }
+    if flags & 0x2000 == 0 {
+        return None;
+    }
+    let from = all - walk.0.len();
+    walk.long()?;
+    Some(from..all - walk.0.len())
+}
+
+/// The largest frame that the broker offers, where it offers anything: zero for no limit.
+pub(super) fn offered(payload: &[u8]) -> Option<u32> {
+    // connection.tune: channels, the size.
+    let offer = payload.strip_prefix(&[0, 10, 0, 30])?.get(2..)?;
+    offer.first_chunk().copied().map(u32::from_be_bytes)
 }
 
 /// What is left of a payload.

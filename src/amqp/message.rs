@@ -114,7 +114,7 @@ const BROKERS: [&str; 5] =
 
 /// A dead message as it was when it was a job: without what was written on it since.
 pub(super) fn revived(raw: &BasicProperties) -> BasicProperties {
-    let headers = without(&without(&copied_headers(raw), &BROKERS), &[OURS]);
+    let headers = without(&copied_headers(raw), &BROKERS);
     copied_properties(raw).with_headers(headers).with_delivery_mode(PERSISTENT)
 }
 
@@ -145,13 +145,14 @@ pub(super) fn fitting(properties: &BasicProperties, room: usize) -> BasicPropert
 }
 
 /// Headers that do no harm in another's hands: `CC` and `BCC` would have the broker send copies wherever a
-/// stranger says, in our name.
+/// stranger says, in our name, and ours are ours to write.
 fn copied_headers(raw: &BasicProperties) -> FieldTable {
     let mut copied = FieldTable::default();
     let mut bytes = 0;
     for (name, value) in raw.headers().iter().flat_map(|headers| headers.inner()) {
         bytes += name.as_str().len() + weight(value);
-        if bytes <= HEADERS_MAX && !["CC", "BCC"].contains(&name.as_str()) {
+        let name_is_free = !["CC", "BCC"].contains(&name.as_str()) && !name.as_str().starts_with(OURS);
+        if bytes <= HEADERS_MAX && name_is_free {
             copied.insert(name.clone(), value.clone());
         }
     }
@@ -214,7 +215,7 @@ mod tests {
     #[test]
     fn a_copy_for_the_dead_queue_leaves_out_what_would_steer_the_broker() {
         let mut headers = FieldTable::default();
-        for name in ["CC", "BCC", "tenant"] {
+        for name in ["CC", "BCC", "x-sandpiper-reason", "tenant"] {
             headers.insert(name.into(), AMQPValue::LongString("value".into()));
         }
         let raw = BasicProperties::default()

@@ -30,8 +30,8 @@ const FIRST_DELAY: Duration = Duration::from_millis(100);
 /// The longest pause between two attempts at one message. Connecting has its own.
 const LONGEST_DELAY: Duration = Duration::from_secs(5);
 
-/// A reply queue that refuses a result for this long (it is full) does not get it: a requester must not be able
-/// to hold up the results of all others. The results queue does.
+/// A reply queue that refuses a result for this long (it is full), or confirms none (it has lost its majority), does
+/// not get it: a requester must not be able to hold up the results of all others. The results queue does.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Attempts at a direct reply-to address. It may be what breaks the connection, for everybody: the broker fails
@@ -91,6 +91,8 @@ enum Answer {
     Confirmed,
     Returned,
     Nacked,
+    /// Nothing, though it answers otherwise.
+    Overdue,
 }
 
 impl Publisher {
@@ -119,6 +121,11 @@ impl Publisher {
         }))
     }
 
+    /// Waits until the broker takes messages. False where it never will again.
+    pub async fn up(&self) -> bool {
+        self.0.state.clone().wait_for(|state| *state == LinkState::Up).await.is_ok()
+    }
+
     /// How the connection is, now and later.
     pub fn state(&self) -> watch::Receiver<LinkState> {
         self.0.state.clone()
@@ -128,12 +135,14 @@ impl Publisher {
     ///
     /// Dropped before its end, it may or may not have been stored.
     pub async fn publish(&self, message: &Message) -> Sent {
-        let results = Address::Queue(self.0.config.results_queue.clone());
+        let [results, dead] = [&self.0.config.results_queue, &self.0.config.dead_queue]
+            .map(|queue| Address::Queue(queue.clone()));
         let mut to = message.to.clone();
         let mut delays = Delays::new(FIRST_DELAY, LONGEST_DELAY);
         let (mut refused_since, mut failures) = (None, 0);
         loop {
             // After a fault a direct address gets a connection for itself, so that innocents share no second one.
+            let start = Instant::now();
             let answer = self.attempt(message, &to, failures > 0).await;
             self.count(&answer, &to);
             match answer {
@@ -142,15 +151,15 @@ impl Publisher {
                     return if to == message.to { Sent::Delivered } else { Sent::Redirected };
                 }
                 Ok(Answer::Returned) if matches!(to, Address::Direct(_)) => return Sent::Dropped,
-                Ok(Answer::Returned) if to != results => {
+                Ok(Answer::Returned) if to != results && to != dead => {
                     self.redirect("is gone", &mut to, &results);
                     continue;
                 }
                 // Our own queue is gone. It is declared again by the next attempt.
                 Ok(Answer::Returned) => tracing::warn!("a queue of our own is gone; trying again"),
-                Ok(Answer::Nacked) => {
-                    let since = *refused_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() > PATIENCE && to != results {
+                Ok(Answer::Nacked | Answer::Overdue) => {
+                    let since = *refused_since.get_or_insert(start);
+                    if since.elapsed() > PATIENCE && to != results && to != dead {
                         self.redirect("takes nothing", &mut to, &results);
                         continue;
                     }
@@ -172,7 +181,7 @@ impl Publisher {
         match self.attempt(message, &message.to, false).await {
             Ok(Answer::Confirmed) => Told::Heard,
             Ok(Answer::Returned) => Told::NobodyThere,
-            Ok(Answer::Nacked) => Told::Failed,
+            Ok(Answer::Nacked | Answer::Overdue) => Told::Failed,
             Err(error) => {
                 tracing::debug!(error = chain(&error), "a message that is not repeated was not confirmed");
                 Told::Failed
@@ -192,7 +201,7 @@ impl Publisher {
             Ok(Answer::Returned) if matches!(to, Address::Direct(_)) => Published::Dropped,
             Ok(Answer::Returned) => Published::Returned,
             Ok(Answer::Nacked) => Published::Nacked,
-            Err(Error::Timeout { .. }) => Published::TimedOut,
+            Ok(Answer::Overdue) | Err(Error::Timeout { .. }) => Published::TimedOut,
             Err(_) => Published::Failed,
         });
     }
@@ -217,7 +226,13 @@ impl Publisher {
                 .await?
                 .await
         };
-        match outlet.link.ask("have a result confirmed", publishing).await? {
+        let Some(confirmation) = outlet.link.ask_for_now("have a result confirmed", publishing).await? else {
+            // One queue that does not answer, of all that share this connection? Then a new channel is had at once.
+            drop(outlet.link.channel().await?);
+            tracing::warn!("a result is not confirmed in time; it is published again");
+            return Ok(Answer::Overdue);
+        };
+        match confirmation {
             Confirmation::Ack(None) => {
                 self.0.metrics.confirm(start.elapsed());
                 outlet.give_back(channel);

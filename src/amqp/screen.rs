@@ -2,12 +2,14 @@
 //!
 //! A broker passes properties on as they are. lapin takes every short string for UTF-8 and gives the connection up
 //! where one is not; and it follows nested headers with its stack, so that some tens of kilobytes of brackets end
-//! the process. Either way the message comes again, to the next worker. So frames are looked at as they come in, and
-//! changed in place, without changing their length; [`envelope`] knows how. Bodies pass through unseen. The broker itself is trusted: what is not
-//! AMQP at all is left for lapin to complain about.
+//! the process. And a broker sends properties in one frame, whatever was agreed on the size of frames, where lapin
+//! gives the connection up over a larger one. Each time the message comes again, to the next worker. So frames are
+//! looked at as they come in, and changed in place; [`envelope`] knows how. Bodies pass through unseen. The broker
+//! itself is trusted: what is not AMQP at all is left for lapin to complain about.
 
 use std::io;
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
@@ -26,6 +28,9 @@ const FRAME_MAX: usize = 16 << 20;
 
 /// How much is read at a time.
 const CHUNK: usize = 64 << 10;
+
+/// A table with nothing in it: its length.
+const EMPTY: [u8; 4] = [0; 4];
 
 /// A stream as tokio has it, plain or in TLS.
 type Bare = AsyncTcpStream<<Tokio as Reactor>::TcpStream>;
@@ -75,7 +80,7 @@ impl Reactor for Screening {
         address: SocketAddr,
     ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
         let connecting = self.0.tcp_connect_addr(address);
-        async { Ok(Screen::new(AsyncTcpStream::Plain(connecting.await?))) }
+        async { Ok(Screen::new(AsyncTcpStream::Plain(connecting.await?), None)) }
     }
 }
 
@@ -92,13 +97,50 @@ pub(super) struct Screen<S> {
     filled: usize,
     /// and so many bytes after the clean ones need no look.
     passing: usize,
+    /// The largest frame that lapin takes.
+    largest: usize,
     /// What comes is not AMQP.
     blind: bool,
 }
 
 impl<S> Screen<S> {
-    pub(super) fn new(stream: S) -> Self {
-        Self { stream, buffer: Vec::new(), read: 0, clean: 0, filled: 0, passing: 0, blind: false }
+    /// `largest` is what is asked of the broker; it may offer less.
+    pub(super) fn new(stream: S, largest: Option<u32>) -> Self {
+        let mut this = Self {
+            stream,
+            buffer: Vec::new(),
+            read: 0,
+            clean: 0,
+            filled: 0,
+            passing: 0,
+            largest: usize::MAX,
+            blind: false,
+        };
+        this.agree_on(largest.unwrap_or(0));
+        this
+    }
+
+    /// The smaller one counts, of those that are any; and none is smaller than the protocol has it.
+    fn agree_on(&mut self, largest: u32) {
+        const LEAST: usize = 4_096;
+        if largest > 0 {
+            let largest = usize::try_from(largest).unwrap_or(usize::MAX);
+            self.largest = self.largest.min(largest.max(LEAST));
+        }
+    }
+
+    /// Takes the headers out of the frame of properties that ends at `end`. Returns where it ends then.
+    fn without_headers(&mut self, payload: Range<usize>, end: usize) -> usize {
+        let Some(headers) = envelope::headers(&mut self.buffer[payload.clone()]) else { return end };
+        let (from, to) = (payload.start + headers.start, payload.start + headers.end);
+        self.buffer.copy_within(to..self.filled, from + EMPTY.len());
+        self.buffer[from..from + EMPTY.len()].copy_from_slice(&EMPTY);
+        let less = to - from - EMPTY.len();
+        self.filled -= less;
+        // It fitted into 32 bits before.
+        let size = u32::try_from(payload.len() - less).unwrap_or_default();
+        self.buffer[payload.start - 4..payload.start].copy_from_slice(&size.to_be_bytes());
+        end - less
     }
 
     /// Makes room at the end, after everything clean was read.
@@ -135,14 +177,20 @@ impl<S> Screen<S> {
             match kind {
                 BODY | HEARTBEAT => self.passing = frame,
                 METHOD | HEADER if frame <= FRAME_MAX => {
-                    let end = self.clean + frame;
+                    let mut end = self.clean + frame;
                     if end > self.filled {
                         return;
                     }
+                    let payload = self.clean + AROUND - 1..end - 1;
+                    if kind == HEADER && frame > self.largest {
+                        end = self.without_headers(payload, end);
+                    }
                     let payload = &mut self.buffer[self.clean + AROUND - 1..end - 1];
+                    let offered = if kind == METHOD { envelope::offered(payload) } else { None };
                     // What cannot be understood here cannot be by lapin; it says so.
                     let _ =
                         if kind == METHOD { envelope::method(payload) } else { envelope::header(payload) };
+                    self.agree_on(offered.unwrap_or(0));
                     self.clean = end;
                 }
                 _ => self.blind = true,
@@ -222,10 +270,9 @@ mod tests {
     /// What comes out where `bytes` come in, read in parts of every size.
     async fn screened(bytes: &[u8]) -> Vec<u8> {
         let mut whole = Vec::new();
-        Screen::new(Cursor::new(bytes)).read_to_end(&mut whole).await.unwrap();
-        assert_eq!(whole.len(), bytes.len());
+        Screen::new(Cursor::new(bytes), None).read_to_end(&mut whole).await.unwrap();
         for size in 1..40 {
-            let (mut parts, mut screen) = (Vec::new(), Screen::new(Bits(bytes, size)));
+            let (mut parts, mut screen) = (Vec::new(), Screen::new(Bits(bytes, size), None));
             screen.read_to_end(&mut parts).await.unwrap();
             assert!(parts == whole, "read {size} bytes at a time");
         }
@@ -263,6 +310,27 @@ mod tests {
         // Another protocol altogether, whatever it looks like later on.
         let strange = [b"HTTP/1.1 400 no\r\n", &properties(1 << 10, &short(b"\xff"))[..]].concat();
         assert_eq!(screened(&strange).await, strange);
+    }
+
+    #[tokio::test]
+    async fn headers_that_do_not_fit_the_agreed_frame_are_taken_out() {
+        let tune = |largest: u32| {
+            frame(1, &[&[0, 10, 0, 30, 7, 255][..], &largest.to_be_bytes(), &[0, 60]].concat())
+        };
+        let message = |headers: &[u8]| {
+            let values = [short(b"text/plain"), long(headers), short(b"id")].concat();
+            [properties(1 << 15 | 1 << 13 | 1 << 7, &values), frame(3, b"body")].concat()
+        };
+        let field = |size: usize| [short(b"name"), vec![b'S'], long(&vec![b'x'; size])].concat();
+        // Around it: two short strings, and what the frame needs besides the one header.
+        let fits = 5_000 - (11 + 3) - (8 + 14) - 4 - (5 + 1 + 4);
+        for (size, headers) in [(fits, field(fits)), (fits + 1, Vec::new()), (60_000, Vec::new())] {
+            let come = [tune(5_000), message(&field(size)), message(b"")].concat();
+            let goes = [tune(5_000), message(&headers), message(b"")].concat();
+            assert!(screened(&come).await == goes, "{size}");
+        }
+        let unlimited = [tune(0), message(&field(60_000))].concat();
+        assert_eq!(screened(&unlimited).await, unlimited);
     }
 
     #[tokio::test]

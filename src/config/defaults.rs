@@ -5,7 +5,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::{
-    Amqp, Auth, Config, Environment, Http, Log, LogFormat, Queue, QueueType, Sandbox, Secret, Topology, Worker,
+    Amqp, Auth, Config, Environment, Http, Log, LogFormat, Queue, QueueType, Sandbox, Secret, Topology,
+    Worker,
 };
 use crate::job::Bounds;
 

@@ -31,7 +31,7 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
 );
 
-/// Checks all but the metadata. The id of the job that comes back is left to the caller.
+/// Checks all but the metadata. The name of the job that comes back is left to the caller.
 pub(super) fn check(raw: RawJob, admission: &Admission) -> Result<Job, String> {
     if let Some(id) = raw.id.as_deref().filter(|id| !is_id(id)) {
         return Err(format!(
@@ -62,6 +62,7 @@ pub(super) fn check(raw: RawJob, admission: &Admission) -> Result<Job, String> {
     let limits = check_limits(raw.timeout_ms, raw.limits, admission)?;
     let job = Job {
         id: String::new(),
+        named: false,
         code,
         preload,
         enable_network,

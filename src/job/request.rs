@@ -16,6 +16,8 @@ use crate::job::{Bounds, Limits};
 pub struct Job {
     /// 1-128 of `A-Za-z0-9._:-`.
     pub id: String,
+    /// Its publisher gave it that, or the message that it came in: it goes by it however often it comes.
+    pub named: bool,
     /// The source, as it came.
     pub code: String,
     /// Code that runs before the filter; empty where there is none.
@@ -142,7 +144,8 @@ pub fn parse(body: &[u8], message_id: Option<&str>, admission: &Admission) -> Re
         Ok(raw) => raw,
         Err(reason) => return Err(salvage(body, message_id, RefusalKind::Malformed, reason)),
     };
-    let id = identify(raw.id.as_deref(), message_id);
+    let name = name(raw.id.as_deref(), message_id);
+    let (named, id) = (name.is_some(), name.unwrap_or_else(unnamed));
     let (metadata, metadata_fits) = match raw.metadata.take() {
         None => (None, true),
         Some(Metadata::Fits(metadata)) => (Some(metadata), true),
@@ -150,27 +153,32 @@ pub fn parse(body: &[u8], message_id: Option<&str>, admission: &Admission) -> Re
     };
     let checked = if metadata_fits { check::check(raw, admission) } else { Err(check::metadata_too_large()) };
     match checked {
-        Ok(job) => Ok(Job { id, metadata, ..job }),
+        Ok(job) => Ok(Job { id, named, metadata, ..job }),
         Err(reason) => Err(Refusal { id, metadata, kind: RefusalKind::Unacceptable, reason }),
     }
 }
 
 fn salvage(body: &[u8], message_id: Option<&str>, kind: RefusalKind, reason: String) -> Refusal {
     let Salvage { id, metadata } = Salvage::from_body(body);
-    Refusal { id: identify(id.as_deref(), message_id), metadata, kind, reason }
+    Refusal { id: name(id.as_deref(), message_id).unwrap_or_else(unnamed), metadata, kind, reason }
 }
 
-/// The name that a job goes by.
-fn identify(id: Option<&str>, message_id: Option<&str>) -> String {
+/// The name that a job goes by, where it has one.
+fn name(id: Option<&str>, message_id: Option<&str>) -> Option<String> {
     let message_id = message_id.filter(|id| !id.is_empty());
     if let Some(id) = id.or(message_id).filter(|id| check::is_id(id)) {
-        return id.to_owned();
+        return Some(id.to_owned());
     }
-    match message_id {
-        Some(message_id) if check::is_id(message_id) => message_id.to_owned(),
-        // Brokers let any text be a message id. One that cannot be a job id still names this message, so the
-        // id is made from it: it stays the same over every delivery, and readers can drop duplicates.
-        Some(message_id) => Uuid::new_v5(&Uuid::NAMESPACE_OID, message_id.as_bytes()).to_string(),
-        None => Uuid::now_v7().to_string(),
+    let message_id = message_id?;
+    if check::is_id(message_id) {
+        return Some(message_id.to_owned());
     }
+    // Brokers let any text be a message id. One that cannot be a job id still names this message, so the
+    // id is made from it: it stays the same over every delivery, and readers can drop duplicates.
+    Some(Uuid::new_v5(&Uuid::NAMESPACE_OID, message_id.as_bytes()).to_string())
+}
+
+/// A name for a job that has none.
+fn unnamed() -> String {
+    Uuid::now_v7().to_string()
 }

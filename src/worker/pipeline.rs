@@ -66,7 +66,9 @@ impl Pipeline {
     pub(super) async fn process(self: Arc<Self>, delivery: Delivery) -> bool {
         let _held = self.metrics.holding();
         let (to, mut context) = (self.address(&delivery), self.context(&delivery));
-        let key = Key::of(&delivery);
+        let job = self.parse(&delivery, &mut context);
+        // Without a name, two jobs of the same words are two jobs all the same: neither answers for the other.
+        let key = job.as_ref().is_ok_and(|job| job.named).then(|| Key::of(&delivery));
         if let (Ok(to), Some(before)) = (&to, self.answered_before(&delivery, key).await) {
             return self.answer_again(delivery, to.clone(), &before).await;
         }
@@ -74,20 +76,22 @@ impl Pipeline {
             self.count(delivery).await;
             return false;
         }
-        let _under_way = self.answered.begin(key);
-        let ended = self.outcome(&delivery, &to, &mut context).await;
+        let _under_way = key.map(|key| self.answered.begin(key));
+        let ended = self.outcome(&delivery, job, &to, &context).await;
         let to = to.unwrap_or_else(|_| self.addresses.results());
-        self.conclude(delivery, to, context, ended).await
+        self.conclude(delivery, key, to, context, ended).await
     }
 
     /// The result that this very message got from this worker before; then only its ack was lost. Where it still
     /// runs here, because its channel went away under it, that result is waited for.
-    async fn answered_before(&self, delivery: &Delivery, key: Key) -> Option<Arc<Answer>> {
-        if !delivery.redelivered {
-            return None;
+    async fn answered_before(&self, delivery: &Delivery, key: Option<Key>) -> Option<Arc<Answer>> {
+        let key = key.filter(|_| delivery.redelivered)?;
+        tokio::select! {
+            biased;
+            () = self.slots.draining().cancelled() => None,
+            () = delivery.gone() => None,
+            () = self.answered.until_over(key) => self.answered.find(key),
         }
-        self.slots.draining().run_until_cancelled(self.answered.until_over(key)).await?;
-        self.answered.find(key)
     }
 
     /// A classic queue says that a message was delivered before, and not how often: a job that kills every worker
@@ -95,6 +99,16 @@ impl Pipeline {
     /// whoever runs that. Between the two steps there are both: no fault loses the job, and one may double it.
     async fn count(&self, delivery: Delivery) {
         let queue = &self.amqp.queues[delivery.queue].name;
+        let can_tell = tokio::select! {
+            biased;
+            () = self.slots.draining().cancelled() => false,
+            // It comes again: a copy would be one job too many.
+            () = delivery.gone() => return delivery.lost(),
+            can_tell = self.publisher.up() => can_tell,
+        };
+        if !can_tell {
+            return delivery.requeue().await;
+        }
         let copy = Message::counted(&delivery, queue);
         let told = self.kill.run_until_cancelled(self.publisher.tell(&copy)).await;
         if told == Some(Told::Heard) {
@@ -108,6 +122,7 @@ impl Pipeline {
     /// Publishes a result once more. The requester may have it already, and knows it by its message id.
     async fn answer_again(&self, delivery: Delivery, to: Address, before: &Answer) -> bool {
         if delivery.is_gone() {
+            delivery.lost();
             return false;
         }
         tracing::info!(message_id = before.message_id, "a job that came again was answered before");
@@ -124,10 +139,11 @@ impl Pipeline {
     async fn outcome(
         &self,
         delivery: &Delivery,
+        job: Result<Job, Detour>,
         to: &Result<Address, AddressError>,
-        context: &mut Context,
+        context: &Context,
     ) -> Result<Outcome, Detour> {
-        let job = self.parse(delivery, context)?;
+        let job = job?;
         self.not_poison(delivery)?;
         let to = to.as_ref().map_err(|error| decided(Status::Rejected, error.to_string()))?;
         delivery.properties.echoable().map_err(|error| decided(Status::Rejected, error))?;
@@ -158,6 +174,7 @@ impl Pipeline {
     async fn conclude(
         &self,
         delivery: Delivery,
+        key: Option<Key>,
         to: Address,
         context: Context,
         ended: Result<Outcome, Detour>,
@@ -169,8 +186,8 @@ impl Pipeline {
                 delivery.requeue().await;
                 false
             }
-            Ok(outcome) => self.answer_and_ack(delivery, to, context, outcome).await,
-            Err(Detour::Decided(outcome)) => self.answer_and_ack(delivery, to, context, *outcome).await,
+            Ok(outcome) => self.answer_and_ack(delivery, key, to, context, outcome).await,
+            Err(Detour::Decided(outcome)) => self.answer_and_ack(delivery, key, to, context, *outcome).await,
             Err(Detour::Dead(reason, outcome)) => self.bury(delivery, to, context, reason, *outcome).await,
             Err(Detour::Again) => {
                 delivery.requeue().await;
@@ -178,6 +195,7 @@ impl Pipeline {
             }
             Err(Detour::Gone) => {
                 tracing::debug!(id = context.id, "a job's channel is gone; it will come again");
+                delivery.lost();
                 false
             }
         };
@@ -188,11 +206,12 @@ impl Pipeline {
     async fn answer_and_ack(
         &self,
         delivery: Delivery,
+        key: Option<Key>,
         to: Address,
         context: Context,
         outcome: Outcome,
     ) -> bool {
-        let answered = self.answer(&delivery, to, context, outcome).await.is_some();
+        let answered = self.answer(&delivery, key, to, context, outcome).await.is_some();
         if answered {
             delivery.ack().await;
         } else {
@@ -205,6 +224,7 @@ impl Pipeline {
     async fn answer(
         &self,
         delivery: &Delivery,
+        key: Option<Key>,
         to: Address,
         context: Context,
         outcome: Outcome,
@@ -237,11 +257,13 @@ impl Pipeline {
         let message_id = job::message_id(&context.id).to_string();
         let ran = outcome.started_at.is_some() && outcome.status != Status::WorkerError;
         let body = Reply::new(context, outcome).encode(self.amqp.max_result_bytes);
-        let kept = ran.then(|| Answer { message_id: message_id.clone(), body: body.clone() });
+        let kept = key
+            .filter(|_| ran)
+            .map(|key| (key, Answer { message_id: message_id.clone(), body: body.clone() }));
         let message = Message::result(to, &delivery.properties, &message_id, body);
         self.kill.run_until_cancelled(self.publisher.publish(&message)).await?;
-        if let Some(kept) = kept {
-            self.answered.keep(Key::of(delivery), kept);
+        if let Some((key, answer)) = kept {
+            self.answered.keep(key, answer);
         }
         Some(())
     }
@@ -267,7 +289,7 @@ impl Pipeline {
         let queue = &self.amqp.queues[delivery.queue].name;
         let copy = Message::dead(&delivery, &self.amqp.dead_queue, queue, &why, &self.worker);
         let stored = self.kill.run_until_cancelled(self.publisher.publish(&copy)).await;
-        if stored.is_none() || self.answer(&delivery, to, context, outcome).await.is_none() {
+        if stored.is_none() || self.answer(&delivery, None, to, context, outcome).await.is_none() {
             delivery.requeue().await;
             return false;
         }

@@ -71,6 +71,7 @@ impl Running {
         let mut jobs = self.lock();
         jobs.here.values().filter(|job| job.id == id).for_each(|job| job.stop.cancel());
         jobs.forget();
+        jobs.cancelled.retain(|(_, cancelled)| cancelled != id);
         if jobs.cancelled.len() == REMEMBERED_MAX {
             jobs.cancelled.pop_front();
         }

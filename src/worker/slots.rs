@@ -68,11 +68,12 @@ impl Slots {
             biased;
             () = self.drain.cancelled() => None,
             () = stop.cancelled() => return Err(decided(Status::Cancelled, "cancelled on request, before it ran")),
+            // Somebody else has it by now; running it here as well would only double it.
+            () = delivery.gone() => return Err(Detour::Gone),
             place = place => place,
         };
         let place = place.ok_or(Detour::Again)?;
         if delivery.is_gone() {
-            // Somebody else has it by now; running it here as well would only double it.
             return Err(Detour::Gone);
         }
         Ok(Slot { _place: place, _running: self.metrics.running() })

@@ -124,6 +124,8 @@ async fn results_find_their_way() {
     replies::direct_reply_to_is_served_alive_and_survived_dead(&node).await;
     replies::a_hostile_reply_to_harms_nobody_else(&node).await;
     replies::a_full_reply_queue_is_waited_for(&node).await;
+    replies::a_reply_queue_that_confirms_nothing_holds_up_nobody_else(&node).await;
+    replies::a_vanished_dead_queue_is_declared_again(&node).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -147,6 +149,7 @@ async fn faults_of_the_network_are_survived() {
     network::the_first_addresses_are_dead(&node).await;
     network::cut_off_at_any_byte_of_the_handshake(&node).await;
     network::slow_and_reset(&node).await;
+    network::jobs_without_names_do_not_answer_for_each_other(&node).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

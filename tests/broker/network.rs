@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
+use lapin::BasicProperties;
 use tokio::net::TcpListener;
 
 use crate::broker::Node;
@@ -213,4 +214,35 @@ pub(crate) async fn slow_and_reset(node: &Node) {
     worker.until_ready().await;
     proxy.reset();
     oracle::holds(node, &mut [&mut worker], &queues, &mut replies, &ids, &all(&ids)).await;
+}
+
+pub(crate) async fn jobs_without_names_do_not_answer_for_each_other(node: &Node) {
+    const TWINS: usize = 2;
+    let queues = Queues::of("nameless");
+    let settings = queues.settings(&["worker.slots=1", "amqp.prefetch_surplus=1"]);
+    let proxy = Proxy::start(node.url()).await;
+    let mut worker = Worker::ready(&proxy.url(), &settings).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    // The same words twice: two jobs.
+    let job = br#"{"code": "import time; time.sleep(4)"}"#;
+    for _ in 0..TWINS {
+        let properties = BasicProperties::default().with_reply_to(queues.replies.as_str().into());
+        requester.publish(&queues.jobs, job, properties).await;
+    }
+    eventually("one runs and one waits", async || {
+        let received = worker.metric("sandpiper_jobs_received_total{queue=\"nameless.jobs\"}");
+        (received == 2.0 && worker.metric("sandpiper_jobs_running") == 1.0).then_some(())
+    })
+    .await;
+    proxy.reset();
+    let mut ids = HashSet::new();
+    // The one that ran has two: its ack was lost, and nothing tells it from the other.
+    for _ in 0..TWINS + 1 {
+        ids.insert(next(&mut replies).await.1["id"].as_str().unwrap().to_owned());
+    }
+    assert_eq!(ids.len(), TWINS + 1, "one answered for the other");
+    worker.assert_alive();
+    let lost = worker.metric("sandpiper_deliveries_settled_total{action=\"lost\"}");
+    assert_eq!(lost, 2.0, "what waited and what ran were lost with their channel");
 }

@@ -160,3 +160,51 @@ pub(crate) async fn a_full_reply_queue_is_waited_for(node: &Node) {
     assert_eq!(first.data, b"in the way");
     collect(&mut replies, &["waits".into()]).await;
 }
+
+pub(crate) async fn a_reply_queue_that_confirms_nothing_holds_up_nobody_else(node: &Node) {
+    let queues = Queues::of("deaf");
+    let worker = Worker::ready(node.url(), &queues.settings(&["amqp.operation_timeout_ms=3000"])).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut results = requester.listen(&queues.results).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    let deaf = "deaf.deaf";
+    requester.declare(deaf).await;
+    // As one without a majority: it is there, takes messages, and never says so.
+    let asleep = |asleep: bool| {
+        let what = if asleep { "suspend" } else { "resume" };
+        let queue = format!("rabbit_misc:r(<<\"/\">>, queue, <<\"{deaf}\">>)");
+        let said = node.ctl(&[
+            "eval",
+            &format!("{{ok, Q}} = rabbit_amqqueue:lookup({queue}), sys:{what}(amqqueue:get_pid(Q))."),
+        ]);
+        assert_eq!(said.trim(), "ok");
+    };
+    asleep(true);
+    requester.submit(&queues.jobs, "unheard", deaf).await;
+    let timed_out = "sandpiper_results_published_total{outcome=\"timed_out\"}";
+    eventually("the confirm is overdue more than once", async || {
+        (worker.metric(timed_out) > 1.0).then_some(())
+    })
+    .await;
+    requester.submit(&queues.jobs, "other", &queues.replies).await;
+    collect(&mut replies, &["other".into()]).await;
+    // In the end it goes where somebody can find it.
+    collect(&mut results, &["unheard".into()]).await;
+    worker.until_ready().await;
+    assert_eq!(worker.metric("sandpiper_connection_reconnects_total{role=\"publish\"}"), 0.0);
+    asleep(false);
+}
+
+pub(crate) async fn a_vanished_dead_queue_is_declared_again(node: &Node) {
+    let queues = Queues::of("undead");
+    let _worker = Worker::ready(node.url(), &queues.settings(&[])).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut results = requester.listen(&queues.results).await;
+    let deleting = requester.channel.queue_delete(queues.dead.as_str().into(), QueueDeleteOptions::default());
+    deleting.await.unwrap();
+    requester.publish(&queues.jobs, b"no job", BasicProperties::default()).await;
+    let (_, result) = next(&mut results).await;
+    assert_eq!(result["status"], "rejected", "{result}");
+    assert_eq!(requester.take(&queues.dead).await.data, b"no job");
+    assert_silent(&mut results).await;
+}

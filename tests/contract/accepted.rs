@@ -20,6 +20,7 @@ fn fixture(name: &str) -> Job {
 fn minimal() -> Job {
     Job {
         id: "m-1".into(),
+        named: true,
         code: "print(1)".into(),
         preload: String::new(),
         enable_network: false,

@@ -5,9 +5,13 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures_util::StreamExt;
-use lapin::options::{BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions};
+use lapin::message::Delivery;
+use lapin::options::{
+    BasicCancelOptions, BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions,
+};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation};
+use tokio::sync::watch;
 
 use crate::amqp::connection::{Dialer, Link};
 use crate::amqp::message::now;
@@ -52,6 +56,8 @@ pub enum ClientError {
 pub struct Answer {
     /// The id under which the job was submitted; empty where the message carries none.
     pub id: String,
+    /// The same for every duplicate.
+    pub message_id: String,
     /// `result`, `output` while a job runs, or `pong`.
     pub kind: String,
     /// JSON.
@@ -68,18 +74,22 @@ struct Inner {
     link: Link,
     queue: String,
     reply_to: ShortString,
+    /// Where answers come in.
+    listening: Channel,
     /// Channels in confirm mode that carry nothing: one message at a time on each, see the publisher.
     idle: Mutex<Vec<Channel>>,
     answers: tokio::sync::Mutex<lapin::Consumer>,
 }
 
 impl Client {
-    /// Connects and opens the reply queue, which goes with the connection.
+    /// Connects and opens the reply queue, which goes with the connection. A `patient` one waits for as long as the
+    /// broker takes no messages.
     ///
     /// # Errors
     /// No broker at any address, or it does not let us in.
-    pub async fn connect(config: &config::Amqp) -> Result<Self, ClientError> {
-        let link = Dialer::new(config, format!("sandpiper client {}", std::process::id())).dial().await?;
+    pub async fn connect(config: &config::Amqp, patient: bool) -> Result<Self, ClientError> {
+        let dialer = Dialer::new(config, format!("sandpiper client {}", std::process::id()));
+        let link = if patient { dialer } else { dialer.impatient() }.dial().await?;
         let channel = link.channel().await?;
         let options =
             QueueDeclareOptions { exclusive: true, auto_delete: true, ..QueueDeclareOptions::default() };
@@ -92,6 +102,7 @@ impl Client {
         Ok(Self(Arc::new(Inner {
             reply_to: queue.name().clone(),
             queue: config.jobs_queue.clone(),
+            listening: channel,
             idle: Mutex::default(),
             answers: tokio::sync::Mutex::new(answers),
             link,
@@ -171,13 +182,33 @@ impl Client {
             tracing::debug!(error = chain(&error), "the reply queue is gone");
             error
         })?;
-        let text =
-            |property: &Option<ShortString>| property.as_ref().map(ToString::to_string).unwrap_or_default();
-        Ok(Answer {
-            id: text(message.properties.correlation_id()),
-            kind: text(message.properties.kind()),
-            body: message.data,
-        })
+        Ok(Answer::new(message))
+    }
+
+    /// Those that have come and were not read. With them the reply queue ends: what comes later goes to the results
+    /// queue.
+    ///
+    /// # Errors
+    /// The connection is gone, and the queue with it.
+    pub async fn rest(&self) -> Result<Vec<Answer>, ClientError> {
+        let mut answers = self.0.answers.lock().await;
+        let ending = self.0.listening.basic_cancel(answers.tag(), BasicCancelOptions::default());
+        self.0.link.ask("end the reply queue", ending).await?;
+        let mut rest = Vec::new();
+        while let Some(Ok(message)) = answers.next().await {
+            rest.push(Answer::new(message));
+        }
+        Ok(rest)
+    }
+
+    /// Whether the broker takes no messages, now and later.
+    pub fn blocked(&self) -> watch::Receiver<bool> {
+        self.0.link.blocked()
+    }
+
+    /// Whether it waits for such a broker.
+    pub fn is_patient(&self) -> bool {
+        self.0.link.is_patient()
     }
 
     /// Says goodbye.
@@ -210,6 +241,19 @@ impl Client {
         let channel = self.0.link.channel().await?;
         self.0.link.ask("turn confirms on", channel.confirm_select(ConfirmSelectOptions::default())).await?;
         Ok(channel)
+    }
+}
+
+impl Answer {
+    fn new(message: Delivery) -> Self {
+        let text =
+            |property: &Option<ShortString>| property.as_ref().map(ToString::to_string).unwrap_or_default();
+        Self {
+            id: text(message.properties.correlation_id()),
+            message_id: text(message.properties.message_id()),
+            kind: text(message.properties.kind()),
+            body: message.data,
+        }
     }
 }
 

@@ -27,13 +27,19 @@ use crate::config::{Auth, Secret};
 pub(super) struct Dialer {
     config: config::Amqp,
     name: String,
+    patient: bool,
 }
 
 impl Dialer {
     /// `name` is what operators see in the broker's list of connections.
     pub(super) fn new(config: &config::Amqp, name: String) -> Self {
         prepare_lapin();
-        Self { config: config.clone(), name }
+        Self { config: config.clone(), name, patient: true }
+    }
+
+    /// For a person who waits: a broker that takes no messages is waited for no longer than any other answer.
+    pub(super) fn impatient(self) -> Self {
+        Self { patient: false, ..self }
     }
 
     /// Tries each address once, in turn, and returns the first connection that comes up, else the last error.
@@ -127,7 +133,7 @@ impl Dialer {
                 Error::Timeout { what: format!("connect to {broker}"), after: timeout }
             })?
             .map_err(&failed)?;
-        Ok(Link::new(connection, broker.clone(), socket, self.config.operation_timeout))
+        Ok(Link::new(connection, broker.clone(), socket, self.config.operation_timeout, self.patient))
     }
 
     fn properties(&self) -> ConnectionProperties {
@@ -239,13 +245,14 @@ pub(super) struct Link {
     broker: String,
     socket: Socket,
     timeout: Duration,
+    patient: bool,
     lost: CancellationToken,
     blocked: watch::Receiver<bool>,
     _watcher: DropGuard,
 }
 
 impl Link {
-    fn new(connection: Connection, broker: String, socket: Socket, timeout: Duration) -> Self {
+    fn new(connection: Connection, broker: String, socket: Socket, timeout: Duration, patient: bool) -> Self {
         let lost = CancellationToken::new();
         let watcher = CancellationToken::new();
         let (blocked, is_blocked) = watch::channel(false);
@@ -265,6 +272,7 @@ impl Link {
             broker,
             socket,
             timeout,
+            patient,
             lost,
             blocked: is_blocked,
             _watcher: watcher.drop_guard(),
@@ -289,6 +297,11 @@ impl Link {
     /// Whether the broker takes no messages from it at the moment.
     pub(super) fn blocked(&self) -> watch::Receiver<bool> {
         self.blocked.clone()
+    }
+
+    /// Whether it waits for as long as that lasts.
+    pub(super) fn is_patient(&self) -> bool {
+        self.patient
     }
 
     /// Gives the connection up, because of something that only its user saw.
@@ -328,7 +341,7 @@ impl Link {
     }
 
     /// The same, and the connection is kept: none where the answer is overdue. While the broker blocks the
-    /// connection the clock stands still: it owes us nothing then.
+    /// connection the clock stands still, unless somebody waits: it owes us nothing then.
     pub(super) async fn ask_for_now<T>(
         &self,
         what: &str,
@@ -347,7 +360,9 @@ impl Link {
                 }
                 () = self.lost() => return Err(Error::Lost),
                 Ok(()) = blocked.changed() => {}
-                () = tokio::time::sleep(self.timeout), if !is_blocked => return Ok(None),
+                () = tokio::time::sleep(self.timeout), if !(is_blocked && self.patient) => {
+                    return if is_blocked { Err(Error::Blocked { what: what.into() }) } else { Ok(None) };
+                }
             }
         }
     }

@@ -3,13 +3,16 @@
 //! Messages are taken without acknowledging them, so nothing is lost whatever happens here. What was only
 //! looked at goes back at the end; until then other readers do not see it. A broker puts what is given back behind
 //! what was given back before, so only taking all and giving all back keeps the order: that is why it is done.
+//! And a quorum queue takes what is given back at once in any order, so each waits for an answer of the broker's.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use lapin::options::{
     BasicAckOptions, BasicGetOptions, BasicNackOptions, BasicPublishOptions, ConfirmSelectOptions,
     QueueDeclareOptions, QueuePurgeOptions,
 };
-use lapin::types::{AMQPValue, FieldTable};
-use lapin::{Acker, BasicProperties, Channel, Confirmation};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::{BasicProperties, Channel, Confirmation};
 use uuid::Uuid;
 
 use crate::amqp::client::ClientError;
@@ -32,8 +35,8 @@ pub struct Dead {
     jobs: Vec<String>,
     /// How many messages of those that were there at the start have not been looked at.
     left: u32,
-    /// Something was taken, and may not be settled.
-    held: bool,
+    /// What was taken and is not settled, by the broker's numbers, in the order of the queue.
+    held: BTreeSet<u64>,
 }
 
 /// A message of the dead queue.
@@ -60,7 +63,7 @@ pub struct DeadMessage {
     /// As it came.
     pub body: Vec<u8>,
     raw: BasicProperties,
-    acker: Acker,
+    tag: u64,
 }
 
 impl Dead {
@@ -69,11 +72,10 @@ impl Dead {
     /// # Errors
     /// No broker, or no such queue on it.
     pub async fn open(config: &config::Amqp) -> Result<Self, ClientError> {
-        let link = Dialer::new(config, format!("sandpiper dead {}", std::process::id())).dial().await?;
+        let dialer = Dialer::new(config, format!("sandpiper dead {}", std::process::id()));
+        let link = dialer.impatient().dial().await?;
         let channel = link.channel().await?;
-        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        let finding = channel.queue_declare(short(&config.dead_queue)?, options, FieldTable::default());
-        let queue = match link.ask("find the dead queue", finding).await {
+        let left = match count(&link, &channel, &config.dead_queue).await {
             Err(Error::Operation { source, .. }) if is_not_found(&source) => {
                 return Err(ClientError::NoDeadQueue { queue: config.dead_queue.clone() });
             }
@@ -81,14 +83,14 @@ impl Dead {
         };
         link.ask("turn confirms on", channel.confirm_select(ConfirmSelectOptions::default())).await?;
         Ok(Self {
-            left: queue.message_count(),
+            left,
             queue: config.dead_queue.clone(),
             jobs: [&config.jobs_queue]
                 .into_iter()
                 .chain(config.queues.iter().map(|queue| &queue.name))
                 .cloned()
                 .collect(),
-            held: false,
+            held: BTreeSet::new(),
             link,
             channel,
         })
@@ -114,8 +116,8 @@ impl Dead {
         };
         self.left -= 1;
         let message = message.delivery;
-        self.held = true;
-        Ok(Some(DeadMessage::new(message.properties, message.data, message.acker)))
+        self.held.insert(message.delivery_tag);
+        Ok(Some(DeadMessage::new(message.properties, message.data, message.delivery_tag)))
     }
 
     /// Where a message goes when it is replayed: back to where it came from. What it says of that may be forged, so
@@ -152,8 +154,9 @@ impl Dead {
                 return Err(ClientError::Refused { queue });
             }
         }
-        let acking = message.acker.ack(BasicAckOptions::default());
+        let acking = self.channel.basic_ack(message.tag, BasicAckOptions::default());
         self.link.ask("take a message out of the dead queue", acking).await?;
+        self.held.remove(&message.tag);
         Ok(())
     }
 
@@ -172,40 +175,53 @@ impl Dead {
     /// # Errors
     /// The connection is gone. Everything goes back by itself then.
     pub async fn close(mut self) -> Result<(), ClientError> {
-        if self.held {
+        if !self.held.is_empty() {
             while self.next().await?.is_some() {}
-            // All at once. What was settled before is not touched.
-            let options = BasicNackOptions { multiple: true, requeue: true };
-            self.link.ask("put messages back", self.channel.basic_nack(ALL, options)).await?;
+        }
+        for tag in &self.held {
+            let options = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
+            self.link.ask("put messages back", self.channel.basic_nack(*tag, options)).await?;
+            // There is no answer to that; but to this.
+            count(&self.link, &self.channel, &self.queue).await?;
         }
         self.link.close().await;
         Ok(())
     }
 }
 
-/// In place of a delivery's number: every unsettled delivery of the channel.
-const ALL: u64 = 0;
+/// How many messages wait in a queue.
+async fn count(link: &Link, channel: &Channel, queue: &str) -> Result<u32, Error> {
+    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    let finding = channel.queue_declare(short(queue)?, options, FieldTable::default());
+    Ok(link.ask("find the dead queue", finding).await?.message_count())
+}
 
 impl DeadMessage {
-    fn new(raw: BasicProperties, body: Vec<u8>, acker: Acker) -> Self {
+    fn new(raw: BasicProperties, body: Vec<u8>, tag: u64) -> Self {
         let word = |property: &Option<lapin::types::ShortString>| property.as_ref().map(ToString::to_string);
         let (message_id, reply_to) = (word(raw.message_id()), word(raw.reply_to()));
         let correlation_id = word(raw.correlation_id());
+        // A worker takes the broker's word off what it writes itself. So where that is there it is the last one, and
+        // what else is said is a publisher's.
+        let death = last_death(&raw);
+        let broker = |field: &str| text(death?.get(field)?);
+        let ours = |field: &str| match death {
+            Some(_) => None,
+            None => header(&raw, &format!("x-sandpiper-{field}")),
+        };
         Self {
             key: key(&body, [&message_id, &reply_to, &correlation_id]),
-            // The broker's own word where no worker wrote one.
-            reason: header(&raw, "x-sandpiper-reason").or_else(|| header(&raw, "x-first-death-reason")),
-            // A worker takes the broker's word off what it writes itself, so where it is there, it is the last one.
-            queue: last_death(&raw).or_else(|| header(&raw, "x-sandpiper-queue")),
-            attempt: header(&raw, "x-sandpiper-attempt").and_then(|attempt| attempt.parse().ok()),
-            worker: header(&raw, "x-sandpiper-worker"),
-            at: header(&raw, "x-sandpiper-at"),
+            reason: ours("reason").or_else(|| broker("reason")),
+            queue: ours("queue").or_else(|| broker("queue")),
+            attempt: ours("attempt").and_then(|attempt| attempt.parse().ok()),
+            worker: ours("worker"),
+            at: ours("at").or_else(|| broker("time")),
             message_id,
             reply_to,
             correlation_id,
             body,
             raw,
-            acker,
+            tag,
         }
     }
 }
@@ -221,11 +237,11 @@ fn key(body: &[u8], properties: [&Option<String>; 3]) -> String {
     uuid.simple().to_string()[..12].to_owned()
 }
 
-/// The queue that the broker itself took the message from.
-fn last_death(raw: &BasicProperties) -> Option<String> {
+/// What the broker wrote when it took the message out of a queue itself.
+fn last_death(raw: &BasicProperties) -> Option<&BTreeMap<ShortString, AMQPValue>> {
     let AMQPValue::FieldArray(deaths) = raw.headers().as_ref()?.inner().get("x-death")? else { return None };
     let AMQPValue::FieldTable(death) = deaths.as_slice().first()? else { return None };
-    text(death.inner().get("queue")?)
+    Some(death.inner())
 }
 
 fn header(raw: &BasicProperties, name: &str) -> Option<String> {
@@ -238,6 +254,10 @@ fn text(value: &AMQPValue) -> Option<String> {
         AMQPValue::ShortString(text) => Some(text.to_string()),
         AMQPValue::LongLongInt(number) => Some(number.to_string()),
         AMQPValue::LongInt(number) => Some(number.to_string()),
+        AMQPValue::Timestamp(seconds) => {
+            let at = jiff::Timestamp::from_second(i64::try_from(*seconds).ok()?).ok()?;
+            Some(at.to_string())
+        }
         _ => None,
     }
 }

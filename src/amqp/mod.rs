@@ -88,6 +88,12 @@ pub enum Error {
         /// How long it was waited for.
         after: Duration,
     },
+    /// The broker takes no messages from anybody, and nobody can say for how long.
+    #[error("{what}: the broker takes no messages, it is short of memory or disk space; see to that first")]
+    Blocked {
+        /// The operation.
+        what: String,
+    },
     /// The broker refused an operation, or the channel broke over it.
     #[error("{what}")]
     Operation {

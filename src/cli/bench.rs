@@ -169,7 +169,7 @@ async fn measure_remote(
     config: &Config,
     args: &Args,
 ) -> anyhow::Result<(Vec<Sample>, Duration)> {
-    let client = remote::connect(config).await?;
+    let client = remote::connect_for_many(config).await?;
     let mut samples = Vec::with_capacity(args.jobs.get());
     let first = remote::collect(&client, remote::repeated(&body, 1), 1, PATIENCE, |_| Ok(())).await?;
     complete(first, 0, args)?;

@@ -5,6 +5,7 @@ use anyhow::bail;
 use crate::cli::args::ConfigArgs;
 use crate::cli::{End, remote, runtime};
 use crate::job;
+use crate::worker::REMEMBERED_MAX;
 
 const EXAMPLES: &str = "\
 Example:
@@ -12,8 +13,9 @@ Example:
 
 Every worker is asked at once. A job that runs ends within a second, one that waits never starts;
 its requester gets a result with the status cancelled. Workers keep the request for ten minutes,
-for a job that is still in the queue. A job that has ended keeps its result: nobody says whether
-there was one to cancel.
+for a job that is still in the queue, and the last 1,024 of them; a job that is published anew
+under such an id within that time is cancelled, too. A job that has ended keeps its result: nobody
+says whether there was one to cancel.
 
 Exit code: 0 when the workers were asked; 1 when none is there, or the broker is not.";
 
@@ -32,6 +34,13 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> anyhow::Result<End> {
     if let Some(wrong) = args.ids.iter().find(|id| !job::is_id(id)) {
         bail!("{wrong:?} is no job's id: those have 1 to 128 of A-Z, a-z, 0-9 and ._:-");
+    }
+    if args.ids.len() > REMEMBERED_MAX {
+        bail!(
+            "{} ids are more than workers remember for jobs that still wait, {REMEMBERED_MAX}; ask for fewer at a time, \
+             ten minutes apart",
+            args.ids.len()
+        );
     }
     let config = args.config.load()?;
     runtime()?.block_on(async {

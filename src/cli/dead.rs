@@ -1,5 +1,7 @@
 //! `dead`: the messages that could not be handled, and what can be done about them.
 
+use std::io::IsTerminal;
+
 use anyhow::{Context, bail};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -7,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::amqp::dead::{Dead, DeadMessage};
 use crate::cli::args::ConfigArgs;
+use crate::cli::output::one_line;
 use crate::cli::{End, output, runtime};
 use crate::config::Config;
 
@@ -106,7 +109,7 @@ async fn list(config: &Config, limit: u32, as_json: bool) -> anyhow::Result<End>
         if as_json {
             output::print_json(&described(&message))?;
         } else {
-            let at = message.at.as_deref().unwrap_or("-");
+            let at = one_line(message.at.as_deref().unwrap_or("-"));
             let reason = one_line(message.reason.as_deref().unwrap_or("-"));
             let id = job_id(&message).unwrap_or_else(|| "-".into());
             output::print(format!("{}  {at}  {}  {reason}\n", message.key, one_line(&id)).as_bytes())?;
@@ -130,7 +133,7 @@ async fn show(config: &Config, name: &str, as_json: bool) -> anyhow::Result<End>
         }
     }
     dead.close().await?;
-    let Some(message) = found else { bail!("the dead queue holds no message of the key or job id {name}") };
+    let Some(message) = found else { bail!("the dead queue holds no message of the key or job id {name:?}") };
     let mut about = described(&message);
     if as_json {
         match std::str::from_utf8(&message.body) {
@@ -147,7 +150,7 @@ async fn show(config: &Config, name: &str, as_json: bool) -> anyhow::Result<End>
             other => output::complain(&format!("{field}: {other}")),
         }
     }
-    output::print(&message.body)?;
+    output::print(&if std::io::stdout().is_terminal() { readable(&message.body) } else { message.body })?;
     Ok(End::Done)
 }
 
@@ -173,7 +176,7 @@ async fn replay(config: &Config, names: &[String]) -> anyhow::Result<End> {
     closed?;
     output::complain(&format!("{replayed} messages are jobs again"));
     if let Some(name) = missing.first() {
-        bail!("the dead queue holds no message of the key or job id {name}");
+        bail!("the dead queue holds no message of the key or job id {name:?}");
     }
     Ok(End::Done)
 }
@@ -189,6 +192,20 @@ async fn purge(config: &Config, yes: bool) -> anyhow::Result<End> {
     dead.close().await?;
     output::complain(&format!("{count} messages are gone"));
     Ok(End::Done)
+}
+
+/// A stranger's bytes, which must not steer a terminal.
+fn readable(body: &[u8]) -> Vec<u8> {
+    let text = String::from_utf8_lossy(body);
+    let shown: String = text
+        .chars()
+        .map(
+            |char| {
+                if char.is_control() && !"\n\t".contains(char) { char::REPLACEMENT_CHARACTER } else { char }
+            },
+        )
+        .collect();
+    [shown.as_bytes(), b"\n"].concat()
 }
 
 fn is_named(message: &DeadMessage, name: &str) -> bool {
@@ -216,9 +233,4 @@ fn described(message: &DeadMessage) -> Value {
         "reply_to": message.reply_to,
         "bytes": message.body.len(),
     })
-}
-
-/// Text of strangers, fit for a terminal.
-fn one_line(text: &str) -> String {
-    text.chars().map(|char| if char.is_control() { ' ' } else { char }).collect()
 }

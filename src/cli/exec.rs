@@ -78,6 +78,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
         environment.standby = 1;
     }
     let asked = args.job.read(config.amqp.max_body_bytes)?;
+    if let Some(directory) = &args.artifacts_to {
+        output::prepare(directory)?;
+    }
     let trace = args.trace_syscalls.then(Trace::default);
     let mut environment = String::new();
     let reply = match local::admit(asked, &config) {
@@ -91,20 +94,20 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
         }
         Err(refused) => *refused,
     };
-    if let Some(directory) = &args.artifacts_to {
-        output::save(&reply, directory)?;
-    }
     let seen = trace.as_ref().map(|trace| trace::rows(trace, &environment));
     if args.json {
         match &seen {
             None => output::print_json(&reply)?,
             Some(rows) => output::print_json(&trace::Document::new(&reply, rows))?,
         }
-        return Ok(End::Printed(reply.status));
     }
-    let end = output::show(&reply)?;
-    if let Some(rows) = &seen {
+    let end = if args.json { End::Printed(reply.status) } else { output::show(&reply)? };
+    if let Some(rows) = seen.as_ref().filter(|_| !args.json) {
         output::print_error(trace::page(rows).as_bytes());
+    }
+    // Last: what cannot be written costs nothing else of the result.
+    if let Some(directory) = &args.artifacts_to {
+        output::save(&reply, directory)?;
     }
     Ok(end)
 }

@@ -29,6 +29,17 @@ pub(super) fn print(bytes: &[u8]) -> anyhow::Result<()> {
     }
 }
 
+/// The same where a reader who went away is one: what goes on would be for nobody.
+pub(super) fn print_for_somebody(bytes: &[u8]) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(bytes).and_then(|()| out.flush()).context("failed to write standard output")
+}
+
+/// Text of strangers, fit for a line on a terminal.
+pub(super) fn one_line(text: &str) -> String {
+    text.chars().map(|char| if char.is_control() { ' ' } else { char }).collect()
+}
+
 /// Bytes of the job's on standard error.
 pub(super) fn print_error(bytes: &[u8]) {
     // Nobody is left to tell where standard error is closed.
@@ -74,6 +85,12 @@ pub(super) fn verdict(reply: &Reply) -> String {
     let error = reply.error.as_deref().unwrap_or("no more is known");
     let error: Vec<&str> = error.split_whitespace().collect();
     format!("{}: {}", reply.status.as_str(), error.join(" "))
+}
+
+/// A directory for returned files, made where it is missing.
+pub(super) fn prepare(directory: &Path) -> anyhow::Result<()> {
+    std::fs::create_dir_all(directory)
+        .with_context(|| format!("failed to make {}, for the returned files", directory.display()))
 }
 
 /// Writes the returned files below `directory`, which is made where it is missing. Their names come from the job:

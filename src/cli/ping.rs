@@ -8,6 +8,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::amqp::Pong;
 use crate::amqp::client::ClientError;
 use crate::cli::args::ConfigArgs;
+use crate::cli::output::one_line;
 use crate::cli::{End, output, remote, runtime};
 use crate::config::Config;
 
@@ -60,8 +61,13 @@ async fn collect(config: &Config, wait: Duration) -> anyhow::Result<Vec<Pong>> {
     let mut pongs = Vec::new();
     while let Ok(answer) = timeout_at(until, client.next()).await {
         let answer = answer.context("failed to wait for answers")?;
-        if answer.kind == "pong" {
-            pongs.push(serde_json::from_slice(&answer.body).context("an answer cannot be understood")?);
+        if answer.kind != "pong" {
+            continue;
+        }
+        match serde_json::from_slice(&answer.body) {
+            Ok(pong) => pongs.push(pong),
+            // One of another version, or no worker at all; the others count.
+            Err(error) => output::complain(&format!("an answer cannot be understood: {error}")),
         }
     }
     client.close().await;
@@ -79,16 +85,16 @@ fn shown(pongs: &[Pong], now: jiff::Timestamp) -> String {
         let _ = writeln!(
             text,
             "{}  {state}, {running} of {} slots, up {}, version {}, {} {}",
-            pong.worker,
+            one_line(&pong.worker),
             pong.slots,
             ago(pong.since, now),
-            pong.version,
+            one_line(&pong.version),
             if pong.queues.len() == 1 { "queue" } else { "queues" },
-            pong.queues.join(", "),
+            one_line(&pong.queues.join(", ")),
         );
         for job in &pong.jobs {
             let state = if job.running { "runs" } else { "waits" };
-            let _ = writeln!(text, "  {}  {state}, here for {}", job.id, ago(job.since, now));
+            let _ = writeln!(text, "  {}  {state}, here for {}", one_line(&job.id), ago(job.since, now));
         }
     }
     text
@@ -116,7 +122,7 @@ mod tests {
     fn a_worker_and_its_jobs_are_shown_with_their_age() {
         let at = |seconds| jiff::Timestamp::from_second(seconds).unwrap();
         let pong = Pong {
-            worker: "host:1".into(),
+            worker: "host\u{1b}1".into(),
             version: "0.1.0".into(),
             since: at(0),
             slots: 2,
@@ -129,7 +135,7 @@ mod tests {
         };
         assert_eq!(
             shown(&[pong], at(100_061)),
-            "host:1  takes jobs, 1 of 2 slots, up 1 d 3 h, version 0.1.0, queue sandpiper.jobs\n\
+            "host 1  takes jobs, 1 of 2 slots, up 1 d 3 h, version 0.1.0, queue sandpiper.jobs\n\
              \x20 a  runs, here for 1 min 1 s\n\
              \x20 b  waits, here for 0 s\n"
         );

@@ -1,23 +1,25 @@
 //! `submit`: jobs to the queue, results back; one like `exec`, or many as a batch.
 
-use std::io::{BufRead, BufReader};
+mod lines;
+mod live;
+
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
-use tokio::sync::mpsc;
+use serde_json::json;
 
 use crate::amqp::client::Client;
 use crate::cli::args::ConfigArgs;
 use crate::cli::job_args::{Asked, JobArgs};
-use crate::cli::remote::{self, Arrived, Over};
+use crate::cli::remote::{self, Arrived, Missing, Over};
+use crate::cli::submit::lines::{Batch, ended};
+use crate::cli::submit::live::Live;
 use crate::cli::{End, output, runtime};
 use crate::config::Config;
-use crate::job::{Chunk, Reply, Stream};
+use crate::job::Reply;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -42,7 +44,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "FILE|-", conflicts_with_all = ["file", "job", "JobFlags"])]
     batch: Option<PathBuf>,
 
-    /// Print the result object: one JSON document on standard output, nothing else there
+    /// Print the result object: one JSON document on standard output, nothing else there; with --no-wait one with
+    /// the id of the job
     #[arg(long)]
     json: bool,
 
@@ -89,7 +92,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
     let runtime = runtime()?;
     let end = match &args.batch {
         Some(file) => {
-            let jobs = lines(file, config.amqp.max_body_bytes)?;
+            let jobs = lines::read(file, config.amqp.max_body_bytes)?;
             runtime.block_on(batch(jobs, args, &config))
         }
         None => match args.job.read(config.amqp.max_body_bytes)? {
@@ -103,15 +106,22 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
 }
 
 async fn single(body: Vec<u8>, args: &Args, config: &Config) -> anyhow::Result<End> {
+    if let Some(directory) = &args.artifacts_to {
+        output::prepare(directory)?;
+    }
     let client = remote::connect(config).await?;
+    let own_id = own_id(&body);
     if args.no_wait {
-        leave(&client, body).await?;
+        let id = leave(&client, body).await?;
         client.close().await;
+        if args.json {
+            output::print_json(&json!({ "id": own_id.unwrap_or(id) }))?;
+        }
         return Ok(End::Done);
     }
     let body = if args.stream { streaming(body) } else { body };
     let mut result: Option<Arrived> = None;
-    let mut live = Live { to_terminal: !args.json, ..Live::default() };
+    let mut live = Live::new(!args.json);
     let over = remote::collect_live(
         &client,
         remote::repeated(&body, 1),
@@ -121,21 +131,35 @@ async fn single(body: Vec<u8>, args: &Args, config: &Config) -> anyhow::Result<E
             result = Some(arrived);
             Ok(())
         },
-        |chunk| live.show(&chunk),
+        |chunk, message_id| live.show(chunk, message_id),
     );
     let over = over.await?;
     client.close().await;
     let Some(Arrived { reply, .. }) = result else {
-        bail!("{}", missing(over, args));
+        let id = match &over {
+            Over::Complete => None,
+            Over::Silent(missing) | Over::Interrupted(missing) => own_id.or(missing.oldest.clone()),
+        };
+        let cancel = id.map(|id| format!("; sandpiper cancel {id} ends it")).unwrap_or_default();
+        bail!("{}{cancel}", missing(&over, args));
     };
+    let end = if args.json {
+        output::print_json(&reply)?;
+        End::Printed(reply.status)
+    } else {
+        output::show_rest(&reply, live.shown(&reply))?
+    };
+    // Last: what cannot be written costs nothing else of the result.
     if let Some(directory) = &args.artifacts_to {
         output::save(&reply, directory)?;
     }
-    if args.json {
-        output::print_json(&reply)?;
-        return Ok(End::Printed(reply.status));
-    }
-    output::show_rest(&reply, live.shown)
+    Ok(end)
+}
+
+/// The id that a job names itself.
+fn own_id(body: &[u8]) -> Option<String> {
+    let job: serde_json::Value = serde_json::from_slice(body).ok()?;
+    job["id"].as_str().map(str::to_owned)
 }
 
 /// The job with `stream` set. What is no job is left as it is, for the worker to say so.
@@ -147,44 +171,13 @@ fn streaming(body: Vec<u8>) -> Vec<u8> {
     serde_json::to_vec(&job).unwrap_or(body)
 }
 
-/// What has been printed of a job that still runs.
-#[derive(Default)]
-struct Live {
-    to_terminal: bool,
-    next: u64,
-    /// Bytes of standard output, and of standard error.
-    shown: [usize; 2],
-}
-
-impl Live {
-    /// A piece that came twice, or out of turn because the job was delivered again, is not shown: the result has
-    /// all that is missing.
-    fn show(&mut self, chunk: &Chunk) -> anyhow::Result<()> {
-        if chunk.seq != self.next || !self.to_terminal {
-            return Ok(());
-        }
-        self.next += 1;
-        let bytes = chunk.bytes().context("output is not what it says it is")?;
-        let [stdout, stderr] = &mut self.shown;
-        match chunk.stream {
-            Stream::Stdout => {
-                *stdout += bytes.len();
-                output::print(&bytes)
-            }
-            Stream::Stderr => {
-                *stderr += bytes.len();
-                output::print_error(&bytes);
-                Ok(())
-            }
-        }
-    }
-}
-
 async fn batch(Batch { mut jobs, refused }: Batch, args: &Args, config: &Config) -> anyhow::Result<End> {
-    let client = remote::connect(config).await?;
+    let client = remote::connect_for_many(config).await?;
     if args.no_wait {
-        while let Some(job) = jobs.recv().await {
-            leave(&client, job).await?;
+        let mut last = 0;
+        while let Some((number, job)) = jobs.recv().await {
+            leave(&client, job).await.with_context(|| format!("stopped after line {last} of the batch"))?;
+            last = number;
         }
         client.close().await;
         return Ok(ended(&refused));
@@ -203,33 +196,42 @@ async fn batch(Batch { mut jobs, refused }: Batch, args: &Args, config: &Config)
     let over = over.await;
     bar.finish_and_clear();
     client.close().await;
-    match over.with_context(|| format!("stopped after {results} results"))? {
-        Over::Complete => Ok(ended(&refused)),
-        over => {
-            output::complain(&format!("{results} results came; {}", missing(over, args)));
-            Ok(End::Unsatisfied)
+    match over.with_context(|| format!("stopped after {results} results")) {
+        Ok(Over::Complete) => return Ok(ended(&refused)),
+        Ok(over) => {
+            let (Over::Silent(Missing { last, .. }) | Over::Interrupted(Missing { last, .. })) = over else {
+                return Ok(ended(&refused));
+            };
+            output::complain(&format!(
+                "{results} results came; {}; line {last} of the batch was the last to be sent",
+                missing(&over, args)
+            ));
         }
+        Err(error) => output::complain(&format!("{error:#}")),
     }
+    Ok(End::Unsatisfied)
 }
 
-async fn leave(client: &Client, body: Vec<u8>) -> anyhow::Result<()> {
+/// Returns the id of the message, which is that of a job without one of its own.
+async fn leave(client: &Client, body: Vec<u8>) -> anyhow::Result<String> {
     let id = uuid::Uuid::now_v7().to_string();
-    client.submit_and_leave(body, &id).await.context("failed to hand a job over")
+    client.submit_and_leave(body, &id).await.context("failed to hand a job over")?;
+    Ok(id)
 }
 
 fn patience(args: &Args) -> Duration {
     Duration::from_millis(args.wait_ms)
 }
 
-fn missing(over: Over, args: &Args) -> String {
+fn missing(over: &Over, args: &Args) -> String {
     match over {
         Over::Complete => "no result came".into(),
-        Over::Silent(count) => format!(
-            "{count} outstanding, and none came for {} ms (--wait-ms): is a worker running?",
+        Over::Silent(Missing { outstanding, .. }) => format!(
+            "{outstanding} outstanding, and none came for {} ms (--wait-ms): is a worker running?",
             args.wait_ms
         ),
-        Over::Interrupted(count) => format!(
-            "interrupted with {count} outstanding: the jobs stay in the queue, their results go to the \
+        Over::Interrupted(Missing { outstanding, .. }) => format!(
+            "interrupted with {outstanding} outstanding: the jobs stay in the queue, their results go to the \
              results queue"
         ),
     }
@@ -237,64 +239,6 @@ fn missing(over: Over, args: &Args) -> String {
 
 /// The result as it came, on a line of its own.
 fn line(body: &[u8], reply: &Reply) -> anyhow::Result<()> {
-    if body.contains(&b'\n') {
-        return output::print_json(reply);
-    }
-    output::print(&[body, b"\n"].concat())
-}
-
-/// Jobs as they are read, one a line.
-struct Batch {
-    jobs: mpsc::Receiver<Vec<u8>>,
-    /// Lines that are no job, or could not be read. They were told of and have no result.
-    refused: Arc<AtomicUsize>,
-}
-
-fn ended(refused: &AtomicUsize) -> End {
-    if refused.load(Ordering::Relaxed) == 0 { End::Done } else { End::Unsatisfied }
-}
-
-/// The lines of a file; empty ones are passed over.
-fn lines(file: &Path, largest: usize) -> anyhow::Result<Batch> {
-    let input: Box<dyn BufRead + Send> = if file == Path::new("-") {
-        Box::new(BufReader::new(std::io::stdin()))
-    } else {
-        let opened = std::fs::File::open(file);
-        Box::new(BufReader::new(opened.with_context(|| format!("failed to read {}", file.display()))?))
-    };
-    let (send, jobs) = mpsc::channel(64);
-    let refused = Arc::new(AtomicUsize::new(0));
-    let count = Arc::clone(&refused);
-    std::thread::spawn(move || {
-        for (number, line) in (1_usize..).zip(input.split(b'\n')) {
-            let job = line.context("it cannot be read").and_then(|line| check(line, largest));
-            match job {
-                Ok(None) => {}
-                Ok(Some(job)) => {
-                    // The other end is gone when the batch is over.
-                    if send.blocking_send(job).is_err() {
-                        break;
-                    }
-                }
-                Err(error) => {
-                    count.fetch_add(1, Ordering::Relaxed);
-                    output::complain(&format!("line {number} of the batch is left out: {error:#}"));
-                }
-            }
-        }
-    });
-    Ok(Batch { jobs, refused })
-}
-
-/// A line that is no job at all would end in the dead queue: better said here, with its number.
-fn check(line: Vec<u8>, largest: usize) -> anyhow::Result<Option<Vec<u8>>> {
-    if line.trim_ascii().is_empty() {
-        return Ok(None);
-    }
-    if line.len() > largest {
-        bail!("it has {} bytes, above amqp.max_body_bytes = {largest}", line.len());
-    }
-    serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&line)
-        .context("it is not a JSON object")?;
-    Ok(Some(line))
+    let body = if body.contains(&b'\n') { &serde_json::to_vec(reply)? } else { body };
+    output::print_for_somebody(&[body, b"\n"].concat())
 }

@@ -34,6 +34,9 @@ pub(super) fn check(url: &str) -> Result<(), &'static str> {
     if vhost.contains('/') {
         return Err("holds a `/` in the password or the vhost; write it as %2f");
     }
+    if vhost.contains('@') {
+        return Err("holds a `/` in the password, or an `@` in the vhost; write them as %2f and %40");
+    }
     let host = match authority.rsplit_once('@') {
         Some((user, _)) if user.contains('@') => return Err("holds an `@` in the password; write it as %40"),
         Some((_, host)) => host,

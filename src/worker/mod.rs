@@ -22,6 +22,7 @@ use tokio_util::task::TaskTracker;
 
 pub use drain::{Ended, Shutdown};
 pub use health::Health;
+pub use running::REMEMBERED_MAX;
 
 use crate::amqp::{Addresses, Consumer, Publisher};
 use crate::config::{self, Config};

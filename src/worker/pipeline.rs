@@ -72,6 +72,10 @@ impl Pipeline {
         if let (Ok(to), Some(before)) = (&to, self.answered_before(&delivery, key).await) {
             return self.answer_again(delivery, to.clone(), &before).await;
         }
+        if delivery.is_gone() {
+            delivery.lost();
+            return false;
+        }
         if delivery.uncounted && self.not_poison(&delivery).is_ok() {
             self.count(delivery).await;
             return false;
@@ -102,7 +106,7 @@ impl Pipeline {
         let can_tell = tokio::select! {
             biased;
             () = self.slots.draining().cancelled() => false,
-            // It comes again: a copy would be one job too many.
+            // It comes again; a copy would be one job too many.
             () = delivery.gone() => return delivery.lost(),
             can_tell = self.publisher.up() => can_tell,
         };

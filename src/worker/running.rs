@@ -15,7 +15,7 @@ use crate::worker::pipeline::{Detour, decided};
 const REMEMBERED: Duration = Duration::from_secs(600);
 
 /// And at most so many of them: they come from anyone who may publish.
-const REMEMBERED_MAX: usize = 1_024;
+pub const REMEMBERED_MAX: usize = 1_024;
 
 /// Past its time limit a job is killed at once; one that is still here this much later is stuck.
 const STUCK: Duration = Duration::from_secs(120);

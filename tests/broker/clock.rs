@@ -58,7 +58,7 @@ pub(crate) async fn the_clock_jumps(node: &Node) {
         ..Surroundings::default()
     };
     let settings =
-        queues.settings(&["worker.slots=4", "amqp.heartbeat_ms=1000", "amqp.operation_timeout_ms=5000"]);
+        queues.settings(&["worker.slots=4", "amqp.heartbeat_ms=5000", "amqp.operation_timeout_ms=30000"]);
     let mut worker = Worker::ready_in(node.url(), &settings, &surroundings).await;
     let requester = Requester::connect(node.url()).await;
     let mut replies = requester.replies(&queues.replies).await;

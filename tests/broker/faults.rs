@@ -49,7 +49,8 @@ pub(crate) async fn connections_closed_by_an_operator(node: &Node) {
     under_way(&worker).await;
     node.ctl(&["close_all_connections", "maintenance"]);
     all_is_well(node, &mut worker, &queues, &ids).await;
-    assert!(worker.metric("sandpiper_connection_reconnects_total{role=\"consume\"}") >= 1.0);
+    let reconnects = "sandpiper_connection_reconnects_total{role=\"consume\"}";
+    eventually("it has connected anew", async || (worker.metric(reconnects) >= 1.0).then_some(())).await;
 }
 
 pub(crate) async fn the_jobs_queue_is_deleted(node: &Node) {

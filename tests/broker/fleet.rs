@@ -26,6 +26,9 @@ async fn killed(node: &Node, warm: bool) {
     let settings = queues.settings(&["worker.slots=4", &format!("environments.default.warm={warm}")]);
     let mounts = oracle::mounts();
     let mut worker = Worker::ready(node.url(), &settings).await;
+    if warm {
+        worker.until_warm().await;
+    }
     let requester = Requester::connect(node.url()).await;
     let mut replies = requester.replies(&queues.replies).await;
     let ids: Vec<String> = (0..4).map(|at| format!("job-{at}")).collect();
@@ -132,6 +135,8 @@ pub(crate) async fn the_next_one_takes_over_a_single_active_consumer_queue(node:
     collect(&mut replies, &ids).await;
     let taken = |worker: &Worker| worker.metric("sandpiper_jobs_completed_total{status=\"succeeded\"}");
     assert_eq!((taken(&one), taken(&two)), (4.0, 0.0), "one is active");
+    let acked = "sandpiper_deliveries_settled_total{action=\"acked\"}";
+    eventually("all are acked", async || (one.metric(acked) == 4.0).then_some(())).await;
     one.kill();
     for id in &ids {
         requester.submit(&queues.jobs, id, &queues.replies).await;

@@ -34,7 +34,9 @@ pub(crate) async fn slots_are_shared_by_weight(node: &Node) {
     const JOBS: usize = 120;
     let queues = Queues::of("weights");
     let batch = format!("{}.batch", queues.jobs);
-    let settings = two(&queues, &["worker.slots=2"]);
+    // More than run, so that of both some always wait here, however slow the broker is.
+    let more = ["worker.slots=2", "amqp.prefetch_surplus=40", "limits.timeout_ms.maximum=60000"];
+    let settings = two(&queues, &more);
     // Declared by a worker that takes nothing.
     drop(Worker::ready(node.url(), &settings).await);
     let requester = Requester::connect(node.url()).await;
@@ -117,8 +119,19 @@ pub(crate) async fn the_dead_go_back_to_where_they_came_from(node: &Node) {
     let (mut dead, message) = one().await;
     dead.purge().await.unwrap();
     drop((dead, message));
+    // The copy is there before the original is acked: else that would come back, before what is to expire.
+    let settled = "sandpiper_deliveries_settled_total{action=\"dead_lettered\"}";
+    eventually("both are settled", async || (worker.metric(settled) == 2.0).then_some(())).await;
     drop(worker);
-    requester.channel.queue_purge(queues.dead.as_str().into(), Default::default()).await.unwrap();
+    let emptied = async || {
+        // What was looked at is back when its connection has ended.
+        eventually("it is back, and goes", async || {
+            let purging = requester.channel.queue_purge(queues.dead.as_str().into(), Default::default());
+            (purging.await.unwrap() == 1).then_some(())
+        })
+        .await;
+    };
+    emptied().await;
 
     // Expired in the queue, so dead by the broker's hand; and what its publisher says of the queue is not believed.
     let mut headers = FieldTable::default();
@@ -133,7 +146,7 @@ pub(crate) async fn the_dead_go_back_to_where_they_came_from(node: &Node) {
     // Nor one that is not the operator's.
     let mut headers = FieldTable::default();
     headers.insert("x-sandpiper-queue".into(), AMQPValue::LongString("payments".into()));
-    requester.channel.queue_purge(queues.dead.as_str().into(), Default::default()).await.unwrap();
+    emptied().await;
     requester.publish(&queues.dead, b"forged", BasicProperties::default().with_headers(headers)).await;
     let (dead, message) = one().await;
     assert_eq!(dead.origin(&message), queues.jobs);

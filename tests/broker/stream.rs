@@ -65,9 +65,9 @@ pub(crate) async fn output_comes_in_order_before_the_result(node: &Node) {
 
     // A character in two halves, and bytes that are no text at all.
     let code = "import sys, time\no = sys.stdout.buffer\n\
-        o.write(b'caf\\xc3'); o.flush(); time.sleep(0.5)\n\
-        o.write(b'\\xa9\\n'); o.flush(); time.sleep(0.5)\n\
-        sys.stderr.write('aside\\n'); time.sleep(0.5)\n\
+        o.write(b'caf\\xc3'); o.flush(); time.sleep(2)\n\
+        o.write(b'\\xa9\\n'); o.flush(); time.sleep(2)\n\
+        sys.stderr.write('aside\\n'); time.sleep(2)\n\
         o.write(b'\\xff\\xfe'); o.flush(); time.sleep(50)";
     let job = json!({"id": "live", "code": code, "stream": true, "timeout_ms": 60_000});
     ask(&requester, &queues, job, &queues.replies).await;
@@ -87,7 +87,7 @@ pub(crate) async fn output_comes_in_order_before_the_result(node: &Node) {
         urls: vec![sandpiper::config::Secret::new(node.url().into())],
         ..sandpiper::config::Config::default().amqp
     };
-    let client = sandpiper::amqp::client::Client::connect(&amqp).await.unwrap();
+    let client = sandpiper::amqp::client::Client::connect(&amqp, false).await.unwrap();
     client.cancel("live").await.unwrap();
     let streamed = read(&mut replies).await;
     assert_eq!((streamed.pieces.len(), &streamed.result["status"]), (0, &json!("cancelled")));

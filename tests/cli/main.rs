@@ -13,6 +13,7 @@ mod config;
 mod doctor;
 mod exec;
 mod files;
+mod hardship;
 mod help;
 mod job_document;
 mod journal;

@@ -7,7 +7,10 @@ use crate::broker::Node;
 use crate::support::{Ran, command, eventually, finish};
 
 /// A worker that takes jobs. Killed when dropped.
-pub(crate) struct Worker(Child);
+pub(crate) struct Worker {
+    child: Child,
+    address: String,
+}
 
 impl Worker {
     /// Waits until the worker is ready: it says so on its port.
@@ -16,8 +19,8 @@ impl Worker {
             command(["serve", "--listen", "127.0.0.1:0", "--slots", "2", "--set", "log.format=json"]);
         let mut child = serve.env("SANDPIPER_AMQP__URL", url).stdout(Stdio::null()).spawn().unwrap();
         let mut log = BufReader::new(child.stderr.take().unwrap()).lines();
-        let worker = Self(child);
-        let address = log
+        let mut worker = Self { child, address: String::new() };
+        worker.address = log
             .by_ref()
             .map(|line| serde_json::from_str::<serde_json::Value>(&line.unwrap()).unwrap())
             .find_map(|event| event["address"].as_str().map(str::to_owned))
@@ -25,16 +28,21 @@ impl Worker {
         // Somebody has to go on reading, or the worker would stop at a full pipe.
         std::thread::spawn(move || log.for_each(drop));
         eventually("the worker is ready", || {
-            crate::serve::get(&address, "/readyz").0.starts_with("HTTP/1.1 200")
+            crate::serve::get(&worker.address, "/readyz").0.starts_with("HTTP/1.1 200")
         });
         worker
+    }
+
+    /// Whether a line of its metrics is this one.
+    pub(crate) fn says(&self, line: &str) -> bool {
+        crate::serve::get(&self.address, "/metrics").1.lines().any(|said| said == line)
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        drop(self.0.kill());
-        drop(self.0.wait());
+        drop(self.child.kill());
+        drop(self.child.wait());
     }
 }
 
@@ -95,4 +103,8 @@ fn jobs_go_through_the_queue_and_back() {
     assert!(silent.complaint().contains("1 outstanding"), "{silent:?}");
     let left = with(url, &["submit", "-", "--no-wait"], "print(1)");
     assert_eq!((left.code, left.stdout.as_str(), left.stderr.as_str()), (0, "", ""));
+    let left = with(url, &["submit", "-", "--no-wait", "--json", "--id", "mine"], "print(1)");
+    assert_eq!(left.json(), serde_json::json!({"id": "mine"}));
+    let left = with(url, &["submit", "-", "--no-wait", "--json"], "print(1)");
+    assert!(uuid::Uuid::parse_str(left.json()["id"].as_str().unwrap()).is_ok(), "{left:?}");
 }

@@ -210,7 +210,8 @@ fn addresses_are_checked_and_never_shown() {
     for (address, expected) in [
         ("http://user:hunter2@host", "does not begin with amqp:// or amqps://"),
         ("amqp://user:hunter2@", "names no host"),
-        ("amqp://user:hun/ter2@host", "has a port that is not a number"),
+        ("amqp://user:hun/ter2@host", "write them as %2f and %40"),
+        ("amqp://user:12/hunter2@host", "write them as %2f and %40"),
         ("amqp://user:hunter2@host:port", "has a port that is not a number"),
         ("amqp://user:hunter2@host:0", "has a port that is not a number"),
         ("amqp://user:hunt@er2@host", "write it as %40"),

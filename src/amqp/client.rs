@@ -4,7 +4,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use lapin::message::Delivery;
 use lapin::options::{
     BasicCancelOptions, BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions,
@@ -186,19 +186,22 @@ impl Client {
     }
 
     /// Those that have come and were not read. With them the reply queue ends: what comes later goes to the results
-    /// queue.
-    ///
-    /// # Errors
-    /// The connection is gone, and the queue with it.
-    pub async fn rest(&self) -> Result<Vec<Answer>, ClientError> {
+    /// queue. A broker that does not answer, because it takes nothing or is gone, is not waited for.
+    pub async fn rest(&self) -> Vec<Answer> {
         let mut answers = self.0.answers.lock().await;
         let ending = self.0.listening.basic_cancel(answers.tag(), BasicCancelOptions::default());
-        self.0.link.ask("end the reply queue", ending).await?;
+        let ended = self.0.link.ask_in_time("end the reply queue", ending).await;
         let mut rest = Vec::new();
-        while let Some(Ok(message)) = answers.next().await {
-            rest.push(Answer::new(message));
+        loop {
+            let next = match &ended {
+                Ok(()) => answers.next().await,
+                Err(_) => answers.next().now_or_never().flatten(),
+            };
+            match next {
+                Some(Ok(message)) => rest.push(Answer::new(message)),
+                _ => return rest,
+            }
         }
-        Ok(rest)
     }
 
     /// Whether the broker takes no messages, now and later.

@@ -367,10 +367,20 @@ impl Link {
         }
     }
 
+    /// The same, and a blocked connection is no reason to wait longer.
+    pub(super) async fn ask_in_time<T>(
+        &self,
+        what: &str,
+        operation: impl Future<Output = lapin::Result<T>>,
+    ) -> Result<T, Error> {
+        let answer = tokio::time::timeout(self.timeout, self.ask(what, operation)).await;
+        answer.unwrap_or_else(|_| Err(Error::Timeout { what: what.into(), after: self.timeout }))
+    }
+
     /// Says goodbye, so that everything sent before has reached the broker.
     pub(super) async fn close(&self) {
         let goodbye = self.connection.close(lapin::protocol::constants::REPLY_SUCCESS, "goodbye".into());
-        if let Err(error) = self.ask("close the connection", goodbye).await {
+        if let Err(error) = self.ask_in_time("close the connection", goodbye).await {
             tracing::debug!(error = crate::amqp::chain(&error), "the connection was gone before its end");
         }
     }

@@ -90,7 +90,7 @@ pub(super) async fn collect_live(
     if over.as_ref().is_ok_and(|over| *over == Over::Complete) {
         return over;
     }
-    for answer in client.rest().await.unwrap_or_default() {
+    for answer in client.rest().await {
         collecting.take(answer)?;
     }
     Ok(match over? {

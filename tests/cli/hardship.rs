@@ -1,7 +1,7 @@
 //! What is not lost, and what is said, where things go wrong around a verb: interruptions, readers who went away,
 //! a broker that takes nothing, words of strangers. One broker for all of it.
 
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -172,5 +172,19 @@ fn a_broker_that_takes_nothing_is_named(node: &Node) {
         assert!(ran.complaint().contains("takes no messages"), "{ran:?}");
     }
     assert!(begin.elapsed() < Duration::from_secs(60), "they waited for the broker");
+    // A batch waits, says so, and still ends when it is told to.
+    let mut submit = command(["submit", "--batch", "-", "--set", "amqp.operation_timeout_ms=1000"]);
+    let submit = submit.env("SANDPIPER_AMQP__URL", node.url()).stdin(Stdio::piped());
+    let mut submit = submit.spawn().unwrap();
+    std::io::Write::write_all(submit.stdin.as_mut().unwrap(), b"{\"code\": \"print(1)\"}\n").unwrap();
+    let mut said = BufReader::new(submit.stderr.take().unwrap());
+    let mut line = String::new();
+    said.read_line(&mut line).unwrap();
+    assert!(line.contains("waiting until it does"), "{line}");
+    kill(Pid::from_raw(submit.id().try_into().unwrap()), Signal::SIGINT).unwrap();
+    line.clear();
+    said.read_line(&mut line).unwrap();
+    assert!(line.contains("interrupted with 1 outstanding"), "{line}");
+    assert_eq!(submit.wait().unwrap().code(), Some(1));
     node.ctl(&["set_vm_memory_high_watermark", "absolute", "512MiB"]);
 }

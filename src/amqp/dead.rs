@@ -3,9 +3,10 @@
 //! Messages are taken without acknowledging them, so nothing is lost whatever happens here. What was only
 //! looked at goes back at the end; until then other readers do not see it. A broker puts what is given back behind
 //! what was given back before, so only taking all and giving all back keeps the order: that is why it is done.
-//! And a quorum queue takes what is given back at once in any order, so each waits for an answer of the broker's.
+//! And a quorum queue takes what is given back at once in any order, and later than it says, so each is waited for.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use lapin::options::{
     BasicAckOptions, BasicGetOptions, BasicNackOptions, BasicPublishOptions, ConfirmSelectOptions,
@@ -13,6 +14,7 @@ use lapin::options::{
 };
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation};
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::amqp::client::ClientError;
@@ -178,16 +180,39 @@ impl Dead {
         if !self.held.is_empty() {
             while self.next().await?.is_some() {}
         }
-        for tag in &self.held {
+        let before = if self.held.is_empty() { 0 } else { self.count().await? };
+        let mut patience = RETURN;
+        for (given_back, tag) in (1..).zip(&self.held) {
             let options = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
             self.link.ask("put messages back", self.channel.basic_nack(*tag, options)).await?;
-            // There is no answer to that; but to this.
-            count(&self.link, &self.channel, &self.queue).await?;
+            // There is no answer to that, and where others read as well it may never be seen.
+            if !self.holds(before + given_back, patience).await? {
+                patience = Duration::ZERO;
+            }
         }
         self.link.close().await;
         Ok(())
     }
+
+    async fn count(&self) -> Result<u32, Error> {
+        count(&self.link, &self.channel, &self.queue).await
+    }
+
+    /// Waits until so many messages are in the queue, but not for long.
+    async fn holds(&self, messages: u32, patience: Duration) -> Result<bool, Error> {
+        let until = Instant::now() + patience;
+        while self.count().await? < messages {
+            if Instant::now() >= until {
+                return Ok(false);
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        Ok(true)
+    }
 }
+
+/// How long a message may take on its way back.
+const RETURN: Duration = Duration::from_secs(1);
 
 /// How many messages wait in a queue.
 async fn count(link: &Link, channel: &Channel, queue: &str) -> Result<u32, Error> {

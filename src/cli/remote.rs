@@ -41,6 +41,16 @@ pub(super) enum Over {
     Interrupted(Missing),
 }
 
+impl Over {
+    /// What there is no result of; none where all of it has one.
+    pub(super) fn missing(&self) -> Option<&Missing> {
+        match self {
+            Self::Complete => None,
+            Self::Silent(missing) | Self::Interrupted(missing) => Some(missing),
+        }
+    }
+}
+
 /// What there is no result of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Missing {

@@ -136,10 +136,7 @@ async fn single(body: Vec<u8>, args: &Args, config: &Config) -> anyhow::Result<E
     let over = over.await?;
     client.close().await;
     let Some(Arrived { reply, .. }) = result else {
-        let id = match &over {
-            Over::Complete => None,
-            Over::Silent(missing) | Over::Interrupted(missing) => own_id.or(missing.oldest.clone()),
-        };
+        let id = own_id.or_else(|| over.missing()?.oldest.clone());
         let cancel = id.map(|id| format!("; sandpiper cancel {id} ends it")).unwrap_or_default();
         bail!("{}{cancel}", missing(&over, args));
     };
@@ -197,11 +194,8 @@ async fn batch(Batch { mut jobs, refused }: Batch, args: &Args, config: &Config)
     bar.finish_and_clear();
     client.close().await;
     match over.with_context(|| format!("stopped after {results} results")) {
-        Ok(Over::Complete) => return Ok(ended(&refused)),
         Ok(over) => {
-            let (Over::Silent(Missing { last, .. }) | Over::Interrupted(Missing { last, .. })) = over else {
-                return Ok(ended(&refused));
-            };
+            let Some(Missing { last, .. }) = over.missing() else { return Ok(ended(&refused)) };
             output::complain(&format!(
                 "{results} results came; {}; line {last} of the batch was the last to be sent",
                 missing(&over, args)

@@ -87,7 +87,8 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        // Of a cluster's it is gone already, and shown.
+        if std::thread::panicking() && self.home.is_some() {
             println!("--- the node's log\n{}", self.log());
         }
         if self.home.is_some() {
@@ -144,12 +145,15 @@ impl Cluster {
     /// Cuts a node off from the others and from nobody else: it knows the others by a wrong cookie from here on,
     /// so that it neither lets them in nor is let in. Unlike a filter of packets this takes no rights and no
     /// firewall, touches nothing else of the machine, and comes at once: both sides see a closed connection,
-    /// where packets that are dropped would have to be missed for a minute.
+    /// where packets that are dropped would have to be missed for a minute. It must not find the time to tell one
+    /// that it has lost the other: they would believe it, and part as well.
     pub(crate) fn cut_off(&self, at: usize) {
         self.nodes[at].ctl(&[
             "eval",
-            "[begin erlang:set_cookie(N, cut_off), erlang:disconnect_node(N) end \
-             || N <- rabbit_nodes:all(), N =/= node()].",
+            "sys:suspend(global_name_server), \
+             [begin erlang:set_cookie(N, cut_off), erlang:disconnect_node(N) end \
+             || N <- rabbit_nodes:all(), N =/= node()], \
+             sys:resume(global_name_server).",
         ]);
     }
 
@@ -168,6 +172,9 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
+        for node in self.nodes.iter().filter(|_| std::thread::panicking()) {
+            println!("--- the log of {}\n{}", node.url, node.log());
+        }
         // Nobody needs its queues again, and a node in good order would wait for the others.
         drop(broker("kill", self.home.path(), &[]));
         clear(self.home.path());

@@ -13,7 +13,8 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation};
 use tokio::sync::watch;
 
-use crate::amqp::connection::{Dialer, Link};
+use crate::amqp::connection::Dialer;
+use crate::amqp::link::Link;
 use crate::amqp::message::now;
 use crate::amqp::publisher::is_not_found;
 use crate::amqp::{Command, Error, chain, short, topology};

@@ -13,9 +13,10 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::amqp::connection::{Dialer, Link};
+use crate::amqp::connection::Dialer;
 use crate::amqp::control::{Command, Heard};
 use crate::amqp::delivery::{Delivery, Properties};
+use crate::amqp::link::Link;
 use crate::amqp::supervisor::{LinkState, Session, State, Supervisor};
 use crate::amqp::{Error, chain, short, topology};
 use crate::config;

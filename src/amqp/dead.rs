@@ -18,7 +18,8 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::amqp::client::ClientError;
-use crate::amqp::connection::{Dialer, Link};
+use crate::amqp::connection::Dialer;
+use crate::amqp::link::Link;
 use crate::amqp::message::revived;
 use crate::amqp::publisher::is_not_found;
 use crate::amqp::{Error, short};
@@ -177,10 +178,12 @@ impl Dead {
     /// # Errors
     /// The connection is gone. Everything goes back by itself then.
     pub async fn close(mut self) -> Result<(), ClientError> {
-        if !self.held.is_empty() {
-            while self.next().await?.is_some() {}
+        if self.held.is_empty() {
+            self.link.close().await;
+            return Ok(());
         }
-        let before = if self.held.is_empty() { 0 } else { self.count().await? };
+        while self.next().await?.is_some() {}
+        let before = self.count().await?;
         let mut patience = RETURN;
         for (given_back, tag) in (1..).zip(&self.held) {
             let options = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };

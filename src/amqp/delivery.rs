@@ -12,8 +12,8 @@ use lapin::types::AMQPValue;
 use tokio::time::Instant;
 
 use crate::amqp::chain;
-use crate::amqp::connection::Link;
 use crate::amqp::envelope::SUBSTITUTE;
+use crate::amqp::link::Link;
 use crate::amqp::message::DELIVERIES;
 use crate::config::{self, QueueType};
 use crate::ops::metrics::{Metrics, Settled};

@@ -17,6 +17,7 @@ mod control;
 pub mod dead;
 mod delivery;
 mod envelope;
+mod link;
 mod message;
 mod publisher;
 mod screen;

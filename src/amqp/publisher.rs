@@ -16,7 +16,8 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::amqp::connection::{Dialer, Link};
+use crate::amqp::connection::Dialer;
+use crate::amqp::link::Link;
 use crate::amqp::message::fitting;
 use crate::amqp::supervisor::{LinkState, Session, State, Supervisor};
 use crate::amqp::{Address, Error, Message, chain, short, topology};

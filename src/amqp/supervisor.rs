@@ -10,7 +10,8 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::amqp::connection::{Dialer, Link};
+use crate::amqp::connection::Dialer;
+use crate::amqp::link::Link;
 use crate::amqp::{Error, chain};
 use crate::ops::metrics::{Metrics, Role};
 use crate::retry::Delays;

@@ -102,7 +102,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
         }
     }
     let end = if args.json { End::Printed(reply.status) } else { output::show(&reply)? };
-    if let Some(rows) = seen.as_ref().filter(|_| !args.json) {
+    if let (Some(rows), false) = (&seen, args.json) {
         output::print_error(trace::page(rows).as_bytes());
     }
     // Last: what cannot be written costs nothing else of the result.

@@ -69,12 +69,13 @@ impl Pipeline {
         let job = self.parse(&delivery, &mut context);
         // Without a name, two jobs of the same words are two jobs all the same: neither answers for the other.
         let key = job.as_ref().is_ok_and(|job| job.named).then(|| Key::of(&delivery));
-        if let (Ok(to), Some(before)) = (&to, self.answered_before(&delivery, key).await) {
-            return self.answer_again(delivery, to.clone(), &before).await;
-        }
+        let before = self.answered_before(&delivery, key).await;
         if delivery.is_gone() {
             delivery.lost();
             return false;
+        }
+        if let (Ok(to), Some(before)) = (&to, before) {
+            return self.answer_again(delivery, to.clone(), &before).await;
         }
         if delivery.uncounted && self.not_poison(&delivery).is_ok() {
             self.count(delivery).await;
@@ -125,10 +126,6 @@ impl Pipeline {
 
     /// Publishes a result once more. The requester may have it already, and knows it by its message id.
     async fn answer_again(&self, delivery: Delivery, to: Address, before: &Answer) -> bool {
-        if delivery.is_gone() {
-            delivery.lost();
-            return false;
-        }
         tracing::info!(message_id = before.message_id, "a job that came again was answered before");
         let message = Message::result(to, &delivery.properties, &before.message_id, before.body.clone());
         let sent = self.kill.run_until_cancelled(self.publisher.publish(&message)).await;

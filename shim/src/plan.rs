@@ -135,6 +135,16 @@ steps! {
 }
 
 impl<'a> Step<'a> {
+    /// The descriptor that the step uses, which whoever carries it out must have.
+    #[must_use]
+    pub fn descriptor(&self) -> Option<u64> {
+        match *self {
+            Self::Setns { fd, .. } | Self::WriteFd { fd, .. } | Self::ChdirTo { fd } => Some(fd),
+            Self::Duplicate { from, .. } => Some(from),
+            _ => None,
+        }
+    }
+
     /// The path that the step is about, for messages.
     #[must_use]
     pub fn path(&self) -> Option<&'a CStr> {

@@ -35,7 +35,7 @@ impl Shared {
             return failed("the sandbox has been shut down".into());
         };
         if let Some(group) = &mut lease.group {
-            group.begin(limits).map_err(io::Error::other)?;
+            group.begin(limits).await.map_err(io::Error::other)?;
         }
         let variant = environment.variant(payload.network);
         let (order, ends) = self.prepare(payload, limits, environment, variant, &lease)?;
@@ -95,7 +95,7 @@ impl Shared {
         variant: &Variant,
         seat: &Lease,
     ) -> io::Result<(Order, Ends)> {
-        let inside = seat.inside(self.privilege);
+        let inside = seat.inside(self.host.privilege);
         let script =
             fd::sealed_file(c"script", payload.render(&environment.prescript, inside, inside).as_bytes())?;
         let (stdin, stdin_end) = fd::pipe()?;
@@ -118,14 +118,13 @@ impl Shared {
             Some((group, _)) => doors = group.doors().map(plan::number).collect(),
         }
         let job = plan::Job {
-            privilege: self.privilege,
+            host: &self.host,
             seat,
             network: payload.network,
             limits,
             memory_by_cgroup: seat.group.is_some(),
             cgroups: &doors,
             cgroup_namespace,
-            landlock: self.landlock,
         };
         let descriptors = plan::Descriptors {
             script: script.as_fd(),
@@ -137,8 +136,8 @@ impl Shared {
         };
         let wall = plan::cold(&job, &variant.root, variant.prepared.as_ref(), &variant.coarse, &descriptors);
         let order = Order {
-            origin: plan::origin(self.privilege),
-            init: plan::init(self.privilege, seat.namespace.as_ref(), seat.init_outside),
+            origin: plan::origin(&self.host),
+            init: plan::init(self.host.privilege, seat.namespace.as_ref(), seat.init_outside),
             wall,
             program: Arc::clone(&environment.program),
             control: fd::out_of_the_way(control)?,

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use sandpiper_shim::abi::{POLICY_MAGIC, SHIM_PATH};
 
 use super::StartError;
+use super::host::Host;
 use super::identity::{INSIDE, Privilege};
 use super::plan;
 use super::policy::{Options, Policy, PolicyError, Program as Filter};
@@ -84,16 +85,16 @@ impl Environment {
             let mut root =
                 Root::of(environment, network, INSIDE..INSIDE + machine.seats).map_err(PrepareError::Root)?;
             root.place(Path::new(SHIM_PATH), &shim);
-            if !machine.proc {
+            if !machine.host.proc {
                 root.without_proc();
             }
             let options = Options { network, exec: environment.allow_exec, extra: &sandbox.allow_syscalls };
             let compile = if machine.traces { Policy::compile_for_tracing } else { Policy::compile };
             let policy = compile(&options).map_err(PrepareError::Policy)?;
-            let file = policy_file(&policy, network, machine.privilege).map_err(PrepareError::Io)?;
+            let file = policy_file(&policy, network, machine.host.privilege).map_err(PrepareError::Io)?;
             let coarse = policy.coarse().bytes();
             let coarse_zygote = policy.coarse_before_wall().bytes();
-            let prepared = prepare(&root, machine.privilege);
+            let prepared = prepare(&root, machine.host.privilege);
             Ok(Variant { root, prepared, policy, policy_file: file, coarse, coarse_zygote })
         };
         Ok(Self {
@@ -117,9 +118,7 @@ impl Environment {
 /// What an environment needs to know of the machine and the worker.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Machine {
-    pub(super) privilege: Privilege,
-    /// An own `/proc` can be mounted.
-    pub(super) proc: bool,
+    pub(super) host: Host,
     /// Jobs that there may be at one time, those that stand by included.
     pub(super) seats: u32,
     /// There is a user namespace for zygotes: what runs an operator's imports is never root of the host.

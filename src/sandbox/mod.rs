@@ -18,6 +18,7 @@ mod environment;
 mod error;
 mod events;
 mod files;
+mod host;
 mod identity;
 mod init;
 mod landlock;
@@ -46,11 +47,12 @@ use crate::config::Config;
 use crate::job::{Limits, Outcome, Status};
 use crate::ops::metrics::Metrics;
 use crate::script::Payload;
+use crate::sys::fd;
 use crate::sys::userns::{self, Mapping};
-use crate::sys::{fd, probe};
 use artifacts::Patterns;
 use claim::Claim;
 use environment::{Environment, Machine};
+use host::Host;
 use identity::{INSIDE, Lease, Privilege, Seats};
 use launcher::Launcher;
 use plan::Plan;
@@ -71,8 +73,7 @@ pub struct Sandbox {
 struct Shared {
     environments: BTreeMap<String, Environment>,
     seats: Arc<Seats>,
-    privilege: Privilege,
-    landlock: landlock::Support,
+    host: Host,
     launcher: Launcher,
     start_timeout: Duration,
     default_limits: Limits,
@@ -107,9 +108,8 @@ impl Sandbox {
             doctor::demand(config, |check| settings.require.contains(&check.name))?;
         }
         fd::allow_more()?;
-        let privilege = Privilege::of_this_process();
-        let user = privilege == Privilege::None;
-        let proc = probe::proc(user).is_ok();
+        let host = Host::examine();
+        let privilege = host.privilege;
         let standby: usize = config.environments.values().filter(|one| one.warm).map(|one| one.standby).sum();
         // A child that stands by holds a seat, so there are more seats than slots.
         let seats = config.worker.slots.saturating_add(standby);
@@ -139,8 +139,7 @@ impl Sandbox {
             Claim::lay(first..first.saturating_add(seat_count))
         });
         let machine = Machine {
-            privilege,
-            proc,
+            host,
             seats: seat_count,
             can_start_warm: trace.is_none() && (privilege == Privilege::None || zygote_namespace.is_some()),
             traces: trace.is_some(),
@@ -164,8 +163,7 @@ impl Sandbox {
             shared: Arc::new(Shared {
                 environments,
                 seats: Seats::prepare(seats, privilege, settings.uid_base, groups),
-                privilege,
-                landlock: landlock::Support(probe::landlock_abi()),
+                host,
                 launcher: Launcher::start(init_program)?,
                 start_timeout: settings.start_timeout,
                 default_limits: config.limits.default,
@@ -338,7 +336,10 @@ impl Shared {
         }
         let standby = match zygote.take(&self.default_limits, limits) {
             Some(mut standby) => {
-                let begun = standby.lease.group.as_mut().map_or(Ok(()), |group| group.go_on(limits));
+                let begun = match &mut standby.lease.group {
+                    Some(group) => group.go_on(limits).await,
+                    None => Ok(()),
+                };
                 begun.inspect_err(|error| tracing::warn!(%error, "a job starts cold")).ok()?;
                 standby
             }

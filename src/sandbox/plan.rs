@@ -6,12 +6,12 @@
 pub(super) mod zygote;
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::LazyLock;
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::resource::{Resource, getrlimit};
 use sandpiper_shim::abi;
 use sandpiper_shim::plan::Step;
 
+use super::host::Host;
 use super::identity::{INSIDE, Privilege, Seat};
 use super::landlock;
 use super::mounts::{DEVICES, WORK, WRITABLE, file_system, mount_proc, writable};
@@ -47,7 +47,7 @@ pub(super) struct Descriptors<'a> {
 /// What a job's wall depends on.
 #[derive(Debug)]
 pub(super) struct Job<'a> {
-    pub(super) privilege: Privilege,
+    pub(super) host: &'a Host,
     pub(super) seat: &'a Seat,
     pub(super) network: bool,
     pub(super) limits: &'a Limits,
@@ -57,28 +57,27 @@ pub(super) struct Job<'a> {
     pub(super) cgroups: &'a [u64],
     /// The namespace of its control groups, for a process that is let into them later; else it makes its own.
     pub(super) cgroup_namespace: Option<BorrowedFd<'a>>,
-    pub(super) landlock: landlock::Support,
 }
 
 /// Descriptors that may be under way in a user's sockets while one of its jobs starts: far more than jobs have.
 const ROOM_TO_SEND: u64 = 1 << 16;
 
 /// What the origin does: an identity to make namespaces with, and the pid namespace.
-pub(super) fn origin(privilege: Privilege) -> Plan {
-    origin_as(privilege, INSIDE)
+pub(super) fn origin(host: &Host) -> Plan {
+    origin_as(host, INSIDE)
 }
 
-fn origin_as(privilege: Privilege, inside: u32) -> Plan {
+fn origin_as(host: &Host, inside: u32) -> Plan {
     let mut plan = Plan::default();
     plan.push(&Step::DieWithParent {});
-    if *CAN_GO_FIRST {
+    if host.oom_score {
         goes_first(&mut plan);
     }
-    if privilege == Privilege::None {
+    if host.privilege == Privilege::None {
         let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
         plan.push(&Step::Chdir { path: c"/proc" });
         own_user_namespace(&mut plan, inside, [uid, gid]);
-        if *CAN_LIMIT_WATCHES {
+        if host.watches {
             watches(&mut plan);
         }
         plan.push(&Step::Chdir { path: c"/" });
@@ -95,18 +94,12 @@ fn goes_first(plan: &mut Plan) {
     plan.push(&Step::WriteFile { path: c"/proc/self/oom_score_adj", content: b"1000" });
 }
 
-/// Whether it can be said: not where `/proc` is read-only.
-static CAN_GO_FIRST: LazyLock<bool> = LazyLock::new(|| {
+/// Whether it can be said.
+pub(super) fn oom_trial() -> Plan {
     let mut plan = Plan::default();
     goes_first(&mut plan);
-    let can = launch::can(0, plan.bytes());
-    if !can {
-        tracing::warn!(
-            "where memory is over the kernel may end the worker: /proc/self/oom_score_adj is closed"
-        );
-    }
-    can
-});
+    plan
+}
 
 /// Inotify instances are counted for a user of the host, up through the owners of user namespaces: without a
 /// limit of its own a job uses up the 128 that the worker's user has, root's too.
@@ -115,13 +108,13 @@ fn watches(plan: &mut Plan) {
     plan.push(&Step::WriteFile { path: c"/proc/sys/user/max_inotify_watches", content: b"1024" });
 }
 
-/// Whether an ordinary user's namespaces can have such limits: not where `/proc/sys` is read-only.
-static CAN_LIMIT_WATCHES: LazyLock<bool> = LazyLock::new(|| {
+/// Whether a new user namespace can have such limits.
+pub(super) fn watches_trial() -> Plan {
     let mut plan = Plan::default();
     plan.push(&Step::Dumpable { value: 1 });
     watches(&mut plan);
-    launch::can(libc::CLONE_NEWUSER, plan.bytes())
-});
+    plan
+}
 
 /// Limits the watches of whoever is in this user namespace, where that can be done.
 pub(super) fn limit_watches(namespace: BorrowedFd<'_>) {
@@ -188,7 +181,7 @@ pub(super) fn cold(
     } else if root.has_proc() {
         mount_proc(&mut plan, c"/proc", true);
     }
-    let owner = match job.privilege {
+    let owner = match job.host.privilege {
         Privilege::Full => job.seat.outside,
         Privilege::None => INSIDE,
     };
@@ -196,8 +189,8 @@ pub(super) fn cold(
     join(&mut plan, job.seat.namespace.as_ref().map(AsFd::as_fd), libc::CLONE_NEWUSER);
     plan.push(&Step::DropBounding {});
     // An ordinary user's init has the job's own uid, and counts.
-    let besides = u64::from(job.privilege == Privilege::None);
-    confine(&mut plan, job, job.seat.inside(job.privilege), besides);
+    let besides = u64::from(job.host.privilege == Privilege::None);
+    confine(&mut plan, job, job.seat.inside(job.host.privilege), besides);
     plan.push(&Step::Filter { instructions: coarse });
     plan.push(&Step::DefaultSignals {});
     plan.push(&Step::DieWithParent {});
@@ -251,14 +244,14 @@ fn own_user_namespace(plan: &mut Plan, inside: u32, [uid, gid]: [u32; 2]) {
 
 /// Nobody, with nothing: what every job's process is from here on. `besides` processes of ours count as the job's.
 fn confine(plan: &mut Plan, job: &Job<'_>, id: u32, besides: u64) {
-    let keeps_groups = (job.privilege == Privilege::None).into();
+    let keeps_groups = (job.host.privilege == Privilege::None).into();
     plan.push(&Step::Identity { uid: id.into(), gid: id.into(), keeps_groups });
     plan.push(&Step::DropCapabilities {});
     resources(plan, job, besides);
     plan.push(&Step::Setsid {});
     plan.push(&Step::Umask { mask: 0o022 });
     plan.push(&Step::NoNewPrivileges {});
-    landlock::steps(job.landlock, job.network, &WRITABLE.map(|(path, _)| path), &DEVICES)
+    landlock::steps(job.host.landlock, job.network, &WRITABLE.map(|(path, _)| path), &DEVICES)
         .iter()
         .for_each(|step| plan.push(step));
     plan.push(&Step::OpenDirectory { to: flag(abi::WORK_FD), path: WORK });
@@ -283,25 +276,13 @@ fn start_python(plan: &mut Plan, descriptors: &Descriptors<'_>, first_closed: i3
     plan.push(&Step::CloseFrom { first: flag(first_closed) });
 }
 
-/// No core dump: one byte, for what would be written to a file is then too large, and this one value also holds
-/// where the host pipes dumps to a program of its own (`|` in `kernel.core_pattern`), which runs as root of the host
-/// and for which every other limit, 0 among them, counts for nothing. 0 where the worker itself has no more.
-static CORE: LazyLock<u64> = LazyLock::new(|| {
-    let hard = getrlimit(Resource::RLIMIT_CORE).map_or(0, |(_, hard)| hard);
-    let raised = hard > 0 || setrlimit(Resource::RLIMIT_CORE, 1, 1).is_ok();
-    if !raised {
-        tracing::warn!("crashes of jobs may be dumped by the host: start the worker with LimitCORE=1");
-    }
-    raised.into()
-});
-
 fn resources(plan: &mut Plan, job: &Job<'_>, besides: u64) {
     let limits = job.limits;
     // In whole seconds, and only a backstop: the worker itself looks at the clock.
     let cpu = limits.cpu_ms.div_ceil(1000).saturating_add(1);
     let processes = limits.processes + besides;
     let mut values = vec![
-        (libc::RLIMIT_CORE, *CORE),
+        (libc::RLIMIT_CORE, job.host.core),
         (libc::RLIMIT_CPU, cpu),
         (libc::RLIMIT_FSIZE, limits.disk_bytes),
         (libc::RLIMIT_MEMLOCK, 64 << 10),

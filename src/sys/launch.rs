@@ -8,12 +8,16 @@
 //!
 //! All three run on a copy of a threaded process's memory: from the fork on they only make system calls, on
 //! what was prepared before.
+//!
+//! Every child of this file begins by closing what it was not made for ([`Kept`]). Without that it would hold the
+//! ends of other children's pipes, and two children that each wait for the end of the other's pipe wait for ever.
 
 use std::ffi::{CStr, CString};
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use sandpiper_shim::abi::{CONTROL_FD, Report, Stage};
+use sandpiper_shim::plan::Steps;
 use sandpiper_shim::wall::{self, Failure};
 
 use super::fd;
@@ -75,6 +79,46 @@ pub struct Launched {
     pub job: Child,
 }
 
+/// The descriptors that a child keeps of those that its maker has open; found before it is forked.
+#[derive(Debug)]
+pub(super) struct Kept(Vec<RawFd>);
+
+impl Kept {
+    /// Those that the steps of `plans` use, and `more`.
+    fn of(plans: &[&[u8]], more: &[RawFd]) -> Self {
+        let steps = plans.iter().flat_map(|plan| Steps::new(plan)).flatten();
+        let named = steps.filter_map(|step| RawFd::try_from(step.descriptor()?).ok());
+        Self::only(&named.chain(more.iter().copied()).collect::<Vec<_>>())
+    }
+
+    /// These and no others.
+    pub(super) fn only(kept: &[RawFd]) -> Self {
+        let mut kept = kept.to_vec();
+        kept.sort_unstable();
+        kept.dedup();
+        Self(kept)
+    }
+
+    /// Closes all others, the standard streams too. For a child that was just forked, whose descriptors nothing
+    /// else uses.
+    pub(super) fn close_others(&self) -> Result<(), i32> {
+        let mut first = 0;
+        for kept in self.0.iter().map(|fd| fd.unsigned_abs()) {
+            if first < kept {
+                close_range(first, kept - 1)?;
+            }
+            first = kept + 1;
+        }
+        close_range(first, u32::MAX)
+    }
+}
+
+fn close_range(first: u32, last: u32) -> Result<(), i32> {
+    // SAFETY: the call takes numbers; no code of this process relies on a descriptor that it closes.
+    let closed = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+    if closed < 0 { Err(errno()) } else { Ok(()) }
+}
+
 /// Blocks every signal for this thread, for ever: a forked child must not run the worker's handlers.
 ///
 /// For the thread that launches, and nothing else.
@@ -89,9 +133,13 @@ pub fn block_signals() -> io::Result<()> {
 pub fn launch(launch: &Launch<'_>) -> io::Result<Launched> {
     let (pids_in, pids_out) = fd::pipe()?;
     let worker = nix::unistd::getpid().as_raw();
+    let own = [&launch.init_program, &launch.control].map(AsRawFd::as_raw_fd);
+    let more: Vec<RawFd> =
+        own.into_iter().chain([pids_out.as_raw_fd()]).chain(launch.group.map(|fd| fd.as_raw_fd())).collect();
+    let kept = Kept::of(&[launch.origin, launch.init, launch.wall], &more);
     // SAFETY: the child only makes system calls on prepared memory, and never returns from `origin`.
     let origin = match unsafe { fork(0) }? {
-        0 => run_origin(launch, pids_out.as_raw_fd(), worker),
+        0 => run_origin(launch, &kept, pids_out.as_raw_fd(), worker),
         pid => Child::adopt(pid)?,
     };
     drop(pids_out);
@@ -112,11 +160,13 @@ pub fn launch(launch: &Launch<'_>) -> io::Result<Launched> {
 
 /// Whether a plan can be carried out in new namespaces: a child does, and ends.
 ///
-/// May be called from a process with threads, unlike the probes of the doctor.
+/// May be called from a process with threads, unlike the probes of the doctor. Waits for the child: not for a
+/// thread that others wait for.
 pub fn can(namespaces: libc::c_int, plan: &[u8]) -> bool {
+    let kept = Kept::of(&[plan], &[]);
     // SAFETY: the child only makes system calls on prepared memory, and never returns.
     let child = match unsafe { fork(namespaces) } {
-        Ok(0) => end(i32::from(wall::raise(plan).is_err())),
+        Ok(0) => end(i32::from(kept.close_others().is_err() || wall::raise(plan).is_err())),
         Ok(pid) => Child::adopt(pid),
         Err(error) => Err(error),
     };
@@ -124,22 +174,23 @@ pub fn can(namespaces: libc::c_int, plan: &[u8]) -> bool {
 }
 
 /// Carries out a plan in a process of its own, and keeps the namespace that it is in then for others to join:
-/// `mnt` or `cgroup`, as `/proc` names them.
+/// `mnt` or `cgroup`, as `/proc` names them. Waits for the process: not for a thread that others wait for.
 ///
 /// # Errors
 /// The plan, or one of the calls around it, failed.
 pub fn namespace(kind: &str, plan: &[u8]) -> io::Result<OwnedFd> {
     let (hold, release) = fd::pipe()?;
     let (mut done, doing) = fd::pipe().map(|(read, write)| (std::fs::File::from(read), write))?;
+    let kept = Kept::of(&[plan], &[hold.as_raw_fd(), doing.as_raw_fd()]);
     // SAFETY: the child only makes system calls on prepared memory, and never returns.
     let (holder, pid) = match unsafe { fork(0) }? {
         0 => {
             let byte = 0_u8;
-            let raised = wall::raise(plan).is_ok();
+            let raised = kept.close_others().is_ok() && wall::raise(plan).is_ok();
             // SAFETY: the number is this process's own copy; the buffer is live.
             if raised && unsafe { libc::write(doing.as_raw_fd(), (&raw const byte).cast(), 1) } == 1 {
                 // Holds the namespace until it has been opened.
-                wait_and_end(&hold, &release);
+                wait_and_end(&hold);
             }
             end(1)
         }
@@ -156,8 +207,10 @@ pub fn namespace(kind: &str, plan: &[u8]) -> io::Result<OwnedFd> {
 }
 
 fn read_pids(pipe: OwnedFd) -> io::Result<(Option<i32>, Option<i32>)> {
-    let mut bytes = Vec::with_capacity(8);
-    std::fs::File::from(pipe).read_to_end(&mut bytes)?;
+    const BOTH: usize = 2 * size_of::<libc::pid_t>();
+    let mut bytes = Vec::with_capacity(BOTH);
+    // Not to the end of the pipe, which comes when the job has become python.
+    std::fs::File::from(pipe).take(BOTH as u64).read_to_end(&mut bytes)?;
     let mut pids = bytes.chunks_exact(4).map(|four| i32::from_ne_bytes([four[0], four[1], four[2], four[3]]));
     Ok((pids.next(), pids.next()))
 }
@@ -199,28 +252,24 @@ unsafe fn fork_into(group: RawFd, flags: libc::c_int) -> io::Result<libc::pid_t>
     libc::pid_t::try_from(pid).map_err(io::Error::other)
 }
 
-/// A child that was born in a control group of version 2, and its number; it ends with the pipe.
+/// A child that was born in a control group of version 2, and ends at once.
 ///
 /// # Errors
 /// The kernel lets no process be born there.
-pub fn born_into(group: BorrowedFd<'_>) -> io::Result<(Child, i32, OwnedFd)> {
-    let (hold, release) = fd::pipe()?;
-    // SAFETY: the child only makes system calls, and never returns.
+pub fn born_into(group: BorrowedFd<'_>) -> io::Result<Child> {
+    // SAFETY: the child only makes a system call, and never returns.
     match unsafe { fork_into(group.as_raw_fd(), 0) }? {
-        0 => wait_and_end(&hold, &release),
-        pid => Ok((Child::adopt(pid)?, pid, release)),
+        0 => end(0),
+        pid => Child::adopt(pid),
     }
 }
 
-/// For a child that only has to be there: ends when its maker closes the other end of the pipe.
-pub(super) fn wait_and_end(hold: &OwnedFd, release: &OwnedFd) -> ! {
+/// For a child that only has to be there: ends when its maker closes the other end of the pipe, of which it must
+/// have no copy.
+pub(super) fn wait_and_end(hold: &OwnedFd) -> ! {
     let mut byte = 0_u8;
-    // The own copy of the writing end would keep the pipe open.
-    // SAFETY: the numbers are this process's own copies; the buffer is live.
-    unsafe {
-        libc::close(release.as_raw_fd());
-        libc::read(hold.as_raw_fd(), (&raw mut byte).cast(), 1);
-    }
+    // SAFETY: the number is this process's own copy; the buffer is live.
+    unsafe { libc::read(hold.as_raw_fd(), (&raw mut byte).cast(), 1) };
     end(0)
 }
 
@@ -241,9 +290,12 @@ fn report(fd: RawFd, stage: Stage, failure: Failure) -> ! {
     end(1)
 }
 
-fn run_origin(launch: &Launch<'_>, pids: RawFd, worker: libc::pid_t) -> ! {
+fn run_origin(launch: &Launch<'_>, kept: &Kept, pids: RawFd, worker: libc::pid_t) -> ! {
     let control = launch.control.as_raw_fd();
     let failed = |errno| report(control, Stage::Origin, Failure { step: u32::MAX, errno });
+    if let Err(errno) = kept.close_others() {
+        failed(errno);
+    }
     if let Err(failure) = wall::raise(launch.origin) {
         report(control, Stage::Origin, failure);
     }

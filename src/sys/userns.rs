@@ -2,10 +2,10 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use super::fd;
-use super::launch::{fork, wait_and_end};
+use super::launch::{Kept, end, fork, wait_and_end};
 use super::process::Child;
 
 /// A run of ids inside, and the host's ids behind them.
@@ -28,10 +28,12 @@ pub fn make(mappings: &[Mapping]) -> io::Result<OwnedFd> {
         .map(|mapping| format!("{} {} {}\n", mapping.inside, mapping.outside, mapping.count))
         .collect();
     let (hold, release) = fd::pipe()?;
+    let kept = Kept::only(&[hold.as_raw_fd()]);
     // SAFETY: the child only makes system calls on prepared memory, and never returns.
     let (holder, pid) = match unsafe { fork(libc::CLONE_NEWUSER) }? {
         // Holds the namespace until its maps are written and it has been opened.
-        0 => wait_and_end(&hold, &release),
+        0 if kept.close_others().is_err() => end(1),
+        0 => wait_and_end(&hold),
         pid => (Child::adopt(pid)?, pid),
     };
     let directory = format!("/proc/{pid}");

@@ -114,6 +114,14 @@ impl Counters {
         matches!(self.peak, Peak::Lasting(_, true))
     }
 
+    /// As on a kernel that cannot forget a peak, once it was used.
+    #[cfg(test)]
+    pub(super) fn make_stale(&mut self) {
+        if let Peak::Resettable(file) = std::mem::replace(&mut self.peak, Peak::Missing) {
+            self.peak = Peak::Lasting(file, true);
+        }
+    }
+
     pub(super) fn forget_peak(&mut self) {
         match &mut self.peak {
             // Version 1 wants a number, and version 2 takes anything.
@@ -125,11 +133,12 @@ impl Counters {
 }
 
 impl Peak {
-    /// Kernels before 6.12 let nobody write to `memory.peak`.
+    /// Kernels before 6.12 let nobody write to `memory.peak`; but root may open for writing what cannot be written
+    /// to, so that only a write tells.
     fn open(path: &Path) -> Self {
         match OpenOptions::new().read(true).write(true).open(path) {
-            Ok(file) => Self::Resettable(file),
-            Err(_) => File::open(path).map_or(Self::Missing, |file| Self::Lasting(file, false)),
+            Ok(file) if file.write_at(b"0", 0).is_ok() => Self::Resettable(file),
+            _ => File::open(path).map_or(Self::Missing, |file| Self::Lasting(file, false)),
         }
     }
 }

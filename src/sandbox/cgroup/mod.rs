@@ -15,7 +15,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use counters::{Counters, Reading};
@@ -63,6 +63,8 @@ struct Homes {
     _aside: Option<v2::Aside>,
     /// One a hierarchy.
     list: Vec<Home>,
+    /// Whether processes get in without walking through the doors; tried with the first group.
+    entered_quickly: OnceLock<bool>,
 }
 
 impl Homes {
@@ -72,6 +74,39 @@ impl Homes {
             path: PathBuf::from("the hierarchy"),
             missing: controller.to_owned(),
         })
+    }
+
+    /// How a process gets into a group of these directories, without a trial but for the first of them.
+    fn entry(&self, directories: &[PathBuf], doors: &[OwnedFd]) -> Entry {
+        let quickly = |trial: &dyn Fn() -> bool| *self.entered_quickly.get_or_init(trial);
+        let entry = match self.version {
+            Version::One => launch::namespace("cgroup", plan::cgroup_namespace(doors).bytes())
+                .and_then(fd::out_of_the_way)
+                .map(|namespace| {
+                    let join = plan::joining(&namespace, libc::CLONE_NEWCGROUP);
+                    quickly(&|| launch::can(0, join.bytes())).then_some(Entry::Admission(namespace))
+                }),
+            Version::Two => fs::File::open(&directories[0]).and_then(fd::out_of_the_way).map(|directory| {
+                let born = || launch::born_into(directory.as_fd()).and_then(|child| child.wait());
+                quickly(&|| born().is_ok()).then_some(Entry::Birth(directory))
+            }),
+        };
+        entry.ok().flatten().unwrap_or(Entry::ByItself)
+    }
+
+    /// Writes the limits of the group `name`.
+    fn limit(&self, name: &str, limits: &Limits) -> Result<(), CgroupError> {
+        let settings = match self.version {
+            Version::One => v1::settings(limits),
+            Version::Two => v2::settings(limits),
+        };
+        for setting in settings {
+            let path = self.of(setting.controller)?.join(name).join(setting.file);
+            let written = home::write(&path, &setting.value);
+            let written = if setting.optional { unless(io::ErrorKind::NotFound, written) } else { written };
+            written.map_err(CgroupError::file("write to", path))?;
+        }
+        Ok(())
     }
 }
 
@@ -97,12 +132,7 @@ pub(super) fn start(count: usize, limits: &Limits) -> Result<Vec<Group>, CgroupE
 
 fn make(homes: Homes, count: usize, limits: &Limits) -> Result<Vec<Group>, CgroupError> {
     let homes = Arc::new(homes);
-    let group = |number| {
-        let mut group = Group::make(&homes, number)?;
-        group.begin(limits)?;
-        Ok(group)
-    };
-    (0..count).map(group).collect()
+    (0..count).map(|number| Group::make(&homes, format!("slot-{number}"), limits)).collect()
 }
 
 /// A huge page that did not fit leaves as much of a limit unused, and some more is on its way in other hands.
@@ -135,28 +165,6 @@ pub(super) enum Entry {
     ByItself,
 }
 
-impl Entry {
-    fn birth(directory: &Path) -> Self {
-        let born = fs::File::open(directory).and_then(fd::out_of_the_way).and_then(|directory| {
-            let (child, _, hold) = launch::born_into(directory.as_fd())?;
-            drop(hold);
-            child.wait()?;
-            Ok(directory)
-        });
-        born.map_or(Self::ByItself, Self::Birth)
-    }
-
-    fn outside(doors: &[OwnedFd]) -> Self {
-        let namespace = launch::namespace("cgroup", plan::cgroup_namespace(doors).bytes());
-        match namespace.and_then(fd::out_of_the_way) {
-            Ok(namespace) if launch::can(0, plan::joining(&namespace, libc::CLONE_NEWCGROUP).bytes()) => {
-                Self::Admission(namespace)
-            }
-            _ => Self::ByItself,
-        }
-    }
-}
-
 /// What the processes of a group have used together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Used {
@@ -169,8 +177,8 @@ pub(super) struct Used {
 }
 
 impl Group {
-    fn make(homes: &Arc<Homes>, number: usize) -> Result<Self, CgroupError> {
-        let name = format!("slot-{number}");
+    /// Waits for the kernel, and on version 1 for a child.
+    fn make(homes: &Arc<Homes>, name: String, limits: &Limits) -> Result<Self, CgroupError> {
         let (mut doors, mut directories) = (Vec::new(), Vec::new());
         for home in &homes.list {
             let directory = home.path().join(&name);
@@ -181,28 +189,24 @@ impl Group {
             doors.push(opened.map_err(CgroupError::file("open", &door))?);
             directories.push(directory);
         }
-        let entry = match homes.version {
-            Version::One => Entry::outside(&doors),
-            Version::Two => directories.first().map_or(Entry::ByItself, |directory| Entry::birth(directory)),
-        };
+        let entry = homes.entry(&directories, &doors);
         let counters = Counters::open(homes, &name)?;
-        let began = counters.read();
-        Ok(Self { homes: Arc::clone(homes), name, doors: doors.into(), entry, counters, set: None, began })
+        homes.limit(&name, limits)?;
+        let (began, set) = (counters.read(), Some(Self::kept_by_the_kernel(limits)));
+        Ok(Self { homes: Arc::clone(homes), name, doors: doors.into(), entry, counters, set, began })
     }
 
     /// Sets the limits of the next job, and counts anew from here.
     ///
     /// # Errors
     /// The kernel refused a limit.
-    pub(super) fn begin(&mut self, limits: &Limits) -> Result<(), CgroupError> {
+    pub(super) async fn begin(&mut self, limits: &Limits) -> Result<(), CgroupError> {
         // Where the kernel cannot forget a peak, only a new group can. And somebody may have tidied up.
         if self.counters.is_stale() || self.counters.kills().is_none() {
-            self.renew()?;
-        }
-        if self.apply(limits).is_err() {
+            self.renew(limits).await?;
+        } else if self.apply(limits).await.is_err() {
             // What an earlier job left, such as cached files, can stand in the way of a lower limit.
-            self.renew()?;
-            self.apply(limits)?;
+            self.renew(limits).await?;
         }
         self.count_anew();
         Ok(())
@@ -212,8 +216,8 @@ impl Group {
     ///
     /// # Errors
     /// The kernel refused a limit.
-    pub(super) fn go_on(&mut self, limits: &Limits) -> Result<(), CgroupError> {
-        self.apply(limits)?;
+    pub(super) async fn go_on(&mut self, limits: &Limits) -> Result<(), CgroupError> {
+        self.apply(limits).await?;
         self.count_anew();
         Ok(())
     }
@@ -223,36 +227,44 @@ impl Group {
         self.began = self.counters.read();
     }
 
-    fn apply(&mut self, limits: &Limits) -> Result<(), CgroupError> {
-        let wanted = Some([limits.memory_bytes, limits.processes]);
-        if self.set == wanted {
-            return Ok(());
+    fn kept_by_the_kernel(limits: &Limits) -> [u64; 2] {
+        [limits.memory_bytes, limits.processes]
+    }
+
+    async fn apply(&mut self, limits: &Limits) -> Result<(), CgroupError> {
+        let wanted = Some(Self::kept_by_the_kernel(limits));
+        if self.set != wanted {
+            self.set = None;
+            // A lower limit can take as long as the kernel needs to free memory.
+            self.blocking(*limits, |homes, name, limits| homes.limit(name, limits)).await?;
+            self.set = wanted;
         }
-        self.set = None;
-        let settings = match self.homes.version {
-            Version::One => v1::settings(limits),
-            Version::Two => v2::settings(limits),
-        };
-        for setting in settings {
-            let path = self.homes.of(setting.controller)?.join(&self.name).join(setting.file);
-            let written = home::write(&path, &setting.value);
-            let written = if setting.optional { unless(io::ErrorKind::NotFound, written) } else { written };
-            written.map_err(CgroupError::file("write to", path))?;
-        }
-        self.set = wanted;
         Ok(())
     }
 
     /// The same group with nothing of the past. Only an empty one can be renewed.
-    fn renew(&mut self) -> Result<(), CgroupError> {
-        for home in &self.homes.list {
-            let directory = home.path().join(&self.name);
-            unless(io::ErrorKind::NotFound, fs::remove_dir(&directory))
-                .map_err(CgroupError::file("remove", &directory))?;
-        }
-        let number = self.name.rsplit('-').next().and_then(|number| number.parse().ok()).unwrap_or_default();
-        *self = Self::make(&self.homes, number)?;
+    async fn renew(&mut self, limits: &Limits) -> Result<(), CgroupError> {
+        let renew = |homes: &Arc<Homes>, name: &str, limits: &Limits| {
+            for home in &homes.list {
+                let directory = home.path().join(name);
+                unless(io::ErrorKind::NotFound, fs::remove_dir(&directory))
+                    .map_err(CgroupError::file("remove", &directory))?;
+            }
+            Self::make(homes, name.to_owned(), limits)
+        };
+        *self = self.blocking(*limits, renew).await?;
         Ok(())
+    }
+
+    /// Does what waits for the kernel on a thread for such things: no other job waits meanwhile.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        limits: Limits,
+        work: impl FnOnce(&Arc<Homes>, &str, &Limits) -> Result<T, CgroupError> + Send + 'static,
+    ) -> Result<T, CgroupError> {
+        let (homes, name) = (Arc::clone(&self.homes), self.name.clone());
+        let done = tokio::task::spawn_blocking(move || work(&homes, &name, &limits)).await;
+        done.map_err(|error| CgroupError::file("work on", &self.name)(io::Error::other(error)))?
     }
 
     /// Open `cgroup.procs` files: a process that writes `0` to each of them is in, and whatever it forks.

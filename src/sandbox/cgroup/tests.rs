@@ -18,13 +18,17 @@ fn skip(why: &dyn std::fmt::Display) {
     eprintln!("SKIPPED: {why}");
 }
 
-/// A group as the sandbox makes it; without the trial of a child, for a test has more than one thread.
-fn group(limits: &Limits) -> Option<Group> {
+/// Groups as the sandbox makes them; without the trial of a child, for a test has more than one thread.
+fn groups(count: usize, limits: &Limits) -> Option<Vec<Group>> {
     let (mounts, own) = (place::mounts().unwrap(), place::own().unwrap());
     let made = v2::start(&mounts, &own)
-        .and_then(|homes| make(homes, 1, limits))
-        .or_else(|_| make(v1::start(&mounts, &own)?, 1, limits));
-    made.inspect_err(|error| skip(error)).ok()?.pop()
+        .and_then(|homes| make(homes, count, limits))
+        .or_else(|_| make(v1::start(&mounts, &own)?, count, limits));
+    made.inspect_err(|error| skip(error)).ok()
+}
+
+fn group(limits: &Limits) -> Option<Group> {
+    groups(1, limits)?.pop()
 }
 
 fn directories(group: &Group) -> Vec<PathBuf> {
@@ -44,8 +48,8 @@ fn hoard(mib: u64) -> String {
     format!("head -c {mib}M /dev/zero | tail -c {mib}M | wc -c >/dev/null")
 }
 
-#[test]
-fn a_kill_for_memory_is_seen_and_forgotten() {
+#[tokio::test]
+async fn a_kill_for_memory_is_seen_and_forgotten() {
     let Some(mut group) = group(&limits(32 * MIB)) else { return };
     assert!(inside(&group, "true").success());
     assert!(!group.killed_for_memory());
@@ -58,13 +62,13 @@ fn a_kill_for_memory_is_seen_and_forgotten() {
     let peak = group.used().memory_peak;
     assert!(peak > 16 * MIB && peak <= 32 * MIB, "{peak}");
 
-    group.begin(&limits(256 * MIB)).unwrap();
+    group.begin(&limits(256 * MIB)).await.unwrap();
     assert!(!group.killed_for_memory());
     assert!(inside(&group, &hoard(100)).success());
     assert!(!group.killed_for_memory());
     assert!(group.used().memory_peak > 64 * MIB, "{:?}", group.used());
 
-    group.begin(&limits(256 * MIB)).unwrap();
+    group.begin(&limits(256 * MIB)).await.unwrap();
     assert!(inside(&group, "true").success());
     assert!(group.used().memory_peak < 64 * MIB, "{:?}", group.used());
 }
@@ -78,8 +82,8 @@ fn processes_are_counted_together() {
     assert!(!inside(&group, "true | true | true").success());
 }
 
-#[test]
-fn cpu_time_is_that_of_every_process_since_the_job_began() {
+#[tokio::test]
+async fn cpu_time_is_that_of_every_process_since_the_job_began() {
     let Some(mut group) = group(&limits(64 * MIB)) else { return };
     let burn = "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done";
     assert!(inside(&group, &format!("({burn}) & ({burn}) & wait")).success());
@@ -88,17 +92,17 @@ fn cpu_time_is_that_of_every_process_since_the_job_began() {
     let Used { user, system, .. } = group.used();
     assert!(user + system > Duration::from_millis(10), "{user:?} {system:?}");
 
-    group.begin(&limits(64 * MIB)).unwrap();
+    group.begin(&limits(64 * MIB)).await.unwrap();
     assert!(group.cpu_time().unwrap() < spent);
 }
 
-#[test]
-fn a_group_that_lost_its_directories_is_made_again() {
+#[tokio::test]
+async fn a_group_that_lost_its_directories_is_made_again() {
     let Some(mut group) = group(&limits(64 * MIB)) else { return };
     for directory in directories(&group) {
         fs::remove_dir(directory).unwrap();
     }
-    group.begin(&limits(64 * MIB)).unwrap();
+    group.begin(&limits(64 * MIB)).await.unwrap();
     assert!(inside(&group, "true").success());
 }
 
@@ -111,11 +115,40 @@ fn everything_is_removed_with_the_last_group() {
     assert!(homes.iter().all(|home| !home.exists()));
 }
 
-#[test]
-fn limits_are_written_in_an_order_that_the_kernel_takes() {
+#[tokio::test]
+async fn limits_are_written_in_an_order_that_the_kernel_takes() {
     let Some(mut group) = group(&limits(64 * MIB)) else { return };
     for memory in [512 * MIB, 16 * MIB, 128 * MIB] {
-        group.begin(&limits(memory)).unwrap();
+        group.begin(&limits(memory)).await.unwrap();
         assert_eq!(group.set, Some([memory, 32]));
     }
+}
+
+/// Each renewal may make a child, and waits for it. Once such children kept each other alive, for each had the ends
+/// of the others' pipes; two threads that waited for them at one time waited for ever.
+#[test]
+fn many_groups_are_renewed_at_one_time() {
+    const GROUPS: usize = 8;
+    const RENEWALS: usize = 50;
+    let limits = limits(64 * MIB);
+    let Some(groups) = groups(GROUPS, &limits) else { return };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(GROUPS).build().unwrap();
+    let (renewed, all) = std::sync::mpsc::channel();
+    for mut group in groups {
+        let renewed = renewed.clone();
+        runtime.spawn(async move {
+            for _ in 0..RENEWALS {
+                group.counters.make_stale();
+                group.begin(&limits).await.unwrap();
+            }
+            renewed.send(group).unwrap();
+        });
+    }
+    drop(renewed);
+    // Far more than it takes; not the runtime's own clock, whose threads may be those that wait.
+    let done = std::iter::from_fn(|| all.recv_timeout(Duration::from_secs(60)).ok());
+    let done: Vec<Group> = done.take(GROUPS).collect();
+    runtime.shutdown_background();
+    assert_eq!(done.len(), GROUPS, "renewals wait for each other, or one failed");
+    assert!(done.iter().all(|group| inside(group, "true").success()));
 }

@@ -1,6 +1,7 @@
 //! Control groups, version 1: a hierarchy for each controller, or for several.
 
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use super::home::{self, Home};
 use super::{CgroupError, Homes, Setting, Version, place};
@@ -22,7 +23,7 @@ pub(super) fn start(mounts: &str, own: &str) -> Result<Homes, CgroupError> {
         home::sweep(&base);
         list.push(Home::make(&base, controllers)?);
     }
-    Ok(Homes { version: Version::One, _aside: None, list })
+    Ok(Homes { version: Version::One, _aside: None, list, entered_quickly: OnceLock::new() })
 }
 
 /// In this order: the kernel keeps memory with swap no lower than memory alone.

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use super::home::{self, Home};
 use super::{CgroupError, Homes, Setting, Version, place};
@@ -40,7 +41,7 @@ pub(super) fn start_at(base: &Path, controllers: &[&'static str]) -> Result<Home
         }
     }
     hand_on(home.path(), '+', controllers)?;
-    Ok(Homes { version: Version::Two, _aside: aside, list: vec![home] })
+    Ok(Homes { version: Version::Two, _aside: aside, list: vec![home], entered_quickly: OnceLock::new() })
 }
 
 fn lacking(list: &str, wanted: &[&'static str]) -> Vec<&'static str> {
@@ -186,10 +187,10 @@ mod tests {
         assert_eq!(lacking(&offered, &[delegated.controller]), Vec::<&str>::new());
         // And a process can be born there.
         let directory = fs::File::open(&slot).unwrap();
-        let (child, pid, hold) = launch::born_into(directory.as_fd()).unwrap();
-        let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        let child = launch::born_into(directory.as_fd()).unwrap();
+        // Even where it has ended already: it was not waited for.
+        let groups = fs::read_to_string(format!("/proc/{}/cgroup", child.pid().unwrap())).unwrap();
         assert!(groups.lines().any(|line| line.starts_with("0::") && line.ends_with("/slot-0")), "{groups}");
-        drop(hold);
         child.wait().unwrap();
 
         drop(homes);

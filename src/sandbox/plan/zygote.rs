@@ -6,9 +6,10 @@ use sandpiper_shim::abi;
 use sandpiper_shim::plan::Step;
 
 use super::{
-    CAN_GO_FIRST, CORE, Descriptors, Job, Plan, confine, enter_cgroups, flag, goes_first, join, namespaces,
-    origin_as, own_user_namespace, place, start_python, wait_for_ever,
+    Descriptors, Job, Plan, confine, enter_cgroups, flag, goes_first, join, namespaces, origin_as,
+    own_user_namespace, place, start_python, wait_for_ever,
 };
+use crate::sandbox::host::Host;
 use crate::sandbox::identity::{INSIDE, Privilege};
 use crate::sandbox::mounts::{file_system, mount_proc, scratch, writable};
 use crate::sandbox::root::Root;
@@ -31,8 +32,8 @@ pub(in crate::sandbox) fn warm(job: &Job<'_>, proc: Proc) -> Plan {
     // The network is the zygote's own, which has none.
     let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWCGROUP;
     plan.push(&Step::Unshare { flags: flag(namespaces) });
-    let inside = job.seat.inside_warm(job.privilege);
-    let owner = match job.privilege {
+    let inside = job.seat.inside_warm(job.host.privilege);
+    let owner = match job.host.privilege {
         Privilege::Full => inside,
         // The one user of the zygote's namespace, and soon of the job's own.
         Privilege::None => 0,
@@ -46,7 +47,7 @@ pub(in crate::sandbox) fn warm(job: &Job<'_>, proc: Proc) -> Plan {
         Proc::Lent(fd) => plan.push(&Step::ChdirTo { fd }),
         Proc::None => {}
     }
-    if job.privilege == Privilege::None {
+    if job.host.privilege == Privilege::None {
         own_user_namespace(&mut plan, INSIDE, [0; 2]);
         // A new namespace comes with a full set.
         plan.push(&Step::DropBounding {});
@@ -67,14 +68,14 @@ pub(in crate::sandbox) fn warm(job: &Job<'_>, proc: Proc) -> Plan {
 /// What the origin of a zygote does. With full privilege it is the origin that builds the root: a zygote can
 /// only come back to its own pid namespace if that belongs to its user namespace, so this has to be joined
 /// before the one is made, and then there is no privilege left to build with.
-pub(in crate::sandbox) fn origin(privilege: Privilege, namespace: Option<&OwnedFd>, root: &Root) -> Plan {
+pub(in crate::sandbox) fn origin(host: &Host, namespace: Option<&OwnedFd>, root: &Root) -> Plan {
     if namespace.is_none() {
         // As any other user it would lose its privilege over its namespaces when it becomes python.
-        return origin_as(privilege, 0);
+        return origin_as(host, 0);
     }
     let mut plan = Plan::default();
     plan.push(&Step::DieWithParent {});
-    if *CAN_GO_FIRST {
+    if host.oom_score {
         goes_first(&mut plan);
     }
     namespaces(&mut plan, false, true);
@@ -96,6 +97,7 @@ pub(in crate::sandbox) fn init() -> Plan {
 
 /// The outer wall of a zygote: that of a job, but for what its children still have to do themselves.
 pub(in crate::sandbox) fn wall(
+    host: &Host,
     namespace: Option<&OwnedFd>,
     root: &Root,
     coarse: &[u8],
@@ -113,7 +115,7 @@ pub(in crate::sandbox) fn wall(
         file_system(&mut plan, root, Some(false));
     }
     scratch(&mut plan);
-    plan.push(&Step::Rlimit { resource: libc::RLIMIT_CORE.into(), soft: *CORE, hard: *CORE });
+    plan.push(&Step::Rlimit { resource: libc::RLIMIT_CORE.into(), soft: host.core, hard: host.core });
     plan.push(&Step::Setsid {});
     plan.push(&Step::Umask { mask: 0o022 });
     plan.push(&Step::NoNewPrivileges {});

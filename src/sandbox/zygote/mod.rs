@@ -152,7 +152,7 @@ impl Zygote {
         limits: &Limits,
     ) -> io::Result<Standby> {
         if let Some(group) = &mut lease.group {
-            group.begin(limits).map_err(io::Error::other)?;
+            group.begin(limits).await.map_err(io::Error::other)?;
         }
         let mut process = self.process.lock().await;
         let alive = process

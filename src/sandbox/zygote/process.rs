@@ -64,9 +64,10 @@ impl Process {
             policy: kept[4].as_fd(),
         };
         let namespace = shared.zygote_namespace.as_ref();
-        let wall = plan::zygote::wall(namespace, &variant.root, &variant.coarse_zygote, &descriptors);
+        let wall =
+            plan::zygote::wall(&shared.host, namespace, &variant.root, &variant.coarse_zygote, &descriptors);
         let order = Order {
-            origin: plan::zygote::origin(shared.privilege, namespace, &variant.root),
+            origin: plan::zygote::origin(&shared.host, namespace, &variant.root),
             init: plan::zygote::init(),
             wall,
             program: Arc::clone(&environment.zygote_program),
@@ -146,7 +147,7 @@ impl Process {
         let mut fds: Vec<RawFd> = streams.into_iter().chain(doors.iter().map(AsRawFd::as_raw_fd)).collect();
         let doors: Vec<u64> = (4..).take(doors.len()).map(plan::place).collect();
         let lent;
-        let proc = match (environment.variant(false).root.has_proc(), shared.privilege) {
+        let proc = match (environment.variant(false).root.has_proc(), shared.host.privilege) {
             (true, _) => plan::zygote::Proc::Own,
             (false, Privilege::Full) => plan::zygote::Proc::None,
             (false, Privilege::None) => {
@@ -157,14 +158,13 @@ impl Process {
             }
         };
         let job = plan::Job {
-            privilege: shared.privilege,
+            host: &shared.host,
             seat,
             network: false,
             limits,
             memory_by_cgroup: seat.group.is_some(),
             cgroups: &doors,
             cgroup_namespace: None,
-            landlock: shared.landlock,
         };
         let plan = plan::zygote::warm(&job, proc);
         fd::send(self.socket.get_ref().as_fd(), plan.bytes(), &fds)?;

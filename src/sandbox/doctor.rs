@@ -124,9 +124,9 @@ const NOTIFY: Layer = Layer::welcome(
     "forbidden calls still kill, but results cannot name them, and refused ones are not counted",
     "Linux 5.0 or later; a surrounding filter that has a listener itself denies ours (EBUSY): run without it",
 );
-const LANDLOCK: Layer = Layer::needed(
+const LANDLOCK: Layer = Layer::welcome(
     "landlock",
-    "one wall less around files",
+    "one wall less around files: mounts and modes alone keep a job from them",
     "Linux 5.13 or later with CONFIG_SECURITY_LANDLOCK and landlock in the lsm= boot parameter",
 );
 const LANDLOCK_NEWER: Layer = Layer::welcome(
@@ -136,6 +136,11 @@ const LANDLOCK_NEWER: Layer = Layer::welcome(
 );
 const PIDFD: Layer =
     Layer::needed("pidfd", "a kill could hit a stranger who got a dead job's pid", "Linux 5.3 or later");
+const CLOSE_RANGE: Layer = Layer::needed(
+    "close_range",
+    "jobs would inherit what the worker has open",
+    "Linux 5.9 or later; in a container, a seccomp profile that allows close_range",
+);
 const OPENAT2: Layer = Layer::needed(
     "openat2",
     "artifacts could not be collected safely",
@@ -145,9 +150,10 @@ const OPENAT2: Layer = Layer::needed(
 const CGROUPS: Layer = Layer::welcome(
     "cgroups",
     "memory, CPU time and processes are limited by rlimits, one process at a time instead of the job as a whole",
-    "version 2: delegate a subtree with memory and pids, in which the worker is alone (systemd: Delegate=yes; a \
-     container: its own cgroup namespace, writable); version 1: run as root with the memory, pids and cpuacct \
-     hierarchies mounted writable",
+    "version 2: a group with memory and pids that is delegated to the worker, in which it is alone. From a shell: \
+     systemd-run --scope -p Delegate=yes sandpiper … (as an ordinary user: systemd-run --user --scope …); a service: \
+     Delegate=yes; a container: a cgroup namespace of its own, writable. Version 1: run as root with the memory, pids \
+     and cpuacct hierarchies mounted writable",
 );
 
 /// Tries everything. To be called from a process that has one thread: probes fork.
@@ -172,6 +178,7 @@ pub fn examine(config: &Config) -> Vec<Check> {
         LANDLOCK.check(config, at_least(abi, LANDLOCK_FILES)),
         LANDLOCK_NEWER.check(config, at_least(abi, LANDLOCK_SCOPES)),
         PIDFD.check(config, told(probe::pidfd())),
+        CLOSE_RANGE.check(config, told(probe::close_range())),
         OPENAT2.check(config, told(probe::openat2_beneath())),
         CGROUPS.check(config, cgroups(config)),
     ]);
@@ -182,20 +189,23 @@ pub fn examine(config: &Config) -> Vec<Check> {
     checks
 }
 
-/// Insists on those layers that `wanted` picks. To be called from a process that has one thread.
+/// Insists on those layers that `wanted` picks, and returns what was found of all. To be called from a process that
+/// has one thread.
 ///
 /// # Errors
 /// The first of them that is not there, or a name in `sandbox.require` that no layer has.
-pub fn demand(config: &Config, wanted: impl Fn(&Check) -> bool) -> Result<(), StartError> {
+pub fn demand(config: &Config, wanted: impl Fn(&Check) -> bool) -> Result<Vec<Check>, StartError> {
     let checks = examine(config);
     let known = |name: &&String| checks.iter().any(|check| check.name == **name);
     if let Some(name) = config.sandbox.require.iter().find(|name| !known(name)) {
         let names: Vec<&str> = checks.iter().map(|check| check.name.as_str()).collect();
         return Err(StartError::UnknownLayer { name: name.clone(), known: names.join(", ") });
     }
-    match checks.into_iter().find(|check| !check.ok && wanted(check)) {
-        Some(Check { name, detail, .. }) => Err(StartError::Required { name, detail }),
-        None => Ok(()),
+    match checks.iter().find(|check| !check.ok && wanted(check)) {
+        Some(Check { name, detail, .. }) => {
+            Err(StartError::Required { name: name.clone(), detail: detail.clone() })
+        }
+        None => Ok(checks),
     }
 }
 

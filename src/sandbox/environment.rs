@@ -94,7 +94,7 @@ impl Environment {
             let file = policy_file(&policy, network, machine.host.privilege).map_err(PrepareError::Io)?;
             let coarse = policy.coarse().bytes();
             let coarse_zygote = policy.coarse_before_wall().bytes();
-            let prepared = prepare(&root, machine.host.privilege);
+            let prepared = prepare(&root, &machine.host);
             Ok(Variant { root, prepared, policy, policy_file: file, coarse, coarse_zygote })
         };
         Ok(Self {
@@ -159,11 +159,11 @@ fn prescript(name: &str, python: &Path) -> Prescript {
 }
 
 /// An ordinary user has no namespace of mounts before a job's own user namespace is there.
-fn prepare(root: &Root, privilege: Privilege) -> Option<OwnedFd> {
-    if privilege == Privilege::None {
+fn prepare(root: &Root, host: &Host) -> Option<OwnedFd> {
+    if host.privilege == Privilege::None {
         return None;
     }
-    launch::namespace("mnt", plan::prepared_root(root).bytes())
+    launch::namespace("mnt", plan::prepared_root(host, root).bytes())
         .and_then(fd::out_of_the_way)
         .and_then(|prepared| {
             // Joining takes a capability more than making: that of `chroot`.

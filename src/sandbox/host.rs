@@ -19,6 +19,8 @@ pub(super) struct Host {
     pub(super) oom_score: bool,
     /// The watches of an ordinary user's namespaces can be limited: not where `/proc/sys` is read-only.
     pub(super) watches: bool,
+    /// A whole tree of mounts can be made read-only with one call: not before Linux 5.12.
+    pub(super) mount_setattr: bool,
     /// The core size that jobs are limited to.
     pub(super) core: u64,
 }
@@ -40,6 +42,7 @@ impl Host {
             landlock: landlock::Support(probe::landlock_abi()),
             oom_score,
             watches: user && launch::can(libc::CLONE_NEWUSER, plan::watches_trial().bytes()),
+            mount_setattr: probe::mount_setattr(),
             core: core(),
         }
     }

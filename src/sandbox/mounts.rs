@@ -1,16 +1,19 @@
 //! What a job sees of the file system, as steps of a plan: a root of its own, and the little that it may write.
 
-use std::ffi::{CStr, CString};
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::ffi::{CStr, CString, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
 
 use sandpiper_shim::plan::Step;
 
+use super::host::Host;
 use super::plan::Plan;
 use super::root::{Entry, Root};
 
 const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
 const PRIVATE: u64 = libc::MS_REC | libc::MS_PRIVATE;
+/// The same for one mount, on kernels that have no call for a tree of them.
+const REMOUNT: u64 = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY | NO_SUID;
 const BIND: u64 = libc::MS_BIND | libc::MS_REC;
 const NO_SUID: u64 = libc::MS_NOSUID | libc::MS_NODEV;
 const NOTHING: &CStr = c"";
@@ -57,7 +60,7 @@ pub(super) fn scratch(plan: &mut Plan) {
 }
 
 /// A root of the interpreter's own, read-only. Where `proc` is some, with a `/proc`: read-only, or not.
-pub(super) fn file_system(plan: &mut Plan, root: &Root, proc: Option<bool>) {
+pub(super) fn file_system(plan: &mut Plan, host: &Host, root: &Root, proc: Option<bool>) {
     // Nothing that is mounted from here on reaches the host.
     mount(plan, [c"none", c"/", NOTHING], PRIVATE, NOTHING);
     // A place to stand while both roots are needed: every path of the host stays reachable below /old.
@@ -95,7 +98,15 @@ pub(super) fn file_system(plan: &mut Plan, root: &Root, proc: Option<bool>) {
         plan.push(&Step::CreateFile { mode: 0o644, path: &below(NEW, as_path(device)), content: b"" });
     }
     // Everything so far, with whatever the host has mounted inside of it.
-    plan.push(&Step::MountAttributes { set: READ_ONLY, target: c"/new" });
+    if host.mount_setattr {
+        plan.push(&Step::MountAttributes { set: READ_ONLY, target: c"/new" });
+    } else {
+        let mounts = Mounts::of_this_process();
+        mount(plan, [c"none", c"/new", NOTHING], REMOUNT, NOTHING);
+        for (target, kept) in root.entries.iter().flat_map(|(path, entry)| mounts.made_by(path, entry)) {
+            mount(plan, [c"none", &below(NEW, &target), NOTHING], REMOUNT | kept, NOTHING);
+        }
+    }
     for device in DEVICES {
         bind(plan, &below(OLD, as_path(device)), &below(NEW, as_path(device)));
     }
@@ -116,6 +127,61 @@ pub(super) fn writable(plan: &mut Plan, owner: u32, bytes: u64) {
         bind(plan, part, target);
     }
 }
+
+/// The mounts of the host, as `/proc/self/mountinfo` lists them: the later of two lies on top.
+#[derive(Debug)]
+struct Mounts(Vec<(PathBuf, u64)>);
+
+impl Mounts {
+    fn of_this_process() -> Self {
+        Self::parse(&std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
+    }
+
+    fn parse(mountinfo: &str) -> Self {
+        let mount = |line: &str| {
+            let mut fields = line.split(' ').skip(4);
+            let (point, options) = (fields.next()?, fields.next()?);
+            // The one option that the walls do not set anyway; whoever is not root must keep it.
+            let kept = if options.split(',').any(|option| option == "noexec") { libc::MS_NOEXEC } else { 0 };
+            Some((unescaped(point), kept))
+        };
+        Self(mountinfo.lines().filter_map(mount).collect())
+    }
+
+    /// The mounts in the new root that an entry makes, with the flags that each must keep.
+    fn made_by(&self, path: &Path, entry: &Entry) -> Vec<(PathBuf, u64)> {
+        let source = match entry {
+            Entry::HostDirectory | Entry::HostFile => path,
+            Entry::HostFileFrom(file) => file,
+            Entry::Directory | Entry::Link(_) | Entry::File(_) | Entry::Proc => return Vec::new(),
+        };
+        let source = source.canonicalize().unwrap_or_else(|_| source.to_owned());
+        let around = self.0.iter().rev().find(|(point, _)| source.starts_with(point));
+        let inside = self.0.iter().filter_map(|(point, kept)| {
+            let inside = point.strip_prefix(&source).ok()?;
+            (!inside.as_os_str().is_empty()).then(|| (path.join(inside), *kept))
+        });
+        std::iter::once((path.to_owned(), around.map_or(0, |(_, kept)| *kept))).chain(inside).collect()
+    }
+}
+
+/// `mountinfo` writes spaces and the like as three octal digits behind a backslash.
+fn unescaped(point: &str) -> PathBuf {
+    let mut parts = point.split('\\');
+    let mut bytes = parts.next().unwrap_or_default().as_bytes().to_vec();
+    for part in parts {
+        let code = part.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match code {
+            Some(code) => {
+                bytes.push(code);
+                bytes.extend_from_slice(&part.as_bytes()[3..]);
+            }
+            None => bytes.extend_from_slice(part.as_bytes()),
+        }
+    }
+    PathBuf::from(OsString::from_vec(bytes))
+}
+
 fn as_path(path: &CStr) -> &Path {
     Path::new(std::ffi::OsStr::from_bytes(path.to_bytes()))
 }
@@ -133,4 +199,34 @@ fn c_path(path: &Path) -> CString {
 /// Paths come from the file system or from a checked configuration: none holds a NUL.
 fn c_string(bytes: impl Into<Vec<u8>>) -> CString {
     CString::new(bytes).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOUNTS: &str = "\
+22 1 259:1 / / rw,relatime shared:1 - ext4 /dev/root rw
+30 22 0:30 / /opt rw,nosuid,noexec - tmpfs none rw
+31 30 0:31 / /opt/a\\040python rw,relatime - tmpfs none rw
+32 31 0:32 / /opt/a\\040python/lib ro,noexec - tmpfs none ro
+33 22 0:33 / /optional rw - tmpfs none rw
+";
+
+    #[test]
+    fn every_mount_below_an_entry_is_found_with_what_it_must_keep() {
+        let mounts = Mounts::parse(MOUNTS);
+        let made = |path: &str, entry: &Entry| -> Vec<(String, u64)> {
+            let made = mounts.made_by(Path::new(path), entry);
+            made.into_iter().map(|(path, kept)| (path.display().to_string(), kept)).collect()
+        };
+        let noexec = libc::MS_NOEXEC;
+        let inside = [("/opt/a python".to_owned(), 0), ("/opt/a python/lib".to_owned(), noexec)];
+        assert_eq!(made("/opt/a python", &Entry::HostDirectory), inside);
+        assert_eq!(made("/opt", &Entry::HostDirectory)[1..], inside);
+        assert_eq!(made("/opt/b", &Entry::HostDirectory), [("/opt/b".to_owned(), noexec)]);
+        let from = Entry::HostFileFrom("/opt/a python/lib/file".into());
+        assert_eq!(made("/run/shim", &from), [("/run/shim".to_owned(), noexec)]);
+        assert_eq!(made("/etc", &Entry::Directory), []);
+    }
 }

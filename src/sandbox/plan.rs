@@ -148,11 +148,11 @@ fn wait_for_ever(plan: &mut Plan) {
 
 /// Prepares a root in a mount namespace that cold jobs join and then copy: what takes some hundred calls is done
 /// once. Without its `/proc`, which belongs to a job's own pid namespace.
-pub(super) fn prepared_root(root: &Root) -> Plan {
+pub(super) fn prepared_root(host: &Host, root: &Root) -> Plan {
     let mut plan = Plan::default();
     plan.push(&Step::DieWithParent {});
     plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWNS) });
-    file_system(&mut plan, root, None);
+    file_system(&mut plan, host, root, None);
     plan
 }
 
@@ -177,7 +177,7 @@ pub(super) fn cold(
     join(&mut plan, job.cgroup_namespace, libc::CLONE_NEWCGROUP);
     namespaces(&mut plan, job.network, job.cgroup_namespace.is_none());
     if prepared.is_none() {
-        file_system(&mut plan, root, Some(true));
+        file_system(&mut plan, job.host, root, Some(true));
     } else if root.has_proc() {
         mount_proc(&mut plan, c"/proc", true);
     }

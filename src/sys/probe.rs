@@ -191,6 +191,21 @@ pub fn landlock_abi() -> u32 {
     u32::try_from(abi).unwrap_or(0)
 }
 
+/// Whether there is `mount_setattr`, or a container's filter says that there is.
+pub fn mount_setattr() -> bool {
+    let nothing = std::ptr::null::<libc::c_void>();
+    // SAFETY: a structure of no bytes is refused before anything is read.
+    let asked = unsafe { libc::syscall(libc::SYS_mount_setattr, -1, nothing, 0, nothing, 0) };
+    Errno::result(asked) == Err(Errno::EINVAL)
+}
+
+/// Closing a range of descriptors: here one that nobody can have.
+pub fn close_range() -> Tried {
+    // SAFETY: the call takes numbers; no descriptor has this one.
+    let closed = unsafe { libc::syscall(libc::SYS_close_range, u32::MAX, u32::MAX, 0) };
+    Errno::result(closed).map(drop).step("close_range")
+}
+
 /// A process by descriptor, and a signal through it.
 pub fn pidfd() -> Tried {
     // SAFETY: two integers go in, a new descriptor or an error comes out.

@@ -81,7 +81,7 @@ pub(in crate::sandbox) fn origin(host: &Host, namespace: Option<&OwnedFd>, root:
     namespaces(&mut plan, false, true);
     // Its `/proc` is the worker's, and hidden by the zygote's own; the kernel lets a process without privilege
     // mount one only where there is one already.
-    file_system(&mut plan, root, Some(true));
+    file_system(&mut plan, host, root, Some(true));
     join(&mut plan, namespace.map(AsFd::as_fd), libc::CLONE_NEWUSER);
     plan.push(&Step::Identity { uid: 0, gid: 0, keeps_groups: 0 });
     plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWPID) });
@@ -112,7 +112,7 @@ pub(in crate::sandbox) fn wall(
     } else {
         namespaces(&mut plan, false, true);
         // Its children write their maps there.
-        file_system(&mut plan, root, Some(false));
+        file_system(&mut plan, host, root, Some(false));
     }
     scratch(&mut plan);
     plan.push(&Step::Rlimit { resource: libc::RLIMIT_CORE.into(), soft: host.core, hard: host.core });

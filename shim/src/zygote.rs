@@ -213,23 +213,54 @@ fn move_to(fd: c_int, place: c_int) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Where libc keeps the id of this thread: the address that it gave the kernel to clear.
+/// Where libc keeps the id of this thread.
 fn thread_id_address() -> Result<usize, Errno> {
-    let mut address: *mut c_int = core::ptr::null_mut();
-    // SAFETY: the call writes one pointer to a live variable.
-    unsafe {
-        let option = libc::PR_GET_TID_ADDRESS.cast_unsigned() as usize;
-        syscall(libc::SYS_prctl, [option, &raw mut address as usize, 0, 0, 0])
-    }?;
     // SAFETY: the call takes nothing.
-    let id = unsafe { syscall(libc::SYS_gettid, [0; 5]) }?;
-    // Another libc may keep something else there; then this is not the place.
-    // SAFETY: libc registered the address for as long as the thread lives.
-    if !address.is_null() && usize::try_from(unsafe { address.read() }) == Ok(id) {
-        Ok(address as usize)
-    } else {
-        Err(libc::ENOTSUP)
+    let id = c_int::try_from(unsafe { syscall(libc::SYS_gettid, [0; 5]) }?).map_err(|_| libc::EOVERFLOW)?;
+    let given = address_given_to_the_kernel().filter(|at| is_thread_id(*at, id));
+    given.or_else(|| search_thread_id(id)).ok_or(libc::ENOTSUP)
+}
+
+/// The address that libc had the kernel clear at the thread's end, which is that of its id. Kernels without
+/// `CONFIG_CHECKPOINT_RESTORE` do not tell.
+fn address_given_to_the_kernel() -> Option<usize> {
+    let mut address: *mut c_int = core::ptr::null_mut();
+    let option = libc::PR_GET_TID_ADDRESS.cast_unsigned() as usize;
+    // SAFETY: the call writes one pointer to a live variable.
+    let told = unsafe { syscall(libc::SYS_prctl, [option, &raw mut address as usize, 0, 0, 0]) };
+    told.ok().filter(|_| !address.is_null()).map(|_| address as usize)
+}
+
+/// Looks for it in libc's structure of the thread, whose beginning is what `pthread_self` gives.
+fn search_thread_id(id: c_int) -> Option<usize> {
+    /// Less than the structure has on any architecture, and more than lies before the id.
+    const SEARCHED: usize = 1024;
+    // SAFETY: the call takes nothing.
+    #[allow(clippy::cast_possible_truncation, reason = "an address")]
+    let thread = unsafe { libc::pthread_self() } as usize;
+    (thread..thread + SEARCHED).step_by(size_of::<c_int>()).find(|at| is_thread_id(*at, id))
+}
+
+/// Whether libc takes what is at this place of its own memory for the thread's id: with another number there, it
+/// names another clock as the thread's.
+fn is_thread_id(place: usize, id: c_int) -> bool {
+    let at = place as *mut c_int;
+    let clock = || {
+        let mut clock: libc::clockid_t = 0;
+        // SAFETY: the thread is this one, and the variable is live.
+        (unsafe { libc::pthread_getcpuclockid(libc::pthread_self(), &raw mut clock) } == 0).then_some(clock)
+    };
+    // SAFETY: the callers name aligned places within libc's structure of this thread, which lives as long as it.
+    if unsafe { at.read_volatile() } != id {
+        return false;
     }
+    let before = clock();
+    // SAFETY: as above; there is no other thread, and nothing but the call between reads it before it is back.
+    unsafe { at.write_volatile(id.wrapping_add(1)) };
+    let changed = clock() != before;
+    // SAFETY: as above.
+    unsafe { at.write_volatile(id) };
+    changed
 }
 
 /// As the kernel takes it; only the first field matters here.
@@ -352,4 +383,21 @@ fn make_init() -> Result<c_int, Errno> {
         );
     }
     if result < 0 { Err(i32::try_from(-result).unwrap_or(libc::EIO)) } else { Ok(pidfd) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_thread_id_is_found_without_the_kernels_help() {
+        // SAFETY: the call takes nothing.
+        let id = unsafe { libc::gettid() };
+        let found = search_thread_id(id);
+        assert!(found.is_some());
+        if let Some(told) = address_given_to_the_kernel() {
+            assert_eq!(found, Some(told));
+        }
+        assert_eq!(search_thread_id(-1), None);
+    }
 }

@@ -153,6 +153,9 @@ pub(super) fn failed_step(report: Report, [origin, init, wall]: &[Plan; 3]) -> S
         Stage::Wall => ("raise the outer wall", of(wall)),
         Stage::Exec => ("start python", "execve".to_owned()),
         Stage::Lockdown => ("lock down", lockdown::Step::name(step).to_owned()),
+        Stage::Zygote if step == 0 => {
+            ("make a zygote of python", "find where libc keeps the thread's id".to_owned())
+        }
         Stage::Zygote => ("make a process from a warm one", "clone".to_owned()),
     };
     format!("failed to {who}: {what}: {why}")

@@ -192,7 +192,7 @@ JOBS = {
                   {"{{body}}": quantile(0.95, "sandpiper_message_body_bytes", W, "body")}),
             lines(14, "Peak memory of jobs", "Of all processes of a job together, where the kernel tells.", "bytes",
                   quantiles("sandpiper_job_memory_peak_bytes", W)),
-            lines(15, "Stuck workers", "Workers with a job that is minutes past its end; /healthz fails, and whoever"
+            lines(15, "Stuck workers", "Workers that stand still; /healthz says why and fails, and whoever"
                   " supervises them should restart them.", "short", {"{{instance}}": f"sandpiper_stuck{W}"},
                   thresholds=bad_from(1)),
         ]),

@@ -14,13 +14,16 @@ use crate::cli::{End, runtime};
 use crate::config::Config;
 use crate::ops::http::{Probes, Server};
 use crate::ops::metrics::Metrics;
+use crate::ops::service_manager::ServiceManager;
 use crate::ops::traces::Traces;
 use crate::sandbox::Sandbox;
-use crate::sandbox::doctor::demand;
-use crate::worker::{self, Ended, Health, Shutdown};
+use crate::sandbox::doctor::{Check, demand};
+use crate::worker::{self, Ended, Health, Shutdown, Watchdog};
 
 /// Far more than it takes to kill what runs and to remove its control groups.
 const CLEANING: Duration = Duration::from_secs(2);
+
+const PORT_FAILED: &str = "the port for metrics and health failed";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -67,7 +70,10 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
         ("http.listen", args.listen.map(|listen| listen.to_string())),
     ])?;
     Signals::hold()?;
-    demand(&config, |check| check.required).context("failed to start the worker")?;
+    let checks = demand(&config, |check| check.required).context("failed to start the worker")?;
+    for Check { name, detail, without, .. } in checks.iter().filter(|check| !check.ok) {
+        tracing::warn!(layer = %name, %detail, %without, "a layer of the sandbox is missing: see sandpiper doctor");
+    }
     let sandbox = Sandbox::start(&config).context("failed to start the worker")?;
     let runtime = runtime()?;
     let end = runtime.block_on(serve(&config, sandbox, args.once));
@@ -84,12 +90,14 @@ async fn serve(config: &Config, sandbox: Sandbox, once: Option<NonZeroUsize>) ->
     let shutdown = Shutdown::default();
     let closed = CancellationToken::new();
     tokio::spawn(obey(Signals::listen()?, shutdown.clone()));
+    let _watchdog = Watchdog::start(health.clone(), ServiceManager::from_environment())
+        .context("failed to start the watchdog")?;
     let port = match config.http.listen {
         Some(address) => {
-            let server = Server::bind(address).await?;
+            let server = Server::bind(address)?;
             tracing::info!(address = %server.address(), "metrics and health are served");
             let view = View { metrics: metrics.clone(), health: health.clone(), sandbox: sandbox.clone() };
-            Some(tokio::spawn(server.serve(Arc::new(view), closed.clone())))
+            Some(server.serve(Arc::new(view), closed.clone()).context(PORT_FAILED)?)
         }
         None => None,
     };
@@ -99,7 +107,7 @@ async fn serve(config: &Config, sandbox: Sandbox, once: Option<NonZeroUsize>) ->
         traces.close().await;
     }
     if let (Some(port), Ended::Drained) = (port, ended) {
-        port.await.context("the port for metrics and health failed")?;
+        port.await.map_err(anyhow::Error::new).and_then(|ended| Ok(ended?)).context(PORT_FAILED)?;
     }
     Ok(match ended {
         Ended::Drained => End::Done,

@@ -2,8 +2,11 @@
 //!
 //! What is answered comes from the [`Probes`] that the caller hands in; this file only speaks HTTP. It has
 //! no authentication and says nothing secret: keep it inside the cluster.
+//!
+//! It runs on a thread of its own: where the worker stands still, that is what there is to be answered.
 
-use std::net::SocketAddr;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +15,7 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use tokio::net::TcpListener;
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 /// How long requests that are under way may take once the server was told to stop.
@@ -53,9 +56,10 @@ pub struct Server {
 
 impl Server {
     /// Opens the port, so that a wrong address ends the start and not a running worker.
-    pub async fn bind(address: SocketAddr) -> Result<Self, HttpError> {
+    pub fn bind(address: SocketAddr) -> Result<Self, HttpError> {
         let bind = |source| HttpError::Bind { address, source };
-        let listener = TcpListener::bind(address).await.map_err(bind)?;
+        let listener = TcpListener::bind(address).map_err(bind)?;
+        listener.set_nonblocking(true).map_err(bind)?;
         let address = listener.local_addr().map_err(bind)?;
         Ok(Self { listener, address })
     }
@@ -65,10 +69,32 @@ impl Server {
         self.address
     }
 
-    /// Answers until `stop`, then lets the requests under way end.
-    pub async fn serve(self, probes: Arc<dyn Probes>, stop: CancellationToken) {
-        let app = router(probes);
-        let graceful = axum::serve(self.listener, app).with_graceful_shutdown(stop.clone().cancelled_owned());
+    /// Answers until `stop`, then lets the requests under way end. Tells when it has, and how.
+    ///
+    /// # Errors
+    /// The system gives no thread.
+    pub fn serve(
+        self,
+        probes: Arc<dyn Probes>,
+        stop: CancellationToken,
+    ) -> io::Result<oneshot::Receiver<io::Result<()>>> {
+        let (tell, ended) = oneshot::channel();
+        std::thread::Builder::new().name("http".into()).spawn(move || {
+            // Where nobody waits any longer the process ends.
+            let _ = tell.send(self.answer(probes, stop));
+        })?;
+        Ok(ended)
+    }
+
+    fn answer(self, probes: Arc<dyn Probes>, stop: CancellationToken) -> io::Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(self.answer_until(probes, stop))
+    }
+
+    async fn answer_until(self, probes: Arc<dyn Probes>, stop: CancellationToken) -> io::Result<()> {
+        let listener = tokio::net::TcpListener::from_std(self.listener)?;
+        let graceful =
+            axum::serve(listener, router(probes)).with_graceful_shutdown(stop.clone().cancelled_owned());
         let hard = async {
             stop.cancelled().await;
             tokio::time::sleep(LAST_REQUESTS).await;
@@ -78,6 +104,7 @@ impl Server {
             _ = graceful.into_future() => {}
             () = hard => {}
         }
+        Ok(())
     }
 }
 

@@ -2,5 +2,6 @@
 
 pub mod http;
 pub mod metrics;
+pub mod service_manager;
 pub mod telemetry;
 pub mod traces;

@@ -1,13 +1,19 @@
 //! What a worker says of itself when it is asked: whether it takes jobs, and whether it works at all.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::amqp::LinkState;
-use crate::worker::running::Running;
+use crate::worker::running::{Running, STUCK};
+
+/// How often the runtime shows that it works.
+const BEAT: Duration = Duration::from_secs(1);
+/// A runtime that did not for this long does not: a worker that only has much to do is not as late.
+const NO_BEAT: Duration = Duration::from_secs(30);
 
 /// The state of a worker, for whoever asks. Cheap to clone; made before the worker starts.
 #[derive(Clone, Debug, Default)]
@@ -19,6 +25,21 @@ struct Watched {
     publishing: watch::Receiver<LinkState>,
     drain: CancellationToken,
     running: Running,
+    times: Mutex<Times>,
+}
+
+#[derive(Debug)]
+struct Times {
+    /// When the runtime last showed that it works.
+    beat: Instant,
+    /// When there was last a reason for jobs to wait that is not ours.
+    excused: Instant,
+}
+
+impl Watched {
+    fn times(&self) -> std::sync::MutexGuard<'_, Times> {
+        self.times.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Health {
@@ -35,7 +56,29 @@ impl Health {
         running: Running,
     ) {
         // A second worker under one health would be a mistake of the caller's; the first one is told of.
-        let _ = self.0.set(Watched { consuming, publishing, drain, running });
+        let times = Mutex::new(Times { beat: Instant::now(), excused: Instant::now() });
+        let _ = self.0.set(Watched { consuming, publishing, drain, running, times });
+    }
+
+    /// Shows that the runtime works for as long as it is polled. Does not return.
+    pub(super) async fn pulse(self) {
+        let mut beats = tokio::time::interval(BEAT);
+        loop {
+            beats.tick().await;
+            if let Some(watched) = self.0.get() {
+                watched.times().beat = Instant::now();
+            }
+        }
+    }
+
+    /// There is a worker to tell of.
+    pub(super) fn has_begun(&self) -> bool {
+        self.0.get().is_some()
+    }
+
+    /// It takes no more jobs, and ends when those that it has are over.
+    pub(super) fn is_draining(&self) -> bool {
+        self.0.get().is_some_and(|watched| watched.drain.is_cancelled())
     }
 
     /// Whether it takes jobs now.
@@ -66,9 +109,25 @@ impl Health {
     /// # Errors
     /// What is stuck, in words for a person.
     pub fn alive(&self) -> Result<(), String> {
-        match self.0.get().and_then(|watched| watched.running.stuck(Instant::now())) {
-            Some(id) => Err(format!("stuck: job {id} should have ended minutes ago")),
-            None => Ok(()),
+        let Some(watched) = self.0.get() else { return Ok(()) };
+        let now = Instant::now();
+        let mut times = watched.times();
+        // Without a way out for results no job starts.
+        if *watched.publishing.borrow() != LinkState::Up {
+            times.excused = now;
+        }
+        let silent = now.saturating_duration_since(times.beat);
+        if silent > NO_BEAT {
+            return Err(format!("stuck: nothing has been done for {} s", silent.as_secs()));
+        }
+        if let Some(id) = watched.running.overdue(now) {
+            return Err(format!("stuck: job {id} should have ended minutes ago"));
+        }
+        match watched.running.still_since(now).map(|since| now - since.max(times.excused)) {
+            Some(still) if still > STUCK => {
+                Err(format!("stuck: jobs wait, and none has started for {} s", still.as_secs()))
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -100,5 +159,33 @@ mod tests {
         drain.cancel();
         assert!(health.ready().is_err());
         assert_eq!(health.alive(), Ok(()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn alive_is_a_runtime_that_works_and_jobs_that_move() {
+        let health = Health::new();
+        let (publishing, running) = (watch::Sender::new(LinkState::Up), Running::default());
+        let state = publishing.subscribe();
+        health.watch(state.clone(), state, CancellationToken::new(), running.clone());
+        let later = |time| tokio::time::advance(time);
+
+        later(NO_BEAT + BEAT).await;
+        assert_eq!(health.alive(), Err("stuck: nothing has been done for 31 s".into()));
+        let pulse = tokio::spawn(health.clone().pulse());
+        tokio::task::yield_now().await;
+        assert_eq!(health.alive(), Ok(()));
+
+        // Without a connection jobs may wait for ever, and afterwards as long as any others.
+        let waits = running.enter("waits", &CancellationToken::new()).ok();
+        publishing.send_replace(LinkState::Blocked);
+        tokio::time::sleep(2 * STUCK).await;
+        assert_eq!(health.alive(), Ok(()));
+        publishing.send_replace(LinkState::Up);
+        assert_eq!(health.alive(), Ok(()));
+        tokio::time::sleep(STUCK + BEAT).await;
+        assert_eq!(health.alive(), Err("stuck: jobs wait, and none has started for 121 s".into()));
+        drop(waits);
+        assert_eq!(health.alive(), Ok(()));
+        pulse.abort();
     }
 }

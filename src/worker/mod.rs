@@ -11,6 +11,7 @@ mod live;
 mod pipeline;
 mod running;
 mod slots;
+mod watchdog;
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -23,6 +24,7 @@ use tokio_util::task::TaskTracker;
 pub use drain::{Ended, Shutdown};
 pub use health::Health;
 pub use running::REMEMBERED_MAX;
+pub use watchdog::Watchdog;
 
 use crate::amqp::{Addresses, Consumer, Publisher};
 use crate::config::{self, Config};
@@ -60,6 +62,7 @@ pub async fn serve(
     let mut consumer = Consumer::start(&config.amqp, &name, prefetch, metrics, drain.clone());
     let running = Running::default();
     health.watch(consumer.state(), publisher.state(), drain.clone(), running.clone());
+    let pulse = tokio::spawn(health.clone().pulse());
     tracing::info!(worker = name, slots = config.worker.slots, "taking jobs");
 
     let kill = CancellationToken::new();
@@ -123,6 +126,7 @@ pub async fn serve(
         sandbox.close().await;
     }
     commands.abort();
+    pulse.abort();
     ended
 }
 

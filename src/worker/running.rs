@@ -17,8 +17,9 @@ const REMEMBERED: Duration = Duration::from_secs(600);
 /// And at most so many of them: they come from anyone who may publish.
 pub const REMEMBERED_MAX: usize = 1_024;
 
-/// Past its time limit a job is killed at once; one that is still here this much later is stuck.
-const STUCK: Duration = Duration::from_secs(120);
+/// Past its time limit a job is killed at once; one that is still here this much later is stuck. And a job that waits
+/// gets a slot as soon as one is free; where none does for this long, though none is in use, they are stuck.
+pub(super) const STUCK: Duration = Duration::from_secs(120);
 
 /// All jobs that this worker holds. Cheap to clone.
 #[derive(Clone, Debug, Default)]
@@ -29,6 +30,8 @@ struct Jobs {
     next: u64,
     /// By the order in which they came.
     here: BTreeMap<u64, Job>,
+    /// When a job last came, started or went.
+    moved: Option<Instant>,
     cancelled: VecDeque<(Instant, String)>,
 }
 
@@ -59,6 +62,7 @@ impl Running {
         }
         let key = jobs.next;
         jobs.next += 1;
+        jobs.moved = Some(Instant::now());
         jobs.here.insert(
             key,
             Job { id: id.to_owned(), stop: stop.clone(), since: jiff::Timestamp::now(), due: None },
@@ -85,9 +89,17 @@ impl Running {
     }
 
     /// The id of a job that should have ended long ago.
-    pub(super) fn stuck(&self, now: Instant) -> Option<String> {
+    pub(super) fn overdue(&self, now: Instant) -> Option<String> {
         let overdue = |job: &&Job| job.due.is_some_and(|due| due + STUCK < now);
         self.lock().here.values().find(overdue).map(|job| job.id.clone())
+    }
+
+    /// Jobs wait, and none runs that they could wait for: since when nothing has moved.
+    pub(super) fn still_since(&self, now: Instant) -> Option<Instant> {
+        let jobs = self.lock();
+        let waits = jobs.here.values().any(|job| job.due.is_none());
+        let runs = jobs.here.values().any(|job| job.due.is_some_and(|due| due >= now));
+        jobs.moved.filter(|_| waits && !runs)
     }
 
     fn lock(&self) -> MutexGuard<'_, Jobs> {
@@ -111,15 +123,20 @@ impl Entry {
 
     /// The job starts now and has to be over within `time`.
     pub(super) fn due_in(&self, time: Duration) {
-        if let Some(job) = self.running.lock().here.get_mut(&self.key) {
-            job.due = Some(Instant::now() + time);
+        let mut jobs = self.running.lock();
+        let now = Instant::now();
+        jobs.moved = Some(now);
+        if let Some(job) = jobs.here.get_mut(&self.key) {
+            job.due = Some(now + time);
         }
     }
 }
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        self.running.lock().here.remove(&self.key);
+        let mut jobs = self.running.lock();
+        jobs.moved = Some(Instant::now());
+        jobs.here.remove(&self.key);
     }
 }
 
@@ -158,12 +175,29 @@ mod tests {
         let running = Running::default();
         let entry = running.enter("slow", &CancellationToken::new()).unwrap();
         let now = Instant::now();
-        assert_eq!(running.stuck(now + Duration::from_secs(9_999)), None, "it has not started");
+        assert_eq!(running.overdue(now + Duration::from_secs(9_999)), None, "it has not started");
         entry.due_in(Duration::from_secs(5));
-        assert_eq!(running.stuck(now + Duration::from_secs(6)), None);
+        assert_eq!(running.overdue(now + Duration::from_secs(6)), None);
         let late = now + Duration::from_secs(6) + STUCK;
-        assert_eq!(running.stuck(late).as_deref(), Some("slow"));
+        assert_eq!(running.overdue(late).as_deref(), Some("slow"));
         drop(entry);
-        assert_eq!(running.stuck(late), None);
+        assert_eq!(running.overdue(late), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn jobs_stand_still_that_wait_for_none() {
+        let (running, kill) = (Running::default(), CancellationToken::new());
+        assert_eq!(running.still_since(Instant::now()), None, "there are none");
+        let waits = running.enter("waits", &kill).unwrap();
+        let came = Instant::now();
+        assert_eq!(running.still_since(came), Some(came));
+        let runs = running.enter("runs", &kill).unwrap();
+        runs.due_in(Duration::from_secs(60));
+        tokio::time::advance(Duration::from_secs(59)).await;
+        assert_eq!(running.still_since(Instant::now()), None, "it waits for the one that runs");
+        drop(runs);
+        assert_eq!(running.still_since(Instant::now()), Some(Instant::now()));
+        drop(waits);
+        assert_eq!(running.still_since(Instant::now()), None);
     }
 }

@@ -23,3 +23,4 @@ mod schema;
 mod serve;
 mod submit;
 mod support;
+mod watchdog;

@@ -7,7 +7,7 @@ use std::process::{Child, ChildStderr, ExitStatus};
 use crate::support::{command, run};
 
 /// A running worker, whose broker address nobody listens on.
-struct Worker {
+pub(crate) struct Worker {
     child: Child,
     address: String,
     /// Kept open, so that the worker can go on logging.
@@ -16,9 +16,13 @@ struct Worker {
 
 impl Worker {
     fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    pub(crate) fn start_with(environment: &[(&str, &str)]) -> Self {
         let args =
             ["serve", "--url", "amqp://127.0.0.1:1", "--listen", "127.0.0.1:0", "--set", "log.format=json"];
-        let mut child = command(args).spawn().unwrap();
+        let mut child = command(args).envs(environment.iter().copied()).spawn().unwrap();
         let mut log = BufReader::new(child.stderr.take().unwrap());
         let mut line = String::new();
         let address = loop {
@@ -35,13 +39,16 @@ impl Worker {
         Self { child, address, log }
     }
 
-    fn get(&self, path: &str) -> (String, String) {
+    pub(crate) fn get(&self, path: &str) -> (String, String) {
         get(&self.address, path)
     }
 
-    fn terminate(mut self) -> (ExitStatus, String) {
-        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    pub(crate) fn pid(&self) -> nix::unistd::Pid {
+        nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap())
+    }
+
+    pub(crate) fn terminate(mut self) -> (ExitStatus, String) {
+        nix::sys::signal::kill(self.pid(), nix::sys::signal::Signal::SIGTERM).unwrap();
         let mut rest = String::new();
         self.log.read_to_string(&mut rest).unwrap();
         (self.child.wait().unwrap(), rest)

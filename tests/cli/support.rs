@@ -67,11 +67,16 @@ pub(crate) fn finish(mut command: Command, stdin: &[u8]) -> Ran {
 }
 
 /// Waits for what tells nobody of itself: asks again and again, but not for ever.
+pub(crate) fn eventually(what: &str, holds: impl FnMut() -> bool) {
+    eventually_within(Duration::from_secs(30), what, holds);
+}
+
+/// The same for what takes its time.
 #[expect(clippy::disallowed_methods, reason = "the one place where another process's state is asked for")]
-pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+pub(crate) fn eventually_within(time: Duration, what: &str, mut holds: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !holds() {
-        assert!(begin.elapsed() < Duration::from_secs(30), "it never came to pass that {what}");
+        assert!(begin.elapsed() < time, "it never came to pass that {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

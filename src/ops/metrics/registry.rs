@@ -210,7 +210,7 @@ pub(super) fn build(registry: Registry) -> prometheus::Result<Inner> {
             "How long the oldest delivery has been held without being given back; 0 while none is held",
         )?,
         ready: shelf.gauge("sandpiper_ready", "1 while the worker takes jobs, as /readyz says")?,
-        stuck: shelf.gauge("sandpiper_stuck", "1 while a job is minutes past its end, as /healthz says")?,
+        stuck: shelf.gauge("sandpiper_stuck", "1 while the worker stands still, as /healthz says")?,
         redelivered: shelf.counters(
             "sandpiper_jobs_redelivered_total",
             "Deliveries of messages that had been delivered before",

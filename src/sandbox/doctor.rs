@@ -2,6 +2,7 @@
 //!
 //! Nothing here decides how a job is run; it answers the question of an operator before the first one is.
 
+mod apparmor;
 mod interpreter;
 
 use std::path::PathBuf;
@@ -69,9 +70,8 @@ impl Layer {
 const USER: Layer = Layer::needed(
     "user_namespaces",
     "jobs would need a worker that is root, and an operator's imports would run as root of the host",
-    "sysctl kernel.unprivileged_userns_clone=1 and user.max_user_namespaces=15000; on Ubuntu 23.10 and later also \
-     kernel.apparmor_restrict_unprivileged_userns=0; in a container, a seccomp profile that allows unshare and \
-     clone with CLONE_NEWUSER; as root in a container also CAP_SETFCAP",
+    "sysctl kernel.unprivileged_userns_clone=1 and user.max_user_namespaces=15000; in a container, a seccomp profile \
+     that allows unshare and clone with CLONE_NEWUSER; as root in a container also CAP_SETFCAP",
 );
 const IN_A_CONTAINER: &str = "allow it in the container: a seccomp profile that permits unshare and mount \
      (Docker: --security-opt seccomp=PROFILE), or CAP_SYS_ADMIN; the kernel must be built with this namespace";
@@ -186,6 +186,7 @@ pub fn examine(config: &Config) -> Vec<Check> {
     for (name, environment) in &config.environments {
         checks.push(interpreter::examine(name, environment));
     }
+    apparmor::name_profile(&mut checks);
     checks
 }
 

@@ -123,26 +123,34 @@ mod tests {
         assert_eq!(lacking("", &["memory"]), ["memory"]);
     }
 
-    /// A delegated group with this process in it, of whatever controller this machine has in version 2.
+    /// A delegated group with this process in it, of whatever controller this machine has in version 2. It lies
+    /// directly below the root of the hierarchy, which hands controllers on though it has processes: the group that
+    /// a test is started in could not.
     struct Delegated {
         parent: PathBuf,
+        /// Where this process was before.
+        before: PathBuf,
         base: PathBuf,
         controller: &'static str,
+        /// The root hands it on only because of us.
+        handed_on: bool,
     }
 
     impl Delegated {
         fn make() -> Result<Self, CgroupError> {
-            let parent = place::version_2(&place::mounts()?, &place::own()?)?;
+            let parent = place::version_2(&place::mounts()?, "0::/")?;
             let offered = place::read(parent.join(OFFERED))?;
-            let known = ["hugetlb", "pids", "memory", "misc"];
+            let known = ["memory", "pids", "hugetlb", "misc"];
             let controller = known.into_iter().find(|name| lacking(&offered, &[name]).is_empty());
             let Some(controller) = controller else {
                 return Err(CgroupError::NotOffered { path: parent, missing: known.join(", ") });
             };
+            let handed_on = !lacking(&place::read(parent.join(HANDED_ON))?, &[controller]).is_empty();
             hand_on(&parent, '+', &[controller])?;
             let base = parent.join(format!("test-sandpiper-{}", std::process::id()));
             fs::create_dir(&base).map_err(CgroupError::file("make", &base))?;
-            let delegated = Self { parent, base, controller };
+            let before = place::version_2(&place::mounts()?, &place::own()?)?;
+            let delegated = Self { parent, before, base, controller, handed_on };
             delegated.enter(&delegated.base)?;
             Ok(delegated)
         }
@@ -155,10 +163,12 @@ mod tests {
 
     impl Drop for Delegated {
         fn drop(&mut self) {
-            drop(self.enter(&self.parent));
+            drop(self.enter(&self.before));
             drop(fs::remove_dir(&self.base));
-            // Others may use it as well.
-            drop(hand_on(&self.parent, '-', &[self.controller]));
+            if self.handed_on {
+                // Others may use it as well by now.
+                drop(hand_on(&self.parent, '-', &[self.controller]));
+            }
         }
     }
 

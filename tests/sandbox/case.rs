@@ -144,13 +144,30 @@ impl Case {
         if self.stdin_bytes > 0 {
             job.insert("stdin".into(), json!("x".repeat(self.stdin_bytes)));
         }
+        if slowness() > 1 {
+            job.insert("timeout_ms".into(), json!(self.timeout_ms()));
+            let limits = job.entry("limits").or_insert_with(|| json!({}));
+            let cpu_ms = limits["cpu_ms"].as_u64().unwrap_or(10_000);
+            limits["cpu_ms"] = json!(stretched(cpu_ms, 600_000));
+        }
         Value::Object(job)
     }
 
     /// The wall time the job is given.
     pub(crate) fn timeout_ms(&self) -> u64 {
-        self.job.get("timeout_ms").and_then(Value::as_u64).unwrap_or(5_000)
+        stretched(self.job.get("timeout_ms").and_then(Value::as_u64).unwrap_or(5_000), 300_000)
     }
+}
+
+/// How many times longer than on a real machine everything may take: `SP_TEST_SLOW`, for emulated ones.
+pub(crate) fn slowness() -> u64 {
+    let told = std::env::var("SP_TEST_SLOW").ok();
+    told.map_or(1, |text| text.parse().unwrap_or_else(|_| panic!("SP_TEST_SLOW={text} is no number")))
+}
+
+/// A limit of a job as it is on this machine. `most` is what the worker allows by default.
+fn stretched(milliseconds: u64, most: u64) -> u64 {
+    milliseconds.max((milliseconds * slowness()).min(most))
 }
 
 /// All fixtures, by the first word of their tests' names.

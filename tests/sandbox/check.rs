@@ -4,7 +4,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::Value;
 
-use crate::case::{Assert, Case, OneOrMany};
+use crate::case::{Assert, Case, OneOrMany, slowness};
 use crate::run::{Ran, SECRET};
 
 /// The fields of a result: one that does not apply is null, none is ever missing.
@@ -249,6 +249,7 @@ fn asserted(assert: &Assert, result: &Value) -> Vec<String> {
         must(wall_ms.is_some_and(|ms| ms >= least), format!("usage.wall_ms is at least {least}"));
     }
     if let Some(most) = assert.wall_ms_max {
+        let most = most * slowness();
         must(wall_ms.is_some_and(|ms| ms <= most), format!("usage.wall_ms is at most {most}"));
     }
     if !assert.any.is_empty() {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::case::Case;
+use crate::case::{Case, slowness};
 use crate::supervise;
 
 /// In the worker's environment, as an operator's password would be; no job may ever see it.
@@ -16,6 +16,9 @@ pub(crate) const SECRET: &str = "amqp://canary:hunter2hunter2@127.0.0.1:1/canary
 
 /// Beyond the job's own wall time: start of the worker and of python, on a busy machine.
 const SLACK: Duration = Duration::from_secs(20);
+
+/// What starting a process may take, in milliseconds; the worker's own default.
+const START_MS: u64 = 10_000;
 
 pub(crate) struct Ran {
     /// The one JSON document on standard output, or why there is none.
@@ -33,7 +36,7 @@ pub(crate) fn exec(case: &Case) -> Ran {
         (place.path().join("cwd"), place.path().join("tmp"), place.path().join("report"));
     std::fs::create_dir(&cwd).unwrap();
     std::fs::create_dir(&tmp).unwrap();
-    let limit = Duration::from_millis(case.timeout_ms()) + SLACK;
+    let limit = Duration::from_millis(case.timeout_ms()) + SLACK * slowness().try_into().unwrap();
 
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.arg(supervise::FLAG).arg(&report).arg(limit.as_millis().to_string());
@@ -41,7 +44,7 @@ pub(crate) fn exec(case: &Case) -> Ran {
     if is_warm() {
         command.arg("--warm");
     }
-    for key in &case.set {
+    for key in case.set.iter().chain(&patience()) {
         command.arg("--set").arg(key);
     }
     command.env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin").env("TMPDIR", &tmp);
@@ -80,6 +83,12 @@ pub(crate) fn has(layer: &str) -> bool {
     let found: Value = serde_json::from_slice(&output.stdout).unwrap();
     let check = found["checks"].as_array().unwrap().iter().find(|c| c["name"] == layer);
     check.unwrap_or_else(|| panic!("doctor knows no layer {layer}"))["ok"] == true
+}
+
+/// Settings of a worker on a slow machine, as `--set` takes them.
+pub(crate) fn patience() -> Vec<String> {
+    let slow = slowness();
+    if slow == 1 { Vec::new() } else { vec![format!("sandbox.start_timeout_ms={}", START_MS * slow)] }
 }
 
 /// Jobs are to start in forks of a warm interpreter.

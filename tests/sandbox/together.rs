@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
-use crate::case::Case;
+use crate::case::{Case, slowness};
 use crate::{check, run, supervise};
 
 pub(crate) const FLAG: &str = "--together";
@@ -34,7 +34,7 @@ pub(crate) fn unmet(case: &Case, companion: &Case) -> Vec<String> {
         (key.to_owned(), value.to_owned())
     };
     let shim = run::worker().with_file_name("libsandpiper_shim.so");
-    let mut set: Vec<_> = case.set.iter().map(split).collect();
+    let mut set: Vec<_> = case.set.iter().chain(&run::patience()).map(split).collect();
     set.push(("sandbox.shim".into(), shim.to_str().unwrap().into()));
     set.push(("worker.slots".into(), "2".into()));
     let order = Order { set, warm: run::is_warm(), jobs: vec![case.job(), companion.job()] };
@@ -42,7 +42,7 @@ pub(crate) fn unmet(case: &Case, companion: &Case) -> Vec<String> {
     let report = tempfile::NamedTempFile::new().unwrap();
     let binary = std::env::current_exe().unwrap();
     let mut command = Command::new(&binary);
-    command.arg(supervise::FLAG).arg(report.path()).arg("60000").arg(&binary).arg(FLAG);
+    command.arg(supervise::FLAG).arg(report.path()).arg((60_000 * slowness()).to_string()).arg(&binary).arg(FLAG);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     child.stdin.take().unwrap().write_all(&serde_json::to_vec(&order).unwrap()).unwrap();

@@ -15,7 +15,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use super::super::Shared;
 use super::super::cgroup::Group;
 use super::super::environment::Environment;
-use super::super::events::read_report;
+use super::super::events::{ended, read_report};
 use super::super::identity::{Privilege, Seat};
 use super::super::launcher::Order;
 use super::super::plan::{self, Plan};
@@ -109,16 +109,11 @@ impl Process {
     /// Ends the zygote; with its last child its namespace ends, too.
     pub(super) async fn end(self) {
         let Self { job, generation, .. } = self;
-        let _ = tokio::task::spawn_blocking(move || {
-            job.kill();
-            job.wait()?;
-            if let Some(Generation(init)) = Arc::into_inner(generation) {
-                init.kill();
-                init.wait()?;
-            }
-            io::Result::Ok(())
-        })
-        .await;
+        // A child that cannot be waited for collects itself when it is dropped.
+        let _ = kill(job).await;
+        if let Some(Generation(init)) = Arc::into_inner(generation) {
+            let _ = kill(init).await;
+        }
     }
 
     pub(super) fn generation(&self) -> Arc<Generation> {
@@ -194,6 +189,11 @@ impl Process {
             }
         }
     }
+}
+
+async fn kill(child: Child) -> io::Result<()> {
+    child.kill();
+    ended(&ready::readable(child)?).await.map(drop)
 }
 
 /// What the operator's imports print goes to the log. The thread ends with it, and gives back the last line.

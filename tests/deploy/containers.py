@@ -13,6 +13,7 @@ import yaml
 
 # The groups of deploy/seccomp.json that exist for the worker, and not for every container.
 WALLS = {"unshare", "setns", "mount", "mount_setattr", "umount2", "pivot_root", "sethostname"}
+ENOSYS = 38
 DEFAULT_PROFILE = Path("/usr/share/containers/seccomp.json")
 
 GREETING = "import os, threading\nthread = threading.Thread(target=print, args=['hello'])\nthread.start()\nthread.join()\n"
@@ -125,6 +126,11 @@ def of_service(service):
     }
 
 
+def named(profile, action):
+    """The calls that a profile gives this answer to, whatever their arguments."""
+    return {name for entry in profile["syscalls"] if entry["action"] == action for name in entry["names"]}
+
+
 def check(deploy, worker, documents, want, run):
     profile = json.loads((deploy / "seccomp.json").read_text())
     want("architectures" in profile and "archMap" not in profile,
@@ -132,7 +138,20 @@ def check(deploy, worker, documents, want, run):
     for entry in profile["syscalls"]:
         want(entry.get("comment"), f"seccomp.json: no reason for {entry['names'][:3]}")
         want(not {"includes", "excludes"} & entry.keys(), "seccomp.json: the runtime would not look at a condition")
-    base, *others = (set(entry["names"]) for entry in profile["syscalls"])
+    want({entry["action"] for entry in profile["syscalls"]} == {"SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO"},
+         "seccomp.json: another action than to allow or to answer with an errno")
+    refused = named(profile, "SCMP_ACT_ERRNO")
+    # An engine may ignore the default errno, and nobody falls back to an older call after EPERM.
+    want(profile["defaultErrnoRet"] == ENOSYS and all(entry["errnoRet"] == ENOSYS for entry in profile["syscalls"]
+                                                      if entry["action"] == "SCMP_ACT_ERRNO"),
+         "seccomp.json: what it does not allow is not answered by ENOSYS")
+    known = {call["name"] for machine in ("x86_64", "aarch64") for call in
+             json.loads(run(worker, "policy", "--json", "--arch", machine, env={}))["syscalls"]}
+    want(not refused & named(profile, "SCMP_ACT_ALLOW"), "seccomp.json: a call is allowed and refused")
+    unnamed = known - refused - named(profile, "SCMP_ACT_ALLOW")
+    want(not unnamed, f"seccomp.json leaves {sorted(unnamed)} to the engine's own default")
+
+    base, *others = (set(entry["names"]) for entry in profile["syscalls"] if entry["action"] == "SCMP_ACT_ALLOW")
     usual = {name for entry in json.loads(DEFAULT_PROFILE.read_text())["syscalls"]
              if entry["action"] == "SCMP_ACT_ALLOW" and not entry.get("includes") for name in entry["names"]}
     want(base <= usual, f"seccomp.json: {sorted(base - usual)} of its base is not in {DEFAULT_PROFILE}")

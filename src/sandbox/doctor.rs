@@ -3,6 +3,7 @@
 //! Nothing here decides how a job is run; it answers the question of an operator before the first one is.
 
 mod apparmor;
+mod container;
 mod interpreter;
 
 use std::path::PathBuf;
@@ -187,6 +188,7 @@ pub fn examine(config: &Config) -> Vec<Check> {
         checks.push(interpreter::examine(name, environment));
     }
     apparmor::name_profile(&mut checks);
+    container::name_options(&mut checks);
     checks
 }
 

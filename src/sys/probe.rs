@@ -225,6 +225,23 @@ pub fn openat2_beneath() -> Tried {
     openat2(AT_FDCWD, ".", how).map(drop).step("openat2")
 }
 
+/// A filter around us refuses `unshare` even where it is asked for nothing.
+pub fn unshare_is_filtered() -> bool {
+    unshare(CloneFlags::empty()).is_err()
+}
+
+/// A filter around us refuses `mount`: the kernel would first have missed the place, before it asks for rights.
+pub fn mount_is_filtered() -> bool {
+    mount(None::<&str>, "", None::<&str>, MsFlags::empty(), None::<&str>) != Err(Errno::ENOENT)
+}
+
+/// A filter around us answers `clone3` as if it were forbidden, not as if there were none.
+pub fn clone3_is_refused() -> bool {
+    // SAFETY: arguments of size 0 are refused before they are read, and nothing is started.
+    let tried = unsafe { libc::syscall(libc::SYS_clone3, std::ptr::null::<u8>(), 0) };
+    Errno::result(tried) == Err(Errno::EPERM)
+}
+
 /// Where a probe mounts, in a mount namespace of its own.
 const SCRATCH: &str = "/tmp";
 

@@ -42,7 +42,12 @@ pub(crate) fn unmet(case: &Case, companion: &Case) -> Vec<String> {
     let report = tempfile::NamedTempFile::new().unwrap();
     let binary = std::env::current_exe().unwrap();
     let mut command = Command::new(&binary);
-    command.arg(supervise::FLAG).arg(report.path()).arg((60_000 * slowness()).to_string()).arg(&binary).arg(FLAG);
+    command
+        .arg(supervise::FLAG)
+        .arg(report.path())
+        .arg((60_000 * slowness()).to_string())
+        .arg(&binary)
+        .arg(FLAG);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     child.stdin.take().unwrap().write_all(&serde_json::to_vec(&order).unwrap()).unwrap();

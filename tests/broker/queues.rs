@@ -210,7 +210,7 @@ pub(crate) async fn high_priorities_come_first_in_a_quorum_queue(node: &Node) {
         seen.push(next(&mut replies).await.1["id"].as_str().unwrap().to_owned());
     }
     println!("{seen:?}");
-    if node.is_at_least(4) {
+    if node.is_at_least((4, 0)) {
         let high = seen[..9].iter().filter(|id| id.starts_with("high")).count();
         assert_eq!(high, 6, "{seen:?}");
     } else {

@@ -63,10 +63,11 @@ impl Node {
         nix::sys::signal::kill(pid, signal).unwrap();
     }
 
-    /// Whether it is RabbitMQ of this major version or a later one.
-    pub(crate) fn is_at_least(&self, major: u32) -> bool {
+    /// Whether it is RabbitMQ of this version, major and minor, or a later one.
+    pub(crate) fn is_at_least(&self, wanted: (u32, u32)) -> bool {
         let version = self.ctl(&["version"]);
-        version.split('.').next().and_then(|number| number.parse::<u32>().ok()).unwrap() >= major
+        let mut numbers = version.trim().split('.').map(|number| number.parse::<u32>().unwrap());
+        (numbers.next().unwrap(), numbers.next().unwrap()) >= wanted
     }
 
     /// The end of what it has logged.

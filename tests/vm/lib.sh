@@ -45,7 +45,7 @@ mirror_of_apt() {
 # Prints the folder of a root file system: the smallest that apt works in, and these packages. Made once; other
 # packages are another folder. Nothing in it is started.
 debian_root() { # SUITE [PACKAGE...]
-  local suite=$1 packages root mirror lock
+  local suite=$1 packages root mirror lock script=''
   shift
   packages=$(printf '%s\n' "$@" | sort -u | paste -sd,)
   root=$cache/roots/$suite-$(sha256sum <<<"$packages" | cut -c1-8)
@@ -56,12 +56,14 @@ debian_root() { # SUITE [PACKAGE...]
     ((EUID == 0)) || die "only root can make a Debian $suite"
     need debootstrap debootstrap
     mirror=$(debian_mirror)
+    # Suites are named years before they exist, yet not in time for every debootstrap; all of today's are made alike.
+    [[ -e /usr/share/debootstrap/scripts/$suite ]] || script=/usr/share/debootstrap/scripts/sid
     echo "making a Debian $suite in $root" >&2
     rm -rf "$root.part"
     # In namespaces of its own, so that neither a mount nor a process of an installation stays.
     unshare --mount --pid --fork --kill-child \
       debootstrap --variant=minbase --cache-dir="$cache/packages" ${packages:+"--include=$packages"} \
-      "$suite" "$root.part" "$mirror" >"$root.log" 2>&1 </dev/null ||
+      "$suite" "$root.part" "$mirror" ${script:+"$script"} >"$root.log" 2>&1 </dev/null ||
       { tail -n 20 "$root.log" >&2; die "Debian $suite could not be made; see $root.log"; }
     rm -rf "$root.part"/var/cache/apt/archives/*.deb
     echo "$packages" >"$root.packages"

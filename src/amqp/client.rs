@@ -178,7 +178,7 @@ impl Client {
             message = answers.next() => message,
             () = self.0.link.lost() => None,
         };
-        let message = message.ok_or(Error::Lost)?.map_err(|source| {
+        let message = message.ok_or_else(|| self.0.link.loss())?.map_err(|source| {
             let error = Error::Operation { what: "read results".into(), source: Box::new(source) };
             tracing::debug!(error = chain(&error), "the reply queue is gone");
             error

@@ -125,7 +125,7 @@ impl Session for Consuming {
             tokio::select! {
                 biased;
                 () = self.drain.cancelled() => break,
-                () = link.lost() => return Err(Error::Lost),
+                () = link.lost() => return Err(link.loss()),
                 command = commands.next() => self.hear(command)?,
                 // The place first: a delivery in our hands must have somewhere to go.
                 job = async { (sender.reserve().await, jobs.next().await) } => match job {
@@ -138,7 +138,7 @@ impl Session for Consuming {
                     (_, Some((queue, None))) => {
                         return Err(Error::ConsumerEnded { queue: self.config.queues[queue].name.clone() });
                     }
-                    (_, None) => return Err(Error::Lost),
+                    (_, None) => return Err(link.loss()),
                     // The reader is gone: nobody will take another job.
                     (Err(_), Some((_, Some(Ok(_))))) => break,
                 },
@@ -151,7 +151,7 @@ impl Session for Consuming {
             tokio::select! {
                 biased;
                 () = self.closing.cancelled() => break,
-                () = link.lost() => return Err(Error::Lost),
+                () = link.lost() => return Err(link.loss()),
                 command = commands.next() => self.hear(command)?,
             }
         }
@@ -202,7 +202,7 @@ impl Consuming {
         loop {
             let job = tokio::select! {
                 job = jobs.next() => job,
-                () = link.lost() => return Err(Error::Lost),
+                () = link.lost() => return Err(link.loss()),
             };
             let job = match job {
                 Some((_, Some(Ok(job)))) => job,

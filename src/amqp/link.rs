@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -31,6 +31,9 @@ impl Socket {
     }
 }
 
+/// Why a connection was lost; set before it counts as lost, where it is known at all.
+type Reason = Arc<OnceLock<Box<lapin::Error>>>;
+
 /// A connection that came up. Once lost it stays lost; dropping it closes it.
 #[derive(Debug)]
 pub(super) struct Link {
@@ -40,6 +43,7 @@ pub(super) struct Link {
     timeout: Duration,
     patient: bool,
     lost: CancellationToken,
+    reason: Reason,
     blocked: watch::Receiver<bool>,
     _watcher: DropGuard,
 }
@@ -54,6 +58,7 @@ impl Link {
     ) -> Self {
         let lost = CancellationToken::new();
         let watcher = CancellationToken::new();
+        let reason = Reason::default();
         let (blocked, is_blocked) = watch::channel(false);
         let events = connection.events_listener();
         // What happened before somebody listened is told to nobody.
@@ -64,6 +69,7 @@ impl Link {
             events,
             connection.status().clone(),
             lost.clone(),
+            reason.clone(),
             blocked,
         )));
         Self {
@@ -73,6 +79,7 @@ impl Link {
             timeout,
             patient,
             lost,
+            reason,
             blocked: is_blocked,
             _watcher: watcher.drop_guard(),
         }
@@ -86,6 +93,11 @@ impl Link {
     /// Ends when the connection is gone.
     pub(super) async fn lost(&self) {
         self.lost.cancelled().await;
+    }
+
+    /// The error of whoever needed it after it was lost.
+    pub(super) fn loss(&self) -> Error {
+        Error::Lost(self.reason.get().cloned())
     }
 
     /// Whether it is gone.
@@ -157,7 +169,7 @@ impl Link {
                         .map(Some)
                         .map_err(|source| Error::Operation { what: what.into(), source: Box::new(source) });
                 }
-                () = self.lost() => return Err(Error::Lost),
+                () = self.lost() => return Err(self.loss()),
                 Ok(()) = blocked.changed() => {}
                 () = tokio::time::sleep(self.timeout), if !(is_blocked && self.patient) => {
                     return if is_blocked { Err(Error::Blocked { what: what.into() }) } else { Ok(None) };
@@ -190,6 +202,7 @@ async fn watch_events(
     events: impl futures_util::Stream<Item = Event>,
     status: ConnectionStatus,
     lost: CancellationToken,
+    reason: Reason,
     blocked: watch::Sender<bool>,
 ) {
     let mut events = std::pin::pin!(events);
@@ -204,7 +217,11 @@ async fn watch_events(
                 blocked.send_replace(false);
             }
             // Errors of a single channel come here as well; whoever uses it sees them.
-            Event::Error(_) if !status.connected() => break,
+            Event::Error(error) if !status.connected() => {
+                // The first one says it; what breaks over it later only follows.
+                let _ = reason.set(Box::new(error));
+                break;
+            }
             _ => {}
         }
     }

@@ -131,15 +131,22 @@ pub enum Error {
         /// The name.
         name: String,
     },
-    /// The broker ended the consumer: its queue was deleted, or its node went away.
-    #[error("go on consuming: the broker ended the consumer of {queue}; was the queue deleted?")]
+    /// The broker cancelled the consumer, which it does without a reason.
+    #[error(
+        "go on consuming: the broker cancelled the consumer of {queue}; was the queue deleted, did its node go \
+         away, or was a delivery not acked within the consumer timeout?"
+    )]
     ConsumerEnded {
         /// The queue.
         queue: String,
     },
     /// The connection is gone.
     #[error("reach the broker: the connection is lost")]
-    Lost,
+    Lost(
+        /// Why, as far as it is known: the broker's own words where it closed the connection.
+        #[source]
+        Option<Box<lapin::Error>>,
+    ),
 }
 
 /// An error and all its causes in one line, for a log.

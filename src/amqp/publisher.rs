@@ -253,8 +253,8 @@ impl Publisher {
     /// The connection that is up, as soon as there is one.
     async fn outlet(&self) -> Result<Arc<Outlet>, Error> {
         let mut outlet = self.0.outlet.clone();
-        let outlet = outlet.wait_for(Option::is_some).await.map_err(|_| Error::Lost)?;
-        outlet.clone().ok_or(Error::Lost)
+        let outlet = outlet.wait_for(Option::is_some).await.map_err(|_| Error::Lost(None))?;
+        outlet.clone().ok_or(Error::Lost(None))
     }
 
     /// The connection for direct reply-to addresses, or a new one for this attempt `alone`.
@@ -340,7 +340,7 @@ impl Session for Publishing {
         self.outlet.send_replace(Some(Arc::new(Outlet { link: link.clone(), idle: Mutex::default() })));
         state.up(link);
         let ended = tokio::select! {
-            () = link.lost() => Err(Error::Lost),
+            () = link.lost() => Err(link.loss()),
             () = self.closing.cancelled() => Ok(()),
         };
         self.outlet.send_replace(None);

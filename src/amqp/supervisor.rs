@@ -121,7 +121,7 @@ impl Supervisor {
         let link = Arc::new(link?);
         let ended = tokio::select! {
             ended = session.run(&link, &self.state) => ended,
-            () = self.state.follow(&link) => Err(Error::Lost),
+            () = self.state.follow(&link) => Err(link.loss()),
         };
         self.state.set(LinkState::Down);
         // Whatever else still holds this connection must not keep deliveries back from other workers.

@@ -51,6 +51,9 @@ pub(crate) async fn connections_closed_by_an_operator(node: &Node) {
     all_is_well(node, &mut worker, &queues, &ids).await;
     let reconnects = "sandpiper_connection_reconnects_total{role=\"consume\"}";
     eventually("it has connected anew", async || (worker.metric(reconnects) >= 1.0).then_some(())).await;
+    let log = worker.log();
+    let said = log.lines().find(|line| line.contains("\"consume\"") && line.contains("trying again"));
+    assert!(said.is_some_and(|said| said.contains("CONNECTION_FORCED - maintenance")), "{log}");
 }
 
 pub(crate) async fn the_jobs_queue_is_deleted(node: &Node) {

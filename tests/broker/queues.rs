@@ -78,7 +78,7 @@ pub(crate) async fn slots_are_shared_by_weight(node: &Node) {
     // One of them is deleted under the worker: all is set up again.
     requester.channel.queue_delete(batch.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
     eventually("the worker says which", async || {
-        worker.log().contains(&format!("ended the consumer of {batch}")).then_some(())
+        worker.log().contains(&format!("cancelled the consumer of {batch}")).then_some(())
     })
     .await;
     worker.until_ready().await;

@@ -30,6 +30,9 @@ pub struct Delivery {
     pub properties: Properties,
     /// Which delivery of this message it is, counted from 1, as far as the broker tells.
     pub attempt: u32,
+    /// How many deliveries before it count towards the delivery limit. Fewer than all where the broker tells what
+    /// was lost from what was given back, as RabbitMQ 4.3 does.
+    pub failures: u32,
     /// It was delivered before, here or elsewhere.
     pub redelivered: bool,
     /// It was, and its queue does not count how often. Whoever has it must, before the job runs.
@@ -139,14 +142,26 @@ fn header(raw: &BasicProperties, name: &str) -> Option<String> {
     }
 }
 
+/// How often a message was delivered before.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Counted {
+    /// In all.
+    deliveries: u32,
+    /// Of those, how many count towards the delivery limit.
+    failures: u32,
+}
+
 /// How often a queue of this kind has counted the message that it delivers again. Anybody may write such a header;
-/// a quorum queue puts its own in that place. Later versions of the broker count what was given back apart from
-/// what was lost with its channel.
-fn counted(raw: &BasicProperties, kind: QueueType) -> Option<u32> {
-    match kind {
-        QueueType::Quorum => number(raw, "x-delivery-count").max(number(raw, "x-acquired-count")),
-        QueueType::Classic => None,
+/// a quorum queue puts its own in that place. Before RabbitMQ 4.3 it counts all deliveries in `x-delivery-count`.
+/// Since then there it counts those that were lost with their channel, and leaves the header out where there was none;
+/// all of them, those that were given back too, are in `x-acquired-count`.
+fn counted(raw: &BasicProperties, kind: QueueType) -> Option<Counted> {
+    if kind == QueueType::Classic {
+        return None;
     }
+    let (failures, acquired) = (number(raw, "x-delivery-count"), number(raw, "x-acquired-count"));
+    let deliveries = failures.max(acquired)?;
+    Some(Counted { deliveries, failures: failures.unwrap_or(0) })
 }
 
 /// A header's number, where it has one.
@@ -183,12 +198,14 @@ impl Delivery {
     ) -> Self {
         let noted = number(&delivery.properties, DELIVERIES).unwrap_or(0);
         let counted = counted(&delivery.properties, queue.kind).filter(|_| delivery.redelivered);
-        let before = noted.saturating_add(counted.unwrap_or(delivery.redelivered.into()));
+        let once = u32::from(delivery.redelivered);
+        let before = counted.unwrap_or(Counted { deliveries: once, failures: once });
         Self {
             queue: at,
             body: delivery.data,
             properties: Properties::new(delivery.properties),
-            attempt: before.saturating_add(1),
+            attempt: noted.saturating_add(before.deliveries).saturating_add(1),
+            failures: noted.saturating_add(before.failures),
             redelivered: delivery.redelivered || noted > 0,
             uncounted: delivery.redelivered && counted.is_none(),
             received: Instant::now(),
@@ -313,6 +330,26 @@ mod tests {
     }
 
     #[test]
+    fn what_was_given_back_counts_as_delivered_and_not_as_failed() {
+        let counted = |headers: &[(&'static str, i64)]| {
+            let mut table = FieldTable::default();
+            for (name, value) in headers {
+                table.insert((*name).into(), AMQPValue::LongLongInt(*value));
+            }
+            counted(&BasicProperties::default().with_headers(table), QueueType::Quorum)
+        };
+        // As RabbitMQ 4.3 writes them: after two requeues; after two requeues and a lost channel.
+        let given_back = counted(&[("x-acquired-count", 2)]);
+        assert_eq!(given_back, Some(Counted { deliveries: 2, failures: 0 }));
+        let lost = counted(&[("x-acquired-count", 3), ("x-delivery-count", 1)]);
+        assert_eq!(lost, Some(Counted { deliveries: 3, failures: 1 }));
+        // As it does before: whatever it was.
+        let either = counted(&[("x-delivery-count", 3)]);
+        assert_eq!(either, Some(Counted { deliveries: 3, failures: 3 }));
+        assert_eq!(counted(&[]), None);
+    }
+
+    #[test]
     fn headers_are_read_whatever_their_type() {
         let mut headers = FieldTable::default();
         headers.insert("traceparent".into(), AMQPValue::LongString("00-ab".into()));
@@ -320,7 +357,8 @@ mod tests {
         headers.insert("x-delivery-count".into(), AMQPValue::LongLongInt(7));
         headers.insert("x-acquired-count".into(), AMQPValue::LongUInt(9));
         let raw = BasicProperties::default().with_headers(headers);
-        assert_eq!((counted(&raw, QueueType::Quorum), counted(&raw, QueueType::Classic)), (Some(9), None));
+        let (quorum, classic) = (counted(&raw, QueueType::Quorum), counted(&raw, QueueType::Classic));
+        assert_eq!((quorum, classic), (Some(Counted { deliveries: 9, failures: 7 }), None));
         let properties = Properties::new(raw);
         assert_eq!(properties.traceparent.as_deref(), Some("00-ab"));
         assert_eq!(properties.tracestate.as_deref(), Some("a=b"));

@@ -341,12 +341,13 @@ impl Pipeline {
     }
 
     /// After the last delivery that the broker grants it would drop the job without a word. So it is not run
-    /// once more: whatever ended every worker that had it, or sent it back, would do so again.
+    /// once more: whatever ended every worker that had it would do so again. Where the broker tells the two apart, a
+    /// job that was only given back, as by workers that drain, has no such end before it.
     fn not_poison(&self, delivery: &Delivery) -> Result<(), Detour> {
-        if delivery.attempt <= self.amqp.delivery_limit {
+        let before = delivery.failures;
+        if before < self.amqp.delivery_limit {
             return Ok(());
         }
-        let before = delivery.attempt - 1;
         let why =
             format!("the job was delivered {before} times and never came to an end; it is not run again");
         Err(Detour::Dead(DeadReason::Poison, Box::new(Outcome::not_run(Status::WorkerError, why))))

@@ -213,6 +213,7 @@ async fn a_worker_shows_its_certificate() {
 async fn a_worker_leaves_in_good_order() {
     let node = Node::start();
     shutdown::drained_under_load(&node).await;
+    shutdown::what_is_only_given_back_is_no_poison(&node).await;
     shutdown::killed_at_the_end_of_the_drain_time(&node).await;
     shutdown::a_second_signal_ends_at_once(&node).await;
     shutdown::drained_while_the_broker_is_away(&node).await;

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::broker::Node;
-use crate::requester::{Requester, assert_silent, collect};
+use crate::requester::{Requester, assert_silent, collect, next};
 use crate::worker::Worker;
 use crate::{Queues, eventually};
 
@@ -44,6 +44,41 @@ pub(crate) async fn drained_under_load(node: &Node) {
     let _next = Worker::ready(node.url(), &settings).await;
     collect(&mut replies, &ids[2..]).await;
     assert_silent(&mut replies).await;
+}
+
+pub(crate) async fn what_is_only_given_back_is_no_poison(node: &Node) {
+    // Before 4.3 a quorum queue counts what was given back like what was lost, and drops it after so many times.
+    if !node.is_at_least((4, 3)) {
+        return;
+    }
+    const LIMIT: u64 = 2;
+    let queues = Queues::of("given-back");
+    let limit = format!("amqp.delivery_limit={LIMIT}");
+    let settings = queues.settings(&["worker.slots=1", "worker.drain_timeout_ms=100", &limit]);
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    let mut worker = Worker::ready(node.url(), &settings).await;
+    let ids = ids(2);
+    for id in &ids {
+        requester.run(&queues.jobs, id, &queues.replies, "import time; time.sleep(8)").await;
+    }
+    let received = format!("sandpiper_jobs_received_total{{queue=\"{}\"}}", queues.jobs);
+    for _ in 0..=LIMIT {
+        // One runs, and one waits for its slot.
+        running(&worker, 1.0).await;
+        eventually("it holds both", async || (worker.metric(&received) == 2.0).then_some(())).await;
+        worker.terminate();
+        assert_eq!(worker.ended().await.code(), Some(0), "{}", worker.log());
+        worker = Worker::ready(node.url(), &settings).await;
+    }
+    for _ in &ids {
+        let (_, result) = next(&mut replies).await;
+        assert_eq!(result["status"], "succeeded", "{result}");
+        // One that is given back while the other is may come to the same worker once more.
+        assert!(result["attempt"].as_u64().unwrap() >= LIMIT + 2, "{result}");
+    }
+    assert_silent(&mut replies).await;
+    assert_eq!(requester.waiting(&queues.dead).await, 0);
 }
 
 pub(crate) async fn killed_at_the_end_of_the_drain_time(node: &Node) {

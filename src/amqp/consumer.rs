@@ -1,6 +1,8 @@
 //! Takes jobs from their queues, and commands from the control exchange, over a connection of its own.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::stream::{self, BoxStream, SelectAll, StreamExt};
 use lapin::options::{
@@ -19,7 +21,7 @@ use crate::amqp::delivery::{Delivery, Properties};
 use crate::amqp::link::Link;
 use crate::amqp::supervisor::{LinkState, Session, State, Supervisor};
 use crate::amqp::{Error, chain, short, topology};
-use crate::config;
+use crate::config::{self, QueueType};
 use crate::ops::metrics::{Metrics, Role, Settled};
 
 /// What one consumer says: which of the queues it is, and a delivery, or that it is at its end.
@@ -43,11 +45,13 @@ pub struct Consumer {
 
 impl Consumer {
     /// Connects and consumes in the background until `drain`, then no more: what was not taken goes back. At most
-    /// `prefetch` deliveries of each queue are unsettled at one time.
+    /// `prefetch` deliveries of each queue are unsettled at one time, and none for longer than `timeout`, if the
+    /// broker lets its consumers decide that.
     pub fn start(
         config: &config::Amqp,
         name: &str,
         prefetch: Vec<u16>,
+        timeout: Duration,
         metrics: &Metrics,
         drain: CancellationToken,
     ) -> Self {
@@ -66,6 +70,8 @@ impl Consumer {
         let session = Consuming {
             config: config.clone(),
             prefetch,
+            timeout,
+            untimed: BTreeSet::new(),
             metrics: metrics.clone(),
             sender: Some(sender),
             commands: command_sender,
@@ -104,6 +110,10 @@ struct Consuming {
     config: config::Amqp,
     /// For each queue.
     prefetch: Vec<u16>,
+    /// How long a delivery may stay unsettled.
+    timeout: Duration,
+    /// Queues that let no consumer decide that.
+    untimed: BTreeSet<usize>,
     metrics: Metrics,
     /// None once drained, so that the reader sees the end.
     sender: Option<mpsc::Sender<Delivery>>,
@@ -117,7 +127,7 @@ impl Session for Consuming {
         let channel = link.channel().await?;
         topology::ensure(link, &channel, &self.config).await?;
         let mut commands = commands(link).await?;
-        let mut jobs = self.consume(link, &channel).await?;
+        let (channel, mut jobs) = self.consume(link, channel).await?;
         state.up(link);
 
         let Some(sender) = &self.sender else { return Ok(()) };
@@ -161,19 +171,47 @@ impl Session for Consuming {
 }
 
 impl Consuming {
-    /// One consumer for each queue, all on one channel, each with a prefetch of its own.
-    async fn consume(&self, link: &Link, channel: &Channel) -> Result<Jobs, Error> {
+    /// One consumer for each queue, all on one channel: `channel`, or another one where the broker closed that.
+    async fn consume(&mut self, link: &Link, mut channel: Channel) -> Result<(Channel, Jobs), Error> {
+        loop {
+            match self.consume_all(link, &channel).await {
+                Ok(jobs) => return Ok((channel, jobs)),
+                Err(Refused { queue, error }) if takes_no_timeout(&error) && self.untimed.insert(queue) => {
+                    tracing::warn!(
+                        queue = self.config.queues[queue].name,
+                        error = chain(&error),
+                        "the queue is not of the type that amqp.queue_type says; consuming it without a timeout"
+                    );
+                    channel = link.channel().await?;
+                }
+                Err(Refused { error, .. }) => return Err(error),
+            }
+        }
+    }
+
+    /// Each with a prefetch of its own.
+    async fn consume_all(&self, link: &Link, channel: &Channel) -> Result<Jobs, Refused> {
         let mut all = Jobs::new();
         for (at, (queue, prefetch)) in self.config.queues.iter().zip(&self.prefetch).enumerate() {
             // It holds for the consumers that come after it.
-            link.ask("set the prefetch", channel.basic_qos(*prefetch, BasicQosOptions::default())).await?;
+            let refused = |error| Refused { queue: at, error };
+            let limiting = channel.basic_qos(*prefetch, BasicQosOptions::default());
+            link.ask("set the prefetch", limiting).await.map_err(refused)?;
             let mut arguments = FieldTable::default();
+            // RabbitMQ 4.3 refuses it for a classic queue, whose deliveries have no timeout there; from 3.12 to 4.2 no
+            // broker looks at it.
+            if queue.kind == QueueType::Quorum && !self.untimed.contains(&at) {
+                let millis = i64::try_from(self.timeout.as_millis()).unwrap_or(i64::MAX);
+                arguments.insert(TIMEOUT.into(), AMQPValue::LongLongInt(millis));
+            }
             if queue.consumer_priority != 0 {
                 arguments.insert("x-priority".into(), AMQPValue::LongInt(queue.consumer_priority));
             }
             let options = BasicConsumeOptions::default();
-            let consuming = channel.basic_consume(short(&queue.name)?, tag(at), options, arguments);
-            let jobs = link.ask(&format!("consume queue {}", queue.name), consuming).await?;
+            let name = short(&queue.name).map_err(refused)?;
+            let consuming = channel.basic_consume(name, tag(at), options, arguments);
+            let jobs =
+                link.ask(&format!("consume queue {}", queue.name), consuming).await.map_err(refused)?;
             // Else an end would go unseen among the others.
             let end = stream::once(async { None });
             all.push(jobs.map(Some).chain(end).map(move |event| (at, event)).boxed());
@@ -219,6 +257,24 @@ impl Consuming {
             });
         }
     }
+}
+
+/// How long, in milliseconds, the broker waits for the ack of one of a consumer's deliveries.
+const TIMEOUT: &str = "x-consumer-timeout";
+
+/// A queue that could not be consumed, and why.
+struct Refused {
+    queue: usize,
+    error: Error,
+}
+
+/// Whether the broker refused a consumer for its timeout, as it does where a passive worker takes a classic queue for
+/// a quorum queue.
+fn takes_no_timeout(error: &Error) -> bool {
+    const PRECONDITION_FAILED: u16 = 406;
+    let Error::Operation { source, .. } = error else { return false };
+    matches!(source.kind(), ErrorKind::ProtocolError(refused)
+        if refused.get_id() == PRECONDITION_FAILED && refused.get_message().as_str().contains(TIMEOUT))
 }
 
 /// Our name for the consumer of a queue.

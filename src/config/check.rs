@@ -8,12 +8,10 @@ use std::time::Duration;
 
 use super::layers::Origins;
 use super::raw::{Raw, RawEnvironment, RawSandbox};
-use super::{Config, ConfigError, Environment, Http, Log, LogFormat, Sandbox, Worker};
+use super::{ACK_TIMEOUT, Config, ConfigError, Environment, Http, Log, LogFormat, Sandbox, Worker};
 use crate::job::explain::quote;
 use crate::job::{Bounds, Limits};
 
-/// RabbitMQ gives a delivery up for lost after 30 minutes without an ack.
-const ACK_TIMEOUT_MS: u64 = 30 * 60 * 1_000;
 /// More concurrent jobs than any machine serves well; catches a slip of the finger.
 const SLOTS_MAX: usize = 1_024;
 /// More children than that stand by for nothing: each keeps a process and its memory.
@@ -245,27 +243,22 @@ impl Checker {
         }
     }
 
-    /// A delivery waits for those taken before it, then runs, and all that time it is not acked.
+    /// The broker's default is a bound: before RabbitMQ 4.3 no consumer can ask for more.
     fn ack_timeout(&self, config: &Config) -> Result<(), ConfigError> {
-        let one = config
-            .limits
-            .maximum
-            .timeout_ms
-            .saturating_add(u64::try_from(config.sandbox.start_timeout.as_millis()).unwrap_or(u64::MAX));
-        // The jobs of the lightest queue wait for their share of the slots.
-        let weights = config.amqp.queues.iter().map(|queue| u64::from(queue.weight));
-        let turns = weights.clone().sum::<u64>().div_ceil(weights.min().unwrap_or(1).max(1));
-        let turns = usize::try_from(turns).unwrap_or(usize::MAX);
-        let rounds = turns + usize::from(config.amqp.prefetch_surplus).div_ceil(config.worker.slots);
-        let longest = one.saturating_mul(u64::try_from(rounds).unwrap_or(u64::MAX));
-        if longest < ACK_TIMEOUT_MS {
+        let (longest, rounds) = (config.longest_unacked(), config.rounds());
+        if longest < ACK_TIMEOUT {
             return Ok(());
         }
-        self.fail("limits.timeout_ms.maximum", &format!(
-            "lets a job stay unacked for {longest} ms ({rounds} rounds of it and `sandbox.start_timeout_ms`, as \
+        self.fail(
+            "limits.timeout_ms.maximum",
+            &format!(
+                "lets a job stay unacked for {} ms ({rounds} rounds of it and `sandbox.start_timeout_ms`, as \
              `amqp.prefetch_surplus` waits behind `worker.slots`, and queues for their share by weight); the \
-             broker gives up after {ACK_TIMEOUT_MS} ms: lower it or the surplus, or bring the weights together"
-        ))
+             broker gives up after {} ms: lower it or the surplus, or bring the weights together",
+                longest.as_millis(),
+                ACK_TIMEOUT.as_millis(),
+            ),
+        )
     }
 }
 

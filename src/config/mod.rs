@@ -92,7 +92,32 @@ impl Config {
             supports: Supports::default(),
         }
     }
+
+    /// How long a delivery may stay unacked: it waits for those taken before it, then it runs.
+    pub fn longest_unacked(&self) -> Duration {
+        let one =
+            Duration::from_millis(self.limits.maximum.timeout_ms).saturating_add(self.sandbox.start_timeout);
+        one.saturating_mul(self.rounds())
+    }
+
+    /// How many of the longest jobs, one after the other, that is.
+    fn rounds(&self) -> u32 {
+        // The jobs of the lightest queue wait for their share of the slots.
+        let weights = self.amqp.queues.iter().map(|queue| u64::from(queue.weight));
+        let turns = weights.clone().sum::<u64>().div_ceil(weights.min().unwrap_or(1).max(1));
+        let surplus = usize::from(self.amqp.prefetch_surplus).div_ceil(self.worker.slots.max(1));
+        u32::try_from(turns).unwrap_or(u32::MAX).saturating_add(u32::try_from(surplus).unwrap_or(u32::MAX))
+    }
+
+    /// How long the broker is to wait for an ack before it takes a delivery back: never less than it does by itself,
+    /// and for the longest job twice the time that it may take, as its result has to reach a broker that may be busy.
+    pub fn consumer_timeout(&self) -> Duration {
+        self.longest_unacked().saturating_mul(2).max(ACK_TIMEOUT)
+    }
 }
+
+/// After this time without an ack RabbitMQ takes a delivery back, unless it was told otherwise.
+const ACK_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
 impl Amqp {
     /// The broker addresses of this moment: `url_file` read anew where there is one, so that a rotated

@@ -59,7 +59,8 @@ pub async fn serve(
     let publisher = Publisher::start(&config.amqp, &name, metrics);
     let drain = shutdown.drain.clone();
     let prefetch = prefetch(config, once);
-    let mut consumer = Consumer::start(&config.amqp, &name, prefetch, metrics, drain.clone());
+    let timeout = config.consumer_timeout();
+    let mut consumer = Consumer::start(&config.amqp, &name, prefetch, timeout, metrics, drain.clone());
     let running = Running::default();
     health.watch(consumer.state(), publisher.state(), drain.clone(), running.clone());
     let pulse = tokio::spawn(health.clone().pulse());

@@ -108,6 +108,7 @@ async fn queues_of_every_kind_are_served() {
     queues::one_worker_is_active_until_the_next_takes_over(&node).await;
     queues::the_preferred_worker_gets_jobs_first(&node).await;
     queues::a_passive_worker_declares_nothing(&node).await;
+    queues::a_passive_worker_takes_a_queue_of_another_type(&node).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -186,6 +187,7 @@ async fn what_operators_do_is_survived() {
     let node = Node::start();
     operators::a_queue_with_other_arguments(&node).await;
     operators::the_ack_timeout(&node).await;
+    operators::a_worker_says_how_long_its_jobs_may_take(&node).await;
     operators::permissions_and_password_are_lost(&node).await;
     operators::small_frames(&node).await;
     operators::a_long_backlog(&node).await;

@@ -1,6 +1,7 @@
 //! What operators do to a broker, on purpose or not.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
 use lapin::BasicProperties;
 use lapin::options::{BasicPublishOptions, QueueDeclareOptions, QueueDeleteOptions, QueuePurgeOptions};
@@ -8,6 +9,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use serde_json::json;
 
 use crate::broker::Node;
+use crate::proxy::Proxy;
 use crate::requester::{Requester, collect, next};
 use crate::worker::Worker;
 use crate::{Queues, eventually, oracle};
@@ -42,12 +44,24 @@ pub(crate) async fn a_queue_with_other_arguments(node: &Node) {
     worker.until_ready().await;
 }
 
+/// Has the broker take back what is not acked in time, unless a consumer asked for a time of its own.
+fn expect_acks(node: &Node, timeout: Duration, look: Duration) {
+    for (key, value) in [("consumer_timeout", timeout), ("channel_tick_interval", look)] {
+        node.ctl(&["eval", &format!("application:set_env(rabbit, {key}, {}).", value.as_millis())]);
+    }
+}
+
+const SHORT: [Duration; 2] = [Duration::from_millis(1_500), Duration::from_millis(500)];
+const USUAL: [Duration; 2] = [Duration::from_secs(1_800), Duration::from_secs(60)];
+
 pub(crate) async fn the_ack_timeout(node: &Node) {
     let queues = Queues::of("overdue");
-    node.ctl(&["eval", "application:set_env(rabbit, consumer_timeout, 1500)."]);
-    node.ctl(&["eval", "application:set_env(rabbit, channel_tick_interval, 500)."]);
+    let [timeout, look] = SHORT;
+    expect_acks(node, timeout, look);
+    let proxy = Proxy::start(node.url()).await;
+    proxy.set_consumer_timeout(timeout);
     let settings = queues.settings(&["amqp.delivery_limit=2", "worker.slots=2"]);
-    let mut worker = Worker::ready(node.url(), &settings).await;
+    let mut worker = Worker::ready(&proxy.url(), &settings).await;
     let requester = Requester::connect(node.url()).await;
     let mut replies = requester.replies(&queues.replies).await;
     requester.run(&queues.jobs, "slow", &queues.replies, "import time; time.sleep(4)").await;
@@ -61,12 +75,41 @@ pub(crate) async fn the_ack_timeout(node: &Node) {
     })
     .await;
     assert_eq!(worker.metric("sandpiper_jobs_completed_total{status=\"succeeded\"}"), 1.0, "it ran twice");
-    node.ctl(&["eval", "application:set_env(rabbit, consumer_timeout, 1800000)."]);
-    node.ctl(&["eval", "application:set_env(rabbit, channel_tick_interval, 60000)."]);
+    // 4.3 cancels the consumer and says nothing; before that the channel is closed with a reason.
+    let why = match node.is_at_least((4, 3)) {
+        true => "the broker cancelled the consumer of overdue.jobs",
+        false => "PRECONDITION_FAILED - delivery acknowledgement on channel",
+    };
+    let log = worker.log();
+    assert!(log.contains(why), "{log}");
+    let [timeout, look] = USUAL;
+    expect_acks(node, timeout, look);
     requester.submit(&queues.jobs, "after", &queues.replies).await;
     let (ids, doubled) = (["slow".to_owned(), "after".to_owned()], HashSet::from(["slow".to_owned()]));
     oracle::holds(node, &mut [&mut worker], &queues, &mut replies, &ids, &doubled).await;
     assert_eq!(requester.waiting(&queues.dead).await, 0);
+}
+
+pub(crate) async fn a_worker_says_how_long_its_jobs_may_take(node: &Node) {
+    // From 3.12 to 4.2 the broker asks no consumer.
+    if node.is_at_least((3, 12)) && !node.is_at_least((4, 3)) {
+        return;
+    }
+    let queues = Queues::of("patient");
+    let [timeout, look] = SHORT;
+    expect_acks(node, timeout, look);
+    let worker = Worker::ready(node.url(), &queues.settings(&["worker.slots=2"])).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    // Longer than the broker waited for the one before this, where the worker had no say.
+    requester.run(&queues.jobs, "slow", &queues.replies, "import time; time.sleep(12)").await;
+    collect(&mut replies, &["slow".into()]).await;
+    let settled =
+        |action| worker.metric(&format!("sandpiper_deliveries_settled_total{{action=\"{action}\"}}"));
+    eventually("it is settled", async || (settled("acked") + settled("lost") == 1.0).then_some(())).await;
+    assert_eq!((settled("acked"), worker.metric(RECONNECTS)), (1.0, 0.0), "{}", worker.log());
+    let [timeout, look] = USUAL;
+    expect_acks(node, timeout, look);
 }
 
 /// Cuts the worker off, and waits until it was not let in again more than once.

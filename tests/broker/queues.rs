@@ -310,6 +310,19 @@ pub(crate) async fn a_passive_worker_declares_nothing(node: &Node) {
     assert_eq!(worker.ended().await.code(), Some(0), "{}", worker.log());
 }
 
+pub(crate) async fn a_passive_worker_takes_a_queue_of_another_type(node: &Node) {
+    let queues = Queues::of("classic-after-all");
+    drop(Worker::ready(node.url(), &queues.settings(&["amqp.queue_type=classic"])).await);
+    let worker = Worker::ready(node.url(), &queues.settings(&["amqp.topology=passive"])).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    requester.submit(&queues.jobs, "taken", &queues.replies).await;
+    collect(&mut replies, &["taken".into()]).await;
+    let refused = worker.log().contains("consuming it without a timeout");
+    assert_eq!(refused, node.is_at_least((4, 3)), "{}", worker.log());
+    assert_eq!(worker.metric("sandpiper_connection_reconnects_total{role=\"consume\"}"), 0.0);
+}
+
 pub(crate) async fn a_classic_queue_redelivers_without_running_twice(node: &Node) {
     let queues = Queues::of("redelivered");
     let settings = queues.settings(&["amqp.queue_type=classic"]);

@@ -5,7 +5,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU8, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -35,6 +35,9 @@ pub(crate) enum Fault {
     CutAfter(usize),
 }
 
+/// Consumers ask for what they like.
+const NO_TIMEOUT: i64 = 0;
+
 /// Whose connection it is, as its handshake says.
 const UNKNOWN: u8 = 0;
 const JOBS: u8 = 1;
@@ -51,6 +54,7 @@ pub(crate) struct Proxy {
     address: SocketAddr,
     fault: watch::Sender<Fault>,
     resets: watch::Sender<u64>,
+    timeout: Arc<AtomicI64>,
     task: JoinHandle<()>,
 }
 
@@ -62,8 +66,10 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (fault, resets) = (watch::Sender::new(Fault::None), watch::Sender::new(0));
-        let task = tokio::spawn(accept(listener, broker, fault.subscribe(), resets.subscribe()));
-        Self { address, fault, resets, task }
+        let timeout = Arc::new(AtomicI64::new(NO_TIMEOUT));
+        let task =
+            tokio::spawn(accept(listener, broker, fault.subscribe(), resets.subscribe(), timeout.clone()));
+        Self { address, fault, resets, timeout, task }
     }
 
     /// The broker's address by way of the proxy.
@@ -73,6 +79,11 @@ impl Proxy {
 
     pub(crate) fn set(&self, fault: Fault) {
         self.fault.send_replace(fault);
+    }
+
+    /// Has consumers that come from here on ask the broker for this timeout of theirs, instead of what they ask for.
+    pub(crate) fn set_consumer_timeout(&self, timeout: Duration) {
+        self.timeout.store(i64::try_from(timeout.as_millis()).unwrap(), Ordering::Relaxed);
     }
 
     /// Resets every connection. What was held back is lost.
@@ -93,12 +104,13 @@ async fn accept(
     broker: SocketAddr,
     fault: watch::Receiver<Fault>,
     resets: watch::Receiver<u64>,
+    timeout: Arc<AtomicI64>,
 ) {
     loop {
         let Ok((worker, _)) = listener.accept().await else { return };
         let mut resets = resets.clone();
         resets.mark_unchanged();
-        tokio::spawn(serve(worker, broker, fault.clone(), resets));
+        tokio::spawn(serve(worker, broker, fault.clone(), resets, timeout.clone()));
     }
 }
 
@@ -107,6 +119,7 @@ async fn serve(
     broker: SocketAddr,
     fault: watch::Receiver<Fault>,
     mut resets: watch::Receiver<u64>,
+    timeout: Arc<AtomicI64>,
 ) {
     let now = *fault.borrow();
     match now {
@@ -128,7 +141,8 @@ async fn serve(
         drop(stream.set_zero_linger());
     }
     let cut = if let Fault::CutAfter(bytes) = now { bytes } else { usize::MAX };
-    let shared = Arc::new(Connection { fault, whose: AtomicU8::new(UNKNOWN), left: AtomicUsize::new(cut) });
+    let (whose, left) = (AtomicU8::new(UNKNOWN), AtomicUsize::new(cut));
+    let shared = Arc::new(Connection { fault, whose, left, timeout });
     let (from_worker, to_worker) = worker.into_split();
     let (from_broker, to_broker) = upstream.into_split();
     tokio::select! {
@@ -145,6 +159,8 @@ struct Connection {
     whose: AtomicU8,
     /// Bytes that the broker may still say.
     left: AtomicUsize,
+    /// What consumers ask for, in milliseconds.
+    timeout: Arc<AtomicI64>,
 }
 
 impl Connection {
@@ -155,6 +171,18 @@ impl Connection {
             Fault::HoldAcks => way == Way::ToBroker && whose == JOBS,
             Fault::HoldConfirms => way == Way::ToWorker && whose == RESULTS,
             _ => false,
+        }
+    }
+
+    /// Puts another consumer timeout in the place of the worker's. All of a frame as small as that which starts a
+    /// consumer is read at once.
+    fn shorten(&self, bytes: &mut [u8]) {
+        const NAME: &[u8] = b"x-consumer-timeoutl";
+        let timeout = self.timeout.load(Ordering::Relaxed);
+        let mut found = bytes.windows(NAME.len()).enumerate();
+        let starts: Vec<_> = found.by_ref().filter(|(_, window)| *window == NAME).map(|(at, _)| at).collect();
+        for at in starts.into_iter().filter(|_| timeout != NO_TIMEOUT) {
+            bytes[at + NAME.len()..][..8].copy_from_slice(&timeout.to_be_bytes());
         }
     }
 
@@ -177,10 +205,11 @@ async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, way: Way, connect
     let mut fault = connection.fault.clone();
     let mut bytes = vec![0; 64 << 10];
     while let Ok(read @ 1..) = from.read(&mut bytes).await {
-        let mut bytes = &bytes[..read];
         if way == Way::ToBroker {
-            connection.recognise(bytes);
+            connection.recognise(&bytes[..read]);
+            connection.shorten(&mut bytes[..read]);
         }
+        let mut bytes = &bytes[..read];
         let Ok(now) = fault.wait_for(|fault| !connection.holds(*fault, way)).await.map(|fault| *fault) else {
             break;
         };

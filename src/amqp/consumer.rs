@@ -24,8 +24,8 @@ use crate::amqp::{Error, chain, short, topology};
 use crate::config::{self, QueueType};
 use crate::ops::metrics::{Metrics, Role, Settled};
 
-/// What one consumer says: which of the queues it is, and a delivery, or that it is at its end.
-type Event = (usize, Option<lapin::Result<lapin::message::Delivery>>);
+/// What one consumer says: which one it is, and a delivery, or that it is at its end.
+type Event = (Tag, Option<lapin::Result<lapin::message::Delivery>>);
 
 /// All consumers together, each in its turn.
 type Jobs = SelectAll<BoxStream<'static, Event>>;
@@ -72,6 +72,7 @@ impl Consumer {
             prefetch,
             timeout,
             untimed: BTreeSet::new(),
+            careful: false,
             metrics: metrics.clone(),
             sender: Some(sender),
             commands: command_sender,
@@ -114,6 +115,10 @@ struct Consuming {
     timeout: Duration,
     /// Queues that let no consumer decide that.
     untimed: BTreeSet<usize>,
+    /// The broker broke over a message that it was to deliver, as it does over some that were published by AMQP 1.0. It
+    /// counts that as a delivery of every message that went out with it, so each goes out alone for a while: else its
+    /// neighbours would end in the dead-letter queue with it, and no worker would have seen them.
+    careful: bool,
     metrics: Metrics,
     /// None once drained, so that the reader sees the end.
     sender: Option<mpsc::Sender<Delivery>>,
@@ -124,14 +129,31 @@ struct Consuming {
 
 impl Session for Consuming {
     async fn run(&mut self, link: &Arc<Link>, state: &State) -> Result<(), Error> {
+        let ended = self.deliver(link, state).await;
+        if ended.as_ref().is_err_and(is_internal) {
+            self.careful = true;
+        }
+        ended
+    }
+}
+
+impl Consuming {
+    /// From setting the connection up to its end.
+    async fn deliver(&mut self, link: &Arc<Link>, state: &State) -> Result<(), Error> {
         let channel = link.channel().await?;
         topology::ensure(link, &channel, &self.config).await?;
         let mut commands = commands(link).await?;
-        let (channel, mut jobs) = self.consume(link, channel).await?;
+        let mut prefetch = Prefetch::Full;
+        if self.careful {
+            tracing::warn!("the broker failed over a message; taking one at a time until that is over");
+            prefetch = Prefetch::One;
+        }
+        let mut taken = 0;
+        let (channel, mut jobs) = self.consume(link, channel, prefetch).await?;
         state.up(link);
 
-        let Some(sender) = &self.sender else { return Ok(()) };
         loop {
+            let Some(sender) = &self.sender else { return Ok(()) };
             tokio::select! {
                 biased;
                 () = self.drain.cancelled() => break,
@@ -139,14 +161,26 @@ impl Session for Consuming {
                 command = commands.next() => self.hear(command)?,
                 // The place first: a delivery in our hands must have somewhere to go.
                 job = async { (sender.reserve().await, jobs.next().await) } => match job {
-                    (Ok(place), Some((queue, Some(Ok(job))))) => {
-                        let config = &self.config.queues[queue];
+                    (Ok(place), Some((tag, Some(Ok(job))))) => {
+                        let config = &self.config.queues[tag.queue];
                         self.metrics.received(&config.name, job.data.len(), job.redelivered);
-                        place.send(Delivery::new(queue, config, job, link.clone(), self.metrics.clone()));
+                        taken += 1;
+                        // What came back is delivered before what is new.
+                        let over = !job.redelivered || taken >= self.most();
+                        place.send(Delivery::new(tag.queue, config, job, link.clone(), self.metrics.clone()));
+                        if over && prefetch == Prefetch::One {
+                            self.careful = false;
+                            prefetch = Prefetch::Full;
+                            self.cancel(link, &channel, Prefetch::One).await?;
+                            let more = self.consume_all(link, &channel, Prefetch::Full).await;
+                            jobs.extend(more.map_err(|refused| refused.error)?);
+                        }
                     }
                     (_, Some((_, Some(Err(source))))) => return Err(broken("go on consuming", source)),
-                    (_, Some((queue, None))) => {
-                        return Err(Error::ConsumerEnded { queue: self.config.queues[queue].name.clone() });
+                    // Of one that we cancelled.
+                    (_, Some((tag, None))) if tag.prefetch != prefetch => {}
+                    (_, Some((tag, None))) => {
+                        return Err(Error::ConsumerEnded { queue: self.config.queues[tag.queue].name.clone() });
                     }
                     (_, None) => return Err(link.loss()),
                     // The reader is gone: nobody will take another job.
@@ -155,7 +189,7 @@ impl Session for Consuming {
             }
         }
         self.sender = None;
-        self.stop(link, &channel, jobs).await?;
+        self.stop(link, &channel, prefetch, jobs).await?;
         // What still runs can still be cancelled.
         loop {
             tokio::select! {
@@ -168,13 +202,21 @@ impl Session for Consuming {
         link.close().await;
         Ok(())
     }
-}
 
-impl Consuming {
+    /// How many deliveries may be unsettled at one time, over all queues.
+    fn most(&self) -> usize {
+        self.prefetch.iter().copied().map(usize::from).sum()
+    }
+
     /// One consumer for each queue, all on one channel: `channel`, or another one where the broker closed that.
-    async fn consume(&mut self, link: &Link, mut channel: Channel) -> Result<(Channel, Jobs), Error> {
+    async fn consume(
+        &mut self,
+        link: &Link,
+        mut channel: Channel,
+        prefetch: Prefetch,
+    ) -> Result<(Channel, Jobs), Error> {
         loop {
-            match self.consume_all(link, &channel).await {
+            match self.consume_all(link, &channel, prefetch).await {
                 Ok(jobs) => return Ok((channel, jobs)),
                 Err(Refused { queue, error }) if takes_no_timeout(&error) && self.untimed.insert(queue) => {
                     tracing::warn!(
@@ -190,12 +232,14 @@ impl Consuming {
     }
 
     /// Each with a prefetch of its own.
-    async fn consume_all(&self, link: &Link, channel: &Channel) -> Result<Jobs, Refused> {
+    async fn consume_all(&self, link: &Link, channel: &Channel, prefetch: Prefetch) -> Result<Jobs, Refused> {
         let mut all = Jobs::new();
-        for (at, (queue, prefetch)) in self.config.queues.iter().zip(&self.prefetch).enumerate() {
+        for (at, (queue, full)) in self.config.queues.iter().zip(&self.prefetch).enumerate() {
             // It holds for the consumers that come after it.
             let refused = |error| Refused { queue: at, error };
-            let limiting = channel.basic_qos(*prefetch, BasicQosOptions::default());
+            let tag = Tag { queue: at, prefetch };
+            let messages = if prefetch == Prefetch::One { 1 } else { *full };
+            let limiting = channel.basic_qos(messages, BasicQosOptions::default());
             link.ask("set the prefetch", limiting).await.map_err(refused)?;
             let mut arguments = FieldTable::default();
             // RabbitMQ 4.3 refuses it for a classic queue, whose deliveries have no timeout there; from 3.12 to 4.2 no
@@ -209,14 +253,24 @@ impl Consuming {
             }
             let options = BasicConsumeOptions::default();
             let name = short(&queue.name).map_err(refused)?;
-            let consuming = channel.basic_consume(name, tag(at), options, arguments);
+            let consuming = channel.basic_consume(name, tag.name(), options, arguments);
             let jobs =
                 link.ask(&format!("consume queue {}", queue.name), consuming).await.map_err(refused)?;
             // Else an end would go unseen among the others.
             let end = stream::once(async { None });
-            all.push(jobs.map(Some).chain(end).map(move |event| (at, event)).boxed());
+            all.push(jobs.map(Some).chain(end).map(move |event| (tag, event)).boxed());
         }
         Ok(all)
+    }
+
+    /// Ends the consumers with this prefetch. What they have delivered stays.
+    async fn cancel(&self, link: &Link, channel: &Channel, prefetch: Prefetch) -> Result<(), Error> {
+        for queue in 0..self.config.queues.len() {
+            let name = Tag { queue, prefetch }.name();
+            let cancelling = channel.basic_cancel(name, BasicCancelOptions::default());
+            link.ask("cancel a consumer", cancelling).await?;
+        }
+        Ok(())
     }
 
     /// Passes a command on.
@@ -232,11 +286,14 @@ impl Consuming {
     }
 
     /// Takes no more jobs, and gives back those that came in but were not taken.
-    async fn stop(&self, link: &Link, channel: &Channel, mut jobs: Jobs) -> Result<(), Error> {
-        for at in 0..self.config.queues.len() {
-            let cancelling = channel.basic_cancel(tag(at), BasicCancelOptions::default());
-            link.ask("cancel a consumer", cancelling).await?;
-        }
+    async fn stop(
+        &self,
+        link: &Link,
+        channel: &Channel,
+        prefetch: Prefetch,
+        mut jobs: Jobs,
+    ) -> Result<(), Error> {
+        self.cancel(link, channel, prefetch).await?;
         loop {
             let job = tokio::select! {
                 job = jobs.next() => job,
@@ -277,9 +334,41 @@ fn takes_no_timeout(error: &Error) -> bool {
         if refused.get_id() == PRECONDITION_FAILED && refused.get_message().as_str().contains(TIMEOUT))
 }
 
-/// Our name for the consumer of a queue.
-fn tag(queue: usize) -> ShortString {
-    format!("sandpiper.{queue}").into()
+/// How many unsettled deliveries the consumers of a connection may have each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Prefetch {
+    /// As many as is configured.
+    Full,
+    /// One.
+    One,
+}
+
+/// One consumer.
+#[derive(Clone, Copy, Debug)]
+struct Tag {
+    queue: usize,
+    prefetch: Prefetch,
+}
+
+impl Tag {
+    /// As the broker knows it.
+    fn name(self) -> ShortString {
+        match self.prefetch {
+            Prefetch::Full => format!("sandpiper.{}", self.queue),
+            Prefetch::One => format!("sandpiper.{}.one", self.queue),
+        }
+        .into()
+    }
+}
+
+/// Whether the broker closed the connection over a fault of its own.
+fn is_internal(error: &Error) -> bool {
+    const INTERNAL_ERROR: u16 = 541;
+    let source = match error {
+        Error::Lost(Some(source)) | Error::Operation { source, .. } => source,
+        _ => return false,
+    };
+    matches!(source.kind(), ErrorKind::ProtocolError(closed) if closed.get_id() == INTERNAL_ERROR)
 }
 
 /// Commands, where we may have them: a user who may declare nothing still takes jobs.

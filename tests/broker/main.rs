@@ -8,6 +8,7 @@
     reason = "a test that cannot go on has failed, and says why"
 )]
 
+mod amqp10;
 #[path = "../support/broker.rs"]
 mod broker;
 mod clock;
@@ -115,6 +116,7 @@ async fn queues_of_every_kind_are_served() {
 async fn strangers_harm_nobody() {
     let node = Node::start();
     stranger::envelopes_that_no_library_writes(&node).await;
+    stranger::a_message_that_the_broker_cannot_hand_on(&node).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

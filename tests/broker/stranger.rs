@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::broker::Node;
 use crate::requester::{Requester, collect, next};
 use crate::worker::Worker;
-use crate::{PATIENCE, Queues, eventually};
+use crate::{PATIENCE, Queues, amqp10, eventually};
 
 const METHOD: u8 = 1;
 const HEADER: u8 = 2;
@@ -206,4 +206,49 @@ pub(crate) async fn envelopes_that_no_library_writes(node: &Node) {
         assert_eq!(worker.metric(&reconnects), 0.0, "a stranger cost everybody the connection");
     }
     assert_eq!(worker.metric("sandpiper_deliveries_settled_total{action=\"requeued\"}"), 0.0);
+}
+
+/// What AMQP 1.0 may say and AMQP 0-9-1 has no room for: RabbitMQ takes it, and then fails over it each time that it
+/// delivers it, with the connection of whoever consumes.
+pub(crate) async fn a_message_that_the_broker_cannot_hand_on(node: &Node) {
+    const LIMIT: u32 = 8;
+    // Before that it takes a plugin.
+    if !node.is_at_least((4, 0)) {
+        return;
+    }
+    let queues = Queues::of("undeliverable");
+    let limit = format!("amqp.delivery_limit={LIMIT}");
+    let settings = queues.settings(&["worker.slots=2", &limit]);
+    let mut worker = Worker::ready(node.url(), &settings).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    let ids: Vec<String> = (0..20).map(|at| format!("job-{at}")).collect();
+    for id in &ids[..5] {
+        requester.submit(&queues.jobs, id, &queues.replies).await;
+    }
+    amqp10::publish(node.url(), &queues.jobs, &"t".repeat(300), br#"{"code": "print(1)"}"#);
+    for id in &ids[5..] {
+        requester.submit(&queues.jobs, id, &queues.replies).await;
+    }
+    eventually("the broker gives it up", async || (requester.waiting(&queues.dead).await > 0).then_some(()))
+        .await;
+    let log = worker.log();
+    let said = log.lines().find(|line| line.contains("\"consume\"") && line.contains("trying again"));
+    assert!(said.is_some_and(|said| said.contains("INTERNAL_ERROR")), "{log}");
+    // The others have their results, and are not where it is.
+    collect(&mut replies, &ids).await;
+    assert_eq!(requester.waiting(&queues.dead).await, 1);
+    worker.until_ready().await;
+    worker.assert_alive();
+    eventually("nothing waits", async || (requester.waiting(&queues.jobs).await == 0).then_some(())).await;
+
+    // And as many are taken at one time as before.
+    for id in ["one", "two"] {
+        requester.run(&queues.jobs, id, &queues.replies, "import time; time.sleep(3)").await;
+    }
+    eventually("both slots are taken", async || {
+        (worker.metric("sandpiper_jobs_running") == 2.0).then_some(())
+    })
+    .await;
+    collect(&mut replies, &["one".into(), "two".into()]).await;
 }

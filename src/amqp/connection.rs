@@ -4,7 +4,8 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::Once;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Once};
 
 use lapin::tcp::{AsyncTcpStream, OwnedIdentity, OwnedTLSConfig};
 use lapin::uri::{AMQPScheme, AMQPUri, SASLMechanism};
@@ -22,13 +23,18 @@ pub(super) struct Dialer {
     config: config::Amqp,
     name: String,
     patient: bool,
+    /// Which address led to the last connection.
+    last: Arc<AtomicUsize>,
+    /// Which address is the first to be tried.
+    first: Arc<AtomicUsize>,
 }
 
 impl Dialer {
     /// `name` is what operators see in the broker's list of connections.
     pub(super) fn new(config: &config::Amqp, name: String) -> Self {
         prepare_lapin();
-        Self { config: config.clone(), name, patient: true }
+        let (last, first) = (Arc::default(), Arc::default());
+        Self { config: config.clone(), name, patient: true, last, first }
     }
 
     /// For a person who waits: a broker that takes no messages is waited for no longer than any other answer.
@@ -40,13 +46,23 @@ impl Dialer {
     pub(super) async fn dial(&self) -> Result<Link, Error> {
         let tls = self.tls().await?;
         let mut last = Error::NoAddress;
-        for (at, url) in self.urls().await?.iter().enumerate() {
-            match self.connect(at + 1, url, tls.clone()).await {
-                Ok(link) => return Ok(link),
+        let urls = self.urls().await?;
+        let first = self.first.load(Ordering::Relaxed);
+        for at in (0..urls.len()).map(|at| (first + at) % urls.len()) {
+            match self.connect(at + 1, &urls[at], tls.clone()).await {
+                Ok(link) => {
+                    self.last.store(at, Ordering::Relaxed);
+                    return Ok(link);
+                }
                 Err(error) => last = error,
             }
         }
         Err(last)
+    }
+
+    /// Tries the address of the last connection last: its broker may let us in again and be of no use all the same.
+    pub(super) fn avoid_last(&self) {
+        self.first.store(self.last.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
     }
 
     /// The addresses as they are now: `url_file` may have been written anew since the last time.

@@ -46,12 +46,13 @@ pub struct Consumer {
 impl Consumer {
     /// Connects and consumes in the background until `drain`, then no more: what was not taken goes back. At most
     /// `prefetch` deliveries of each queue are unsettled at one time, and none for longer than `timeout`, if the
-    /// broker lets its consumers decide that.
+    /// broker lets its consumers decide that. A broker that `cut_off` names is left.
     pub fn start(
         config: &config::Amqp,
         name: &str,
         prefetch: Vec<u16>,
         timeout: Duration,
+        cut_off: watch::Receiver<String>,
         metrics: &Metrics,
         drain: CancellationToken,
     ) -> Self {
@@ -73,6 +74,7 @@ impl Consumer {
             timeout,
             untimed: BTreeSet::new(),
             careful: false,
+            cut_off,
             metrics: metrics.clone(),
             sender: Some(sender),
             commands: command_sender,
@@ -119,6 +121,8 @@ struct Consuming {
     /// counts that as a delivery of every message that went out with it, so each goes out alone for a while: else its
     /// neighbours would end in the dead-letter queue with it, and no worker would have seen them.
     careful: bool,
+    /// Brokers of no use.
+    cut_off: watch::Receiver<String>,
     metrics: Metrics,
     /// None once drained, so that the reader sees the end.
     sender: Option<mpsc::Sender<Delivery>>,
@@ -152,12 +156,19 @@ impl Consuming {
         let (channel, mut jobs) = self.consume(link, channel, prefetch).await?;
         state.up(link);
 
+        let mut cut_off = self.cut_off.clone();
+        cut_off.mark_unchanged();
         loop {
             let Some(sender) = &self.sender else { return Ok(()) };
             tokio::select! {
                 biased;
                 () = self.drain.cancelled() => break,
                 () = link.lost() => return Err(link.loss()),
+                Ok(()) = cut_off.changed() => {
+                    if *cut_off.borrow_and_update() == link.broker() {
+                        return Err(Error::NoMajority { broker: link.broker().to_owned() });
+                    }
+                }
                 command = commands.next() => self.hear(command)?,
                 // The place first: a delivery in our hands must have somewhere to go.
                 job = async { (sender.reserve().await, jobs.next().await) } => match job {

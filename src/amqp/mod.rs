@@ -140,6 +140,14 @@ pub enum Error {
         /// The queue.
         queue: String,
     },
+    /// The broker's node agrees with the others of its cluster on nothing any more.
+    #[error(
+        "go on at {broker}: it declares no queue and confirms no message; has it lost the rest of its cluster?"
+    )]
+    NoMajority {
+        /// Host and port.
+        broker: String,
+    },
     /// The connection is gone.
     #[error("reach the broker: the connection is lost")]
     Lost(

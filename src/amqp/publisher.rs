@@ -8,7 +8,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions};
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::FieldTable;
 use lapin::{Channel, Confirmation, ErrorKind};
 use tokio::sync::watch;
@@ -70,6 +70,8 @@ struct Inner {
     config: config::Amqp,
     metrics: Metrics,
     outlet: watch::Receiver<Option<Arc<Outlet>>>,
+    /// The broker that was found to be cut off last.
+    cut_off: watch::Sender<String>,
     state: watch::Receiver<LinkState>,
     closing: CancellationToken,
     task: Mutex<Option<JoinHandle<()>>>,
@@ -114,6 +116,7 @@ impl Publisher {
             config: config.clone(),
             metrics: metrics.clone(),
             outlet,
+            cut_off: watch::Sender::default(),
             state: subscription,
             closing,
             task: Mutex::new(Some(task)),
@@ -125,6 +128,12 @@ impl Publisher {
     /// Waits until the broker takes messages. False where it never will again.
     pub async fn up(&self) -> bool {
         self.0.state.clone().wait_for(|state| *state == LinkState::Up).await.is_ok()
+    }
+
+    /// Names brokers, as they are found to have lost the majority of their cluster. Whoever only consumes would wait
+    /// there for ever.
+    pub fn cut_off(&self) -> watch::Receiver<String> {
+        self.0.cut_off.subscribe()
     }
 
     /// How the connection is, now and later.
@@ -228,8 +237,13 @@ impl Publisher {
                 .await
         };
         let Some(confirmation) = outlet.link.ask_for_now("have a result confirmed", publishing).await? else {
-            // One queue that does not answer, of all that share this connection? Then a new channel is had at once.
-            drop(outlet.link.channel().await?);
+            // One queue that does not answer, of all that share this connection?
+            if !outlet.declares().await? {
+                outlet.link.give_up();
+                let broker = outlet.link.broker().to_owned();
+                self.0.cut_off.send_replace(broker.clone());
+                return Err(Error::NoMajority { broker });
+            }
             tracing::warn!("a result is not confirmed in time; it is published again");
             return Ok(Answer::Overdue);
         };
@@ -264,6 +278,7 @@ impl Publisher {
             Ok(Arc::new(Outlet { link, idle: Mutex::default() }))
         };
         if alone {
+            self.0.dialer.avoid_last();
             return dial().await;
         }
         let mut direct = self.0.direct.lock().await;
@@ -304,6 +319,24 @@ impl Outlet {
 
     fn give_back(&self, channel: Channel) {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(channel);
+    }
+
+    /// Whether the broker declares a queue at once. One that has lost the majority of its cluster goes on answering what
+    /// it need not agree on with others, since RabbitMQ 4.3, which does not pause it.
+    async fn declares(&self) -> Result<bool, Error> {
+        let channel = self.link.channel().await?;
+        let options =
+            QueueDeclareOptions { exclusive: true, auto_delete: true, ..QueueDeclareOptions::default() };
+        let declaring = async {
+            let queue = channel.queue_declare("".into(), options, FieldTable::default()).await?;
+            channel.queue_delete(queue.name().clone(), QueueDeleteOptions::default()).await
+        };
+        match self.link.ask_for_now("declare a queue", declaring).await {
+            Ok(answer) => Ok(answer.is_some()),
+            // Not allowed, for one: an answer all the same.
+            Err(Error::Operation { .. }) if !self.link.is_lost() => Ok(true),
+            Err(error) => Err(error),
+        }
     }
 
     /// Whether a requester still listens on its direct reply-to address: the broker answers a passive

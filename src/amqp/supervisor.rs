@@ -124,6 +124,7 @@ impl Supervisor {
             () = self.state.follow(&link) => Err(link.loss()),
         };
         self.state.set(LinkState::Down);
+        self.dialer.avoid_last();
         // Whatever else still holds this connection must not keep deliveries back from other workers.
         link.give_up();
         ended

@@ -60,7 +60,8 @@ pub async fn serve(
     let drain = shutdown.drain.clone();
     let prefetch = prefetch(config, once);
     let timeout = config.consumer_timeout();
-    let mut consumer = Consumer::start(&config.amqp, &name, prefetch, timeout, metrics, drain.clone());
+    let mut consumer =
+        Consumer::start(&config.amqp, &name, prefetch, timeout, publisher.cut_off(), metrics, drain.clone());
     let running = Running::default();
     health.watch(consumer.state(), publisher.state(), drain.clone(), running.clone());
     let pulse = tokio::spawn(health.clone().pulse());

@@ -52,7 +52,9 @@ pub(super) fn name_options(checks: &mut [Check]) {
 fn engine() -> Option<Engine> {
     if std::env::var_os("KUBERNETES_SERVICE_HOST").is_some() {
         Some(Engine::Kubernetes)
-    } else if Path::new("/run/.containerenv").exists() {
+    } else if std::env::var_os("container").is_some_and(|name| name == "podman")
+        || Path::new("/run/.containerenv").exists()
+    {
         Some(Engine::Podman)
     } else if Path::new("/.dockerenv").exists() {
         Some(Engine::Docker)

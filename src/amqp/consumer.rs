@@ -253,8 +253,8 @@ impl Consuming {
             let limiting = channel.basic_qos(messages, BasicQosOptions::default());
             link.ask("set the prefetch", limiting).await.map_err(refused)?;
             let mut arguments = FieldTable::default();
-            // RabbitMQ 4.3 refuses it for a classic queue, whose deliveries have no timeout there; from 3.12 to 4.2 no
-            // broker looks at it.
+            // RabbitMQ 4.3 refuses it for a classic queue, whose deliveries have no timeout there. Earlier versions do
+            // not look at it.
             if queue.kind == QueueType::Quorum && !self.untimed.contains(&at) {
                 let millis = i64::try_from(self.timeout.as_millis()).unwrap_or(i64::MAX);
                 arguments.insert(TIMEOUT.into(), AMQPValue::LongLongInt(millis));

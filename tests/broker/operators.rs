@@ -91,8 +91,8 @@ pub(crate) async fn the_ack_timeout(node: &Node) {
 }
 
 pub(crate) async fn a_worker_says_how_long_its_jobs_may_take(node: &Node) {
-    // From 3.12 to 4.2 the broker asks no consumer.
-    if node.is_at_least((3, 12)) && !node.is_at_least((4, 3)) {
+    // Earlier versions ask no consumer.
+    if !node.is_at_least((4, 3)) {
         return;
     }
     let queues = Queues::of("patient");

@@ -179,9 +179,11 @@ impl Connection {
     fn shorten(&self, bytes: &mut [u8]) {
         const NAME: &[u8] = b"x-consumer-timeoutl";
         let timeout = self.timeout.load(Ordering::Relaxed);
-        let mut found = bytes.windows(NAME.len()).enumerate();
-        let starts: Vec<_> = found.by_ref().filter(|(_, window)| *window == NAME).map(|(at, _)| at).collect();
-        for at in starts.into_iter().filter(|_| timeout != NO_TIMEOUT) {
+        if timeout == NO_TIMEOUT {
+            return;
+        }
+        let starts = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(NAME)).collect::<Vec<_>>();
+        for at in starts {
             bytes[at + NAME.len()..][..8].copy_from_slice(&timeout.to_be_bytes());
         }
     }

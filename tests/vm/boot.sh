@@ -48,9 +48,13 @@ disk_of() { # ROOT
 # What the system tells is our standard output, what its kernel says goes to LOG. Ends when the system powers off, or
 # at a limit that only a system meets which hangs.
 boot_uml() { # ROOT ARCHIVE WORK LOG LIMIT
-  local root=$1 archive=$2 work=$3 log=$4 limit=$5 disk
+  local root=$1 archive=$2 work=$3 log=$4 limit=$5 disk memory=/mnt
   disk=$(disk_of "$root")
   chmod 755 "$cache" "$cache/disks" "$work"
+  # Its memory is a file that it runs from; a container's /dev/shm is neither large enough nor meant for that.
+  if (($(df --output=avail -m /dev/shm | tail -n 1) > 2600)) && ! findmnt -no OPTIONS /dev/shm | grep -q noexec; then
+    memory=/dev/shm
+  fi
   install -d -o "$nobody" -g "$nobody" "$work/uml"
   # In a chroot: the program wants the C library of its suite. It ends with unshare, which only SIGKILL ends before.
   # shellcheck disable=SC2016 # for the inner shell
@@ -63,8 +67,8 @@ boot_uml() { # ROOT ARCHIVE WORK LOG LIMIT
     mount --bind "$5" "$root/srv"
     shift 5
     exec chroot "$root" setpriv --reuid "$nobody" --regid "$nobody" --clear-groups --pdeathsig KILL \
-      env -i TMPDIR=/dev/shm HOME=/mnt "$@"' - \
-    "$root" "$nobody" "$work/uml" "$cache/disks" "${archive%/*}" ${SP_TEST_RUN:+"SP_TEST_RUN=$SP_TEST_RUN"} \
+      env -i HOME=/mnt "$@"' - \
+    "$root" "$nobody" "$work/uml" "$cache/disks" "${archive%/*}" "TMPDIR=$memory" ${SP_TEST_RUN:+"SP_TEST_RUN=$SP_TEST_RUN"} \
     /usr/bin/linux.uml mem=2500M root=/dev/ubda rw "ubd0=/mnt/changes,/media/${disk##*/}" "ubd1r=/srv/${archive##*/}" \
     con=null con0=null,fd:2 con1=null,fd:1 ssl=null net.ifnames=0 \
     sandpiper.payload=/dev/ubdb sandpiper.out=/dev/tty1 </dev/null 2>"$log"

@@ -288,8 +288,8 @@ LINK = {
             lines(9, "Lost acknowledgements a second", "Their channel was gone: these jobs come again.", "short",
                   {"lost": 'sum(rate(sandpiper_deliveries_settled_total{job=~"$job",instance=~"$instance",'
                            'action="lost"}[$__rate_interval]))'}, colors={"lost": RED}),
-            lines(10, "Oldest delivery held", "The broker closes the channel of one that is held for longer than its"
-                  " consumer_timeout, 30 minutes by default.", "s",
+            lines(10, "Oldest delivery held", "The broker takes back one that is held for longer than its consumer"
+                  " timeout, 30 minutes by default.", "s",
                   {"{{instance}}": f"sandpiper_oldest_delivery_seconds{W}"},
                   thresholds=steps(GREEN, (1200, YELLOW), (1800, RED)), width=12),
             lines(11, "Message bodies a second", "Bytes of jobs that came, and of results that went.", "Bps",

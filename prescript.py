@@ -142,7 +142,14 @@ def sandpiper(uid, gid, enable_network, preload, payload):
 
             return library(detect)
 
+        def start_by_fork(module):
+            # Since 3.14 processes come from a server over a Unix socket unless the job says otherwise: a job has
+            # neither such sockets nor programs.
+            module._default_context._default_context = module._concrete_contexts["fork"]
+
         changes = {"linecache": fill, "threading": hook_threads}
+        if sys.version_info >= (3, 14):
+            changes["multiprocessing.context"] = start_by_fork
 
         class Finder:
             @staticmethod
@@ -155,7 +162,7 @@ def sandpiper(uid, gid, enable_network, preload, payload):
                         break
                 else:
                     return None
-                if spec.origin != os.path.join(os.path.dirname(os.__file__), f"{fullname}.py"):
+                if spec.origin != os.path.join(os.path.dirname(os.__file__), *fullname.split(".")) + ".py":
                     return None  # the job's own
                 change = changes.pop(fullname)
                 if not changes:

@@ -92,6 +92,7 @@ pub(super) static IOCTL: Filter = Filter {
         &[is(1, 0x5450)],      // FIONCLEX
         &[is(1, 0x5451)],      // FIOCLEX: os.set_inheritable
         &[is(1, 0x5452)],      // FIOASYNC
+        &[is(1, 0x4004_9409)], // FICLONE: pathlib copies by itself where the file system says that it cannot
         &[is(1, 0x8905)],      // SIOCATMARK
         &[is(1, 0x8910)],      // SIOCGIFNAME: socket.if_indextoname
         &[is(1, 0x8912)],      // SIOCGIFCONF
@@ -105,7 +106,7 @@ pub(super) static IOCTL: Filter = Filter {
     kill: &[],
     // What a file answers that has no such control.
     otherwise: Denial::Refuse(libc::ENOTTY),
-    detail: "terminal and queue sizes, non-blocking, close-on-exec, interface queries",
+    detail: "terminal and queue sizes, non-blocking, close-on-exec, clones of files, interface queries",
 };
 
 pub(super) static FCNTL: Filter = Filter {

@@ -16,7 +16,13 @@ def sandpiper(uid, gid, enable_network, preload, payload):
 
     known = set(sys.modules)
     import binascii
+
+    # ctypes may open a file for good. In a zygote, its number is none of those that a job's process begins with.
+    spare = [os.dup(0) for number in range(3, 7)] if uid == 0 else []
     import ctypes
+
+    for number in spare:
+        os.close(number)
 
     def new():
         # What has been imported since, by the first part of its name.
@@ -291,6 +297,25 @@ def sandpiper(uid, gid, enable_network, preload, payload):
         kinds = {kind: quiet(kind) for kind in {type(thing) for thing in objects()}}
         return None if any(loud(module) for module in modules.values()) else leave
 
+    def mapped():
+        # Descriptors of files whose code is mapped: newer versions of what ctypes makes callbacks with hold one of
+        # their own library, and map it again by and by. A child has to open it anew, under the same number: it
+        # inherits none, since it would share the position in the file with every other job.
+        found = {}
+        try:
+            with open("/proc/self/maps") as maps:
+                files = {line.split(maxsplit=5)[5].rstrip("\n") for line in maps if "/" in line and " r-xp " in line}
+            for number in os.listdir("/proc/self/fd"):
+                try:
+                    path = os.readlink(f"/proc/self/fd/{number}")
+                except FileNotFoundError:
+                    continue  # that of the listing itself
+                if path in files and int(number) > 6:
+                    found[int(number)] = path
+        except OSError:
+            pass  # there is no /proc, so that it has not found its own library either
+        return found
+
     def zygote(imports):
         nonlocal leave
         exec(compile(imports, "<imports>", "exec", dont_inherit=True), {"__name__": "<imports>"})
@@ -320,6 +345,7 @@ def sandpiper(uid, gid, enable_network, preload, payload):
             leave = shortcut()
         except Exception:
             pass  # something out of the ordinary was imported: every job takes python's own way out
+        held = mapped()
         if os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) != 1:
             sys.exit("the environment's imports have started a thread, which a fork would lose")
         for reseed in reseeds:
@@ -353,6 +379,11 @@ def sandpiper(uid, gid, enable_network, preload, payload):
         # has been told of the fork.
         for reseed in reseeds:
             reseed()
+        for number, path in held.items():
+            again = os.open(path, os.O_RDONLY)
+            if again != number:
+                os.dup2(again, number, inheritable=False)
+                os.close(again)
         if "tempfile" in sys.modules:
             sys.modules["tempfile"]._name_sequence = None
         if "uuid" in sys.modules:

@@ -84,7 +84,13 @@ def sandpiper(uid, gid, enable_network, preload, payload):
         def lines():
             import traceback
 
-            return "".join(traceback.format_exception(kind, error, trace, chain=chain))
+            if chain or sys.version_info < (3, 13):
+                return "".join(traceback.format_exception(kind, error, trace, chain=chain))
+            # Of exceptions that nobody can catch, newer versions mark no columns.
+            report = traceback.TracebackException(type(error), error, trace)
+            for frame in report.stack:
+                frame.colno = None
+            return "".join(report.format(chain=chain))
 
         try:
             sys.stderr.write(title + library(lines))

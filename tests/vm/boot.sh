@@ -13,6 +13,10 @@
 system_packages=(systemd systemd-sysv dbus dbus-user-session libpam-systemd udev kmod iproute2 procps
   openssh-server python3 rabbitmq-server python3-pika)
 
+# Devices are there without it, and looking at each takes an emulated system minutes.
+without_udev=(systemd.mask=systemd-udevd.service systemd.mask=systemd-udev-trigger.service
+  systemd.mask=serial-getty@ttyS0.service)
+
 # The ordinary user that runs user-mode Linux.
 nobody=65533
 
@@ -58,7 +62,8 @@ boot_uml() { # ROOT ARCHIVE WORK LOG LIMIT
   install -d -o "$nobody" -g "$nobody" "$work/uml"
   # In a chroot: the program wants the C library of its suite. It ends with unshare, which only SIGKILL ends before.
   # shellcheck disable=SC2016 # for the inner shell
-  timeout --foreground --kill-after 5 "$limit" unshare --mount --pid --fork --kill-child --mount-proc="$root/proc" bash -c '
+  timeout --foreground --kill-after 5 "$limit" \
+    unshare --mount --pid --fork --kill-child --mount-proc="$root/proc" bash -c '
     set -e
     root=$1 nobody=$2
     mount --rbind /dev "$root/dev"
@@ -68,9 +73,10 @@ boot_uml() { # ROOT ARCHIVE WORK LOG LIMIT
     shift 5
     exec chroot "$root" setpriv --reuid "$nobody" --regid "$nobody" --clear-groups --pdeathsig KILL \
       env -i HOME=/mnt "$@"' - \
-    "$root" "$nobody" "$work/uml" "$cache/disks" "${archive%/*}" "TMPDIR=$memory" ${SP_TEST_RUN:+"SP_TEST_RUN=$SP_TEST_RUN"} \
+    "$root" "$nobody" "$work/uml" "$cache/disks" "${archive%/*}" \
+    "TMPDIR=$memory" ${SP_TEST_RUN:+"SP_TEST_RUN=$SP_TEST_RUN"} \
     /usr/bin/linux.uml mem=2500M root=/dev/ubda rw "ubd0=/mnt/changes,/media/${disk##*/}" "ubd1r=/srv/${archive##*/}" \
-    con=null con0=null,fd:2 con1=null,fd:1 ssl=null net.ifnames=0 \
+    con=null con0=null,fd:2 con1=null,fd:1 ssl=null "${without_udev[@]}" \
     sandpiper.payload=/dev/ubdb sandpiper.out=/dev/tty1 </dev/null 2>"$log"
 }
 
@@ -92,9 +98,10 @@ boot_qemu() { # ROOT ARCHIVE WORK LOG LIMIT
   if kvm_works "$root" "$work/kvm"; then machine=(-accel kvm -cpu host)
   else machine=(-accel "tcg,thread=multi,tb-size=1024" -cpu max); fi
   # The changes to the disk are thrown away.
-  TMPDIR=$work timeout --foreground --kill-after 5 "$limit" qemu-system-x86_64 -machine q35 "${machine[@]}" -smp 2 -m 3072 -nodefaults -display none -no-reboot \
+  TMPDIR=$work timeout --foreground --kill-after 5 "$limit" \
+    qemu-system-x86_64 -machine q35 "${machine[@]}" -smp 2 -m 3072 -nodefaults -display none -no-reboot \
     -kernel "$(compgen -G "$root/boot/vmlinuz-*")" -initrd "$(compgen -G "$root/boot/initrd.img-*")" \
-    -append "root=/dev/vda rw console=ttyS0 net.ifnames=0 sandpiper.payload=/dev/vdb sandpiper.out=/dev/ttyS1" \
+    -append "root=/dev/vda rw console=ttyS0 sandpiper.payload=/dev/vdb sandpiper.out=/dev/ttyS1 ${without_udev[*]}" \
     -drive "file=$disk,if=virtio,format=raw,snapshot=on,cache=unsafe" \
     -drive "file=$archive,if=virtio,format=raw,readonly=on" \
     -device virtio-rng-pci -serial "file:$log" -serial stdio </dev/null

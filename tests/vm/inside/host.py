@@ -123,9 +123,12 @@ def uninstall_unit():
 
 
 def start_unit():
-    """Whether it is ready, after a start."""
-    run("systemctl", "start", UNIT)
-    return until(lambda: answers("/readyz") == 200, 60)
+    """Whether it is ready, after a start. One that hangs is not waited for longer than that."""
+    began = time.monotonic()
+    run("systemctl", "start", "--no-block", UNIT)
+    ready = until(lambda: answers("/readyz") == 200 and shown("ActiveState") == "active", 60)
+    say(f"{'ready' if ready else 'NOT READY'} after {time.monotonic() - began:.0f} s, {shown('NRestarts')} restarts")
+    return ready
 
 
 def main_pid():
@@ -141,7 +144,7 @@ def shown(name):
 def state():
     """Of the unit, for the note of a check: what it is, and why if it is not what it should be."""
     active = shown("ActiveState")
-    return active if active == "active" else f"{active}: {journal(5)}"
+    return active if active == "active" else f"{active} {shown('SubState')}, {shown('StatusText')}: {journal(12)}"
 
 
 def journal(lines=20):

@@ -34,7 +34,8 @@ def main():
         load(DENIED)
         say(host.service(user, [WORKER, "doctor"]).stdout)
         found, status = tried(user)
-        denied = not found["ok"] and status != "succeeded"
+        # `exec` does as well as it can: root makes the other namespaces without.
+        denied = not found["ok"] and (user == "root" or status != "succeeded")
         check(f"apparmor.{user}.is_denied", denied, f"{found['detail']}; a job: {status}")
         check(f"apparmor.{user}.is_named", "AppArmor" in found["remedy"], f"{found['detail']}; {found['remedy']}")
         say(host.run("journalctl", "-k", "-n", "3", "-o", "cat", "--no-pager", "--grep", "apparmor=").stdout)

@@ -387,7 +387,77 @@ fn make_init() -> Result<c_int, Errno> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::io::{Read as _, pipe};
+    use std::os::fd::AsRawFd as _;
+    use std::time::{Duration, Instant};
+
     use super::*;
+
+    /// Runs it in a process with one thread.
+    fn alone(body: impl FnOnce()) -> c_int {
+        // SAFETY: the child runs the test and ends.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let passed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).is_ok();
+            // SAFETY: the call takes a number.
+            unsafe { libc::_exit(c_int::from(!passed)) };
+        }
+        child
+    }
+
+    fn ended(pid: c_int) -> c_int {
+        let mut status = -1;
+        // SAFETY: the variable is live.
+        assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+        status
+    }
+
+    /// Whether it ignores the end of children, has no descriptor, and waits.
+    fn has_settled(pid: c_int) -> bool {
+        let read = |name| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap();
+        let ignored =
+            read("status").lines().find_map(|line| line.strip_prefix("SigIgn:\t").map(str::to_owned));
+        let ignored = u64::from_str_radix(&ignored.unwrap(), 16).unwrap();
+        let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+        #[cfg(target_arch = "x86_64")]
+        let waits = libc::SYS_pause;
+        #[cfg(target_arch = "aarch64")]
+        let waits = libc::SYS_ppoll;
+        let call = read("syscall");
+        ignored & (1 << (libc::SIGCHLD - 1)) != 0
+            && descriptors == 0
+            && call.split(' ').next() == Some(waits.to_string().as_str())
+    }
+
+    /// The machine code of the first process, on the machine that this is.
+    #[test]
+    fn the_first_process_of_a_job_settles_and_leaves_its_maker_as_it_was() {
+        let (mut reader, writer) = pipe().unwrap();
+        let maker = alone(|| {
+            let before: Vec<u64> = (0..1000).collect();
+            let pidfd = make_init().unwrap();
+            let about = fs::read_to_string(format!("/proc/self/fdinfo/{pidfd}")).unwrap();
+            let pid = about.lines().find_map(|line| line.strip_prefix("Pid:\t")).unwrap();
+            sys::write_once(writer.as_raw_fd(), pid.as_bytes()).unwrap();
+            assert!(before.iter().copied().eq(0..1000));
+        });
+        assert_eq!(ended(maker), 0, "its maker failed");
+        drop(writer);
+        let mut pid = String::new();
+        // To the end, which is there when the first process has closed its copy.
+        reader.read_to_string(&mut pid).unwrap();
+        let pid: c_int = pid.parse().unwrap();
+        let by = Instant::now() + Duration::from_secs(60);
+        while !has_settled(pid) {
+            assert!(Instant::now() < by, "the first process has not settled");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // SAFETY: the call takes numbers; the process is our child, not waited for yet.
+        assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
+        let status = ended(pid);
+        assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGTERM, "{status:#x}");
+    }
 
     #[test]
     fn the_thread_id_is_found_without_the_kernels_help() {

@@ -46,7 +46,7 @@ fn write(place: &Place, files: &[InputFile], limits: &Limits) -> Result<(), Unla
 fn explain(index: usize, path: &str, error: &io::Error, limits: &Limits) -> Unlaid {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Unlaid::Refused(format!(
-            "`files` do not fit into the job's `limits.disk_bytes` of {}: each takes whole pages of 4096 bytes, and \
+            "`files` do not fit into the job's `limits.disk_bytes` of {}: each takes whole pages of memory, and \
              there may be {INODES} files and directories; raise the limit or send less",
             limits.disk_bytes
         )),

@@ -49,6 +49,73 @@ fn both_tables_are_one_since_424() {
     assert_eq!(x86_64.len(), 48);
 }
 
+/// What one machine has and the other lacks, with the call that does the same on both. A program is then judged
+/// alike on both machines, whichever of the two its C library makes.
+const SUPERSEDED: [(&str, &str); 35] = [
+    ("access", "faccessat"),
+    ("alarm", "setitimer"),
+    ("chmod", "fchmodat"),
+    ("chown", "fchownat"),
+    ("creat", "openat"),
+    ("dup2", "dup3"),
+    ("epoll_create", "epoll_create1"),
+    ("epoll_wait", "epoll_pwait"),
+    ("eventfd", "eventfd2"),
+    ("fork", "clone"),
+    ("futimesat", "utimensat"),
+    ("getdents", "getdents64"),
+    ("getpgrp", "getpgid"),
+    ("inotify_init", "inotify_init1"),
+    ("lchown", "fchownat"),
+    ("link", "linkat"),
+    ("lstat", "newfstatat"),
+    ("mkdir", "mkdirat"),
+    ("mknod", "mknodat"),
+    ("open", "openat"),
+    ("pause", "ppoll"),
+    ("pipe", "pipe2"),
+    ("poll", "ppoll"),
+    ("readlink", "readlinkat"),
+    ("rename", "renameat2"),
+    ("rmdir", "unlinkat"),
+    ("select", "pselect6"),
+    ("signalfd", "signalfd4"),
+    ("stat", "newfstatat"),
+    ("symlink", "symlinkat"),
+    ("time", "clock_gettime"),
+    ("unlink", "unlinkat"),
+    ("utime", "utimensat"),
+    ("utimes", "utimensat"),
+    ("vfork", "clone"),
+];
+
+/// What has to do with x86 alone, and what Linux has removed since, or never had, but keeps a number for.
+const OF_X86_64_ALONE: &str = "_sysctl afs_syscall arch_prctl create_module epoll_ctl_old epoll_wait_old \
+    get_kernel_syms get_thread_area getpmsg ioperm iopl modify_ldt putpmsg query_module security \
+    set_thread_area sysfs tuxcall uprobe uretprobe uselib ustat vserver";
+
+#[test]
+fn both_machines_know_the_same_calls_and_judge_them_alike() {
+    let [x86_64, aarch64] =
+        ARCHES.map(|arch| BTreeMap::from_iter(table::calls(arch).map(|call| (call.1, call.2.class))));
+    let missing: BTreeSet<&str> =
+        x86_64.keys().filter(|name| !aarch64.contains_key(*name)).copied().collect();
+    let documented: BTreeSet<&str> =
+        SUPERSEDED.map(|pair| pair.0).into_iter().chain(OF_X86_64_ALONE.split(' ')).collect();
+    assert_eq!(missing, documented);
+    assert!(aarch64.keys().all(|name| x86_64.contains_key(name)));
+    for (old, new) in SUPERSEDED {
+        let options = Options { network: false, exec: false, extra: &[] };
+        let [old_verdict, new_verdict] =
+            [x86_64[old], aarch64[new]].map(|class| match class.under(&options) {
+                // Judged by arguments that the old call had no room for, or has elsewhere.
+                Verdict::Partly(_) => Verdict::Allow,
+                verdict => verdict,
+            });
+        assert_eq!(format!("{old_verdict:?}"), format!("{new_verdict:?}"), "{old} and {new}");
+    }
+}
+
 #[test]
 fn every_entry_has_a_reason_and_an_honest_errno() {
     for group in table::groups() {

@@ -25,7 +25,9 @@ const CODE: &[u8] = &[
 #[cfg(target_arch = "aarch64")]
 const MACHINE: u16 = 183;
 #[cfg(target_arch = "aarch64")]
-const CODE: &[u8] = &[
+const CODE: &[u8] = AARCH64;
+#[cfg(any(test, target_arch = "aarch64"))]
+const AARCH64: &[u8] = &[
     0x80, 0x00, 0x80, 0xd2, // mov x0, PR_SET_DUMPABLE
     0x01, 0x00, 0x80, 0xd2, // mov x1, 0
     0xe8, 0x14, 0x80, 0xd2, // mov x8, SYS_prctl
@@ -63,4 +65,54 @@ pub(super) fn program() -> Vec<u8> {
     }
     elf.extend_from_slice(CODE);
     elf
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+    use super::*;
+    use crate::sandbox::policy::{Arch, Options, describe};
+
+    /// A call's name and its arguments.
+    type Call = (&'static str, Vec<u32>);
+
+    fn name(number: u32) -> &'static str {
+        let options = Options { network: false, exec: false, extra: &[] };
+        describe(Arch::Aarch64, &options).unwrap().find(|call| call.number == number).unwrap().name
+    }
+
+    /// Runs the code for 64-bit Arm, as far as it consists of the three instructions that it needs, until it has made
+    /// so many calls.
+    fn calls(code: &[u8], count: usize) -> Vec<Call> {
+        let words: Vec<u32> =
+            code.chunks(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect();
+        let (mut registers, mut at, mut calls) = ([None; 32], 0_usize, Vec::new());
+        while calls.len() < count {
+            let word = words[at];
+            at += 1;
+            match word >> 21 {
+                // movz x(word & 31), immediate
+                0b110_1001_0100 => registers[word as usize & 31] = Some((word >> 5) & 0xffff),
+                // svc 0, which changes x0
+                _ if word == 0xd400_0001 => {
+                    calls.push((name(registers[8].unwrap()), registers.iter().map_while(|r| *r).collect()));
+                    registers[0] = None;
+                }
+                // b
+                _ if word >> 26 == 0b00_0101 => {
+                    let distance = (word << 6).cast_signed() >> 6;
+                    at = (at - 1).checked_add_signed(distance as isize).unwrap();
+                }
+                _ => panic!("instruction {word:#010x}"),
+            }
+        }
+        calls
+    }
+
+    #[test]
+    fn on_64_bit_arm_it_hides_and_waits_again_and_again() {
+        let (hides, waits) = (("prctl", vec![4, 0]), ("ppoll", vec![0; 4]));
+        assert_eq!(calls(AARCH64, 3), [hides, waits.clone(), waits]);
+    }
 }

@@ -432,6 +432,7 @@ mod tests {
 
     /// The machine code of the first process, on the machine that this is.
     #[test]
+    #[expect(clippy::disallowed_methods, reason = "the process tells nobody when it has settled")]
     fn the_first_process_of_a_job_settles_and_leaves_its_maker_as_it_was() {
         let (mut reader, writer) = pipe().unwrap();
         let maker = alone(|| {

@@ -200,7 +200,9 @@ def fixtures(image, every):
     for how, setting in (("cold", []), ("warm", ["--env", "SP_TEST_WARM=1"])):
         said = image.run(["-c", PARTS], entrypoint="sh", options=[
             *image.options, *setting, "--volume", f"{stage}:/stage:ro", "--env", "SP_TEST_FIXTURES=/stage/fixtures",
-            "--env", "SP_TEST_BIN=/opt/sandpiper/sandpiper"])
+            "--env", "SP_TEST_BIN=/opt/sandpiper/sandpiper",
+            # What is looked for here is not how fast the image is, and this machine may be busy with other tests.
+            "--env", "SP_TEST_SLOW=3"])
         passed, ignored = (sum(map(int, re.findall(rf"(\d+) {word};", said))) for word in ("passed", "ignored"))
         want(passed + ignored == expected and passed > expected * 0.9,
              f"{passed} fixtures passed and {ignored} were ignored, {expected} are there:\n{said}")

@@ -4,13 +4,15 @@
 #![allow(unsafe_code, reason = "filters are installed and calls made by number, which nothing safe offers")]
 
 use std::ffi::c_long;
+use std::fs;
 use std::io::Write as _;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Instant;
 
-use sandpiper::sandbox::policy::{Judgement, Options, Policy, Program};
+use sandpiper::sandbox::policy::{Arch, Judgement, Options, Policy, Program, describe};
 
 const STRICT: Options<'_> = Options { network: false, exec: false, extra: &[] };
 
@@ -239,6 +241,44 @@ fn the_coarse_filter_answers_enosys_alone() {
         assert!(libc::WIFEXITED(status));
         assert_eq!(libc::WEXITSTATUS(status), expected, "call {number}");
     }
+}
+
+/// The call's name on a machine.
+fn name(arch: Arch, number: u32) -> Option<&'static str> {
+    describe(arch, &STRICT).unwrap().find(|call| call.number == number).map(|call| call.name)
+}
+
+/// The programs of jobs that the sandbox is tested with make calls by number, as `calls.py` does: by one for each
+/// machine. Else they would do something else, or nothing, on the machine that they were not written on.
+#[test]
+fn fixtures_make_the_same_calls_on_both_machines() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let (mut cases, mut calls) = (0, 0);
+    for entry in fs::read_dir(&folder).unwrap().chain(fs::read_dir(folder.join("hostile")).unwrap()) {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|ending| ending != "jsonl") {
+            continue;
+        }
+        for line in fs::read_to_string(path).unwrap().lines() {
+            let case: serde_json::Value = serde_json::from_str(line).unwrap();
+            if !case["arch"].is_null() {
+                continue;
+            }
+            cases += 1;
+            let (title, code) = (&case["name"], case["code"].as_str().unwrap());
+            assert!(!code.contains(".syscall("), "{title} has numbers of its own: use calls.py");
+            for (at, word) in ["call(", "attempt("].iter().flat_map(|word| code.match_indices(word)) {
+                let arguments = code[at + word.len()..].split([',', ')']).map(str::trim);
+                let mut numbers = arguments.skip(usize::from(word == "attempt(")).map(str::parse::<u32>);
+                if let (Some(Ok(x86_64)), Some(Ok(aarch64))) = (numbers.next(), numbers.next()) {
+                    let called = name(Arch::X86_64, x86_64);
+                    assert_eq!(called, name(Arch::Aarch64, aarch64), "{title}: {x86_64} and {aarch64}");
+                    calls += usize::from(called.is_some());
+                }
+            }
+        }
+    }
+    assert!(cases > 100 && calls > 100, "{cases} cases, {calls} calls");
 }
 
 /// Inside a container whose runtime listens already, a second listener is EBUSY: the fallback still goes on.

@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use sandpiper::sandbox::policy::{Arch, Judgement, Options, Policy, Program, describe};
 
-const STRICT: Options<'_> = Options { network: false, exec: false, extra: &[] };
+const STRICT: Options<'_> = Options::CLOSED;
 
 /// Exit code of a child that could not install its filters.
 const NO_FILTER: i32 = 99;

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use sandpiper::sandbox::policy::{Options, Policy};
 
-const STRICT: Options<'_> = Options { network: false, exec: false, extra: &[] };
+const STRICT: Options<'_> = Options { memory_group: true, cpu_group: true, ..Options::CLOSED };
 
 /// Puts the filter, given as a file, on the interpreter itself.
 const PRELUDE: &str = r"
@@ -118,7 +118,7 @@ print('refused')
 
 #[test]
 fn with_the_network_tcp_and_names_work() {
-    let options = Options { network: true, exec: false, extra: &[] };
+    let options = Options { network: true, exec: false, extra: &[], ..Options::CLOSED };
     let code = r"
 import socket, threading
 server = socket.create_server(('127.0.0.1', 0))
@@ -139,7 +139,7 @@ print('spoken')
 
 #[test]
 fn with_exec_subprocesses_work() {
-    let options = Options { network: false, exec: true, extra: &[] };
+    let options = Options { network: false, exec: true, extra: &[], ..Options::CLOSED };
     let code =
         "import subprocess\nprint(subprocess.run(['echo', 'ran'], capture_output=True, text=True).stdout)";
     assert_eq!(python(&options, code), "ran");

@@ -40,8 +40,7 @@ fn arbitrary_code() -> impl Strategy<Value = String> {
     prop::collection::vec(part, 0..8).prop_map(|parts| parts.concat())
 }
 
-static POLICY: LazyLock<Policy> =
-    LazyLock::new(|| Policy::compile(&Options { network: false, exec: false, extra: &[] }).unwrap());
+static POLICY: LazyLock<Policy> = LazyLock::new(|| Policy::compile(&Options::CLOSED).unwrap());
 
 proptest! {
     #[test]

@@ -132,6 +132,8 @@ steps! {
     33 "open directory" OpenDirectory { numbers: to; strings: path; }
     /// `fchdir(fd)`.
     34 "fchdir" ChdirTo { numbers: fd; }
+    /// `setpriority(PRIO_PROCESS, 0, value)`.
+    35 "setpriority" Nice { numbers: value; }
 }
 
 impl<'a> Step<'a> {

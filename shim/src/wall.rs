@@ -81,6 +81,7 @@ fn carry_out(step: &Step<'_>, ruleset: &mut Ruleset) -> Result<(), Errno> {
         Step::ChdirTo { fd } => numeric(libc::SYS_fchdir, [fd, 0]),
         Step::OpenDirectory { to, path } => open_directory(path, to),
         Step::UnblockSignals {} => sys::unblock_signals(),
+        Step::Nice { value } => nice(value),
     }
 }
 
@@ -98,6 +99,12 @@ const HERE: usize = libc::AT_FDCWD.cast_unsigned() as usize;
 #[allow(clippy::cast_possible_truncation, reason = "usize has 64 bits on every supported architecture")]
 fn number(value: u64) -> usize {
     value as usize
+}
+
+fn nice(value: u64) -> Result<(), Errno> {
+    const PRIO_PROCESS: usize = 0;
+    // SAFETY: the call takes numbers.
+    unsafe { syscall(libc::SYS_setpriority, [PRIO_PROCESS, 0, number(value), 0, 0]) }.map(drop)
 }
 
 fn narrow(value: u64) -> Result<u32, Errno> {

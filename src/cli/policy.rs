@@ -34,6 +34,10 @@ pub(super) struct Args {
     #[arg(long)]
     exec: bool,
 
+    /// As it is for a worker that has no control groups
+    #[arg(long)]
+    no_cgroups: bool,
+
     /// Only the calls of this class
     #[arg(long, value_name = "CLASS")]
     class: Option<Class>,
@@ -89,7 +93,13 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
         Some(Machine::Aarch64) => Arch::Aarch64,
         None => Arch::host().context("there is no policy for this machine; name one with --arch")?,
     };
-    let options = Options { network: args.network, exec: args.exec, extra: &config.sandbox.allow_syscalls };
+    let options = Options {
+        network: args.network,
+        exec: args.exec,
+        memory_group: !args.no_cgroups,
+        cpu_group: !args.no_cgroups,
+        extra: &config.sandbox.allow_syscalls,
+    };
     let wanted = |entry: &Entry| args.class.is_none_or(|class| entry.class == class.name());
     let syscalls: Vec<Entry> = describe(arch, &options)?.filter(wanted).collect();
     if args.json {

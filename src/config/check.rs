@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::layers::Origins;
 use super::raw::{Raw, RawEnvironment, RawSandbox};
-use super::{ACK_TIMEOUT, Config, ConfigError, Environment, Http, Log, LogFormat, Sandbox, Worker};
+use super::{ACK_TIMEOUT, Config, ConfigError, Environment, Http, Log, LogFormat, Proc, Sandbox, Worker};
 use crate::job::explain::quote;
 use crate::job::{Bounds, Limits};
 
@@ -204,8 +204,11 @@ impl Checker {
                 let problem = format!("must be at most {MAX_STANDBY}");
                 return self.fail(&format!("{key}.standby"), &problem);
             }
+            let proc =
+                self.choice(&format!("{key}.proc"), &raw.proc, &[("own", Proc::Own), ("none", Proc::None)])?;
             let RawEnvironment { allow_exec, warm, imports, .. } = raw;
-            environments.insert(name, Environment { python, mounts, allow_exec, warm, imports, standby });
+            let environment = Environment { python, mounts, allow_exec, proc, warm, imports, standby };
+            environments.insert(name, environment);
         }
         Ok(environments)
     }

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::{
-    Amqp, Auth, Config, Environment, Http, Log, LogFormat, Queue, QueueType, Sandbox, Secret, Topology,
+    Amqp, Auth, Config, Environment, Http, Log, LogFormat, Proc, Queue, QueueType, Sandbox, Secret, Topology,
     Worker,
 };
 use crate::job::Bounds;
@@ -66,6 +66,7 @@ impl Default for Environment {
             python: "/usr/bin/python3".into(),
             mounts: Vec::new(),
             allow_exec: false,
+            proc: Proc::Own,
             warm: true,
             imports: Vec::new(),
             standby: one_a_processor().max(2),

@@ -307,12 +307,23 @@ pub struct Environment {
     pub mounts: Vec<PathBuf>,
     /// Its jobs may execute programs (what their root holds: the interpreter).
     pub allow_exec: bool,
+    /// What its jobs see in `/proc`.
+    pub proc: Proc,
     /// Its jobs start as forks of a python that has done the imports already.
     pub warm: bool,
     /// Modules that this python imports once.
     pub imports: Vec<String>,
     /// Forks that stand ready before their jobs come.
     pub standby: usize,
+}
+
+/// What jobs see in `/proc`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Proc {
+    /// Their own processes.
+    Own,
+    /// Nothing: `smaps` and its like tell whether others have the same files mapped.
+    None,
 }
 
 /// The port for metrics and health.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Auth, Config, Environment, LogFormat, Topology};
+use crate::config::{Auth, Config, Environment, LogFormat, Proc, Topology};
 use crate::job::{Bounds, Limits};
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -119,6 +119,7 @@ pub(super) struct RawEnvironment {
     pub(super) python: String,
     pub(super) mounts: Vec<String>,
     pub(super) allow_exec: bool,
+    pub(super) proc: String,
     pub(super) warm: bool,
     pub(super) imports: Vec<String>,
     pub(super) standby: usize,
@@ -217,6 +218,10 @@ impl From<Environment> for RawEnvironment {
             python: text(&environment.python),
             mounts: environment.mounts.iter().map(|mount| text(mount)).collect(),
             allow_exec: environment.allow_exec,
+            proc: match environment.proc {
+                Proc::Own => "own".into(),
+                Proc::None => "none".into(),
+            },
             warm: environment.warm,
             imports: environment.imports,
             // As many as slots, in the same way.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::cgroup::Entry;
+use super::cgroup::{Entry, Group};
 use super::environment::{Environment, Variant};
 use super::identity::Lease;
 use super::launcher::Order;
@@ -123,6 +123,7 @@ impl Shared {
             network: payload.network,
             limits,
             memory_by_cgroup: seat.group.is_some(),
+            processor_by_cgroup: seat.group.as_ref().is_some_and(Group::shares_the_processor),
             cgroups: &doors,
             cgroup_namespace,
         };

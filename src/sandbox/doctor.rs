@@ -104,6 +104,12 @@ const NAMESPACES: [(Namespace, Layer); 6] = [
 const MOUNT_REMEDY: &str = "allow mount and pivot_root in the container (seccomp and AppArmor profile)";
 const TMPFS: Layer = Layer::needed("tmpfs", "disk_bytes could not be enforced", MOUNT_REMEDY);
 const ROOT: Layer = Layer::needed("pivot_root", "a job would see the host's files", MOUNT_REMEDY);
+const OVERLAY: Layer = Layer::welcome(
+    "overlay",
+    "jobs can put record locks on files of the host, which slows all who use them, and flush its disks",
+    "Linux 5.11 or later (as root any) with the module overlay, which must be loaded where the worker cannot load it; in \
+     a container, an AppArmor profile that allows to mount one",
+);
 const PROC: Layer = Layer::welcome(
     "proc",
     "jobs run without /proc: multiprocessing's CPU count, psutil and the like do not work",
@@ -150,7 +156,9 @@ const OPENAT2: Layer = Layer::needed(
 
 const CGROUPS: Layer = Layer::welcome(
     "cgroups",
-    "memory, CPU time and processes are limited by rlimits, one process at a time instead of the job as a whole",
+    "a job's memory is counted twenty times a second instead of held: in between each process can have eight times \
+     the limit, and what lies in pipes and sockets (up to 416 KiB for each open file) is not counted; CPU time is limited \
+     for each process alone, and jobs with many processes get more of the processor",
     "version 2: a group with memory and pids that is delegated to the worker, in which it is alone. From a shell: \
      systemd-run --scope -p Delegate=yes sandpiper … (as an ordinary user: systemd-run --user --scope …); a service: \
      Delegate=yes; a container: a cgroup namespace of its own, writable. Version 1: run as root with the memory, pids \
@@ -169,6 +177,7 @@ pub fn examine(config: &Config) -> Vec<Check> {
     checks.extend([
         TMPFS.check(config, told(probe::tmpfs(with_user))),
         ROOT.check(config, told(probe::new_root(with_user))),
+        OVERLAY.check(config, told(probe::overlay(with_user))),
         PROC.check(config, told(probe::proc(with_user))),
         uids(config),
         SECCOMP.check(config, told(probe::seccomp())),

@@ -12,6 +12,7 @@ use sandpiper_shim::abi::{POLICY_MAGIC, SHIM_PATH};
 use super::StartError;
 use super::host::Host;
 use super::identity::{INSIDE, Privilege};
+use super::mounts;
 use super::plan;
 use super::policy::{Options, Policy, PolicyError, Program as Filter};
 use super::root::{self, Root, RootError};
@@ -85,10 +86,25 @@ impl Environment {
             let mut root =
                 Root::of(environment, network, INSIDE..INSIDE + machine.seats).map_err(PrepareError::Root)?;
             root.place(Path::new(SHIM_PATH), &shim);
-            if !machine.host.proc {
+            if !machine.host.proc || environment.proc == config::Proc::None {
                 root.without_proc();
             }
-            let options = Options { network, exec: environment.allow_exec, extra: &sandbox.allow_syscalls };
+            let open = mounts::add_layers(&mut root, &machine.host);
+            if !network && !open.is_empty() {
+                let paths: Vec<String> = open.iter().map(|path| path.display().to_string()).collect();
+                tracing::warn!(
+                    environment = name,
+                    paths = paths.join(" "),
+                    "jobs can put locks on files of the host and flush its disks there: no overlay lies between"
+                );
+            }
+            let options = Options {
+                network,
+                exec: environment.allow_exec,
+                memory_group: machine.memory_group,
+                cpu_group: machine.cpu_group,
+                extra: &sandbox.allow_syscalls,
+            };
             let compile = if machine.traces { Policy::compile_for_tracing } else { Policy::compile };
             let policy = compile(&options).map_err(PrepareError::Policy)?;
             let file = policy_file(&policy, network, machine.host.privilege).map_err(PrepareError::Io)?;
@@ -121,6 +137,10 @@ pub(super) struct Machine {
     pub(super) host: Host,
     /// Jobs that there may be at one time, those that stand by included.
     pub(super) seats: u32,
+    /// Control groups count the memory of each job.
+    pub(super) memory_group: bool,
+    /// Control groups give each job its share of the processor.
+    pub(super) cpu_group: bool,
     /// There is a user namespace for zygotes: what runs an operator's imports is never root of the host.
     pub(super) can_start_warm: bool,
     /// The policy is traced and keeps nothing back.

@@ -78,7 +78,7 @@ mod tests {
     type Call = (&'static str, Vec<u32>);
 
     fn name(number: u32) -> &'static str {
-        let options = Options { network: false, exec: false, extra: &[] };
+        let options = Options::CLOSED;
         describe(Arch::Aarch64, &options).unwrap().find(|call| call.number == number).unwrap().name
     }
 

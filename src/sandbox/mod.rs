@@ -10,6 +10,7 @@
 //! A job's process comes from a new python (cold) or from a [`zygote`] (warm). All the rest is one way.
 
 mod artifacts;
+mod census;
 mod cgroup;
 mod claim;
 mod cold;
@@ -50,6 +51,8 @@ use crate::script::Payload;
 use crate::sys::fd;
 use crate::sys::userns::{self, Mapping};
 use artifacts::Patterns;
+use census::OomKills;
+use cgroup::Group;
 use claim::Claim;
 use environment::{Environment, Machine};
 use host::Host;
@@ -80,6 +83,8 @@ struct Shared {
     /// In which zygotes run where the worker may choose uids.
     zygote_namespace: Option<OwnedFd>,
     proxies: Vec<(&'static str, String)>,
+    /// None where control groups tell, or nothing does.
+    oom_kills: Option<OomKills>,
     /// Only where there is no inner wall.
     trace: Option<Trace>,
     /// Of the uids that jobs have on the host; none where all have the worker's own.
@@ -114,9 +119,14 @@ impl Sandbox {
         // A child that stands by holds a seat, so there are more seats than slots.
         let seats = config.worker.slots.saturating_add(standby);
         let groups = cgroup::start(seats, &config.limits.default).unwrap_or_else(|error| {
-            tracing::info!(%error, "there are no cgroups: limits hold for each process of a job alone");
+            tracing::warn!(
+                %error,
+                "there are no cgroups: the memory of a job's processes is counted now and then, without what lies in \
+                 pipes and sockets; CPU time is limited for each process alone"
+            );
             Vec::new()
         });
+        let oom_kills = groups.is_empty().then(OomKills::find).flatten();
         let seat_count = u32::try_from(seats).unwrap_or(u32::MAX);
         if privilege == Privilege::Full {
             identity::range_exists(settings.uid_base, seat_count)?;
@@ -141,6 +151,8 @@ impl Sandbox {
         let machine = Machine {
             host,
             seats: seat_count,
+            memory_group: !groups.is_empty(),
+            cpu_group: groups.iter().all(Group::shares_the_processor) && !groups.is_empty(),
             can_start_warm: trace.is_none() && (privilege == Privilege::None || zygote_namespace.is_some()),
             traces: trace.is_some(),
         };
@@ -168,6 +180,7 @@ impl Sandbox {
                 start_timeout: settings.start_timeout,
                 default_limits: config.limits.default,
                 zygote_namespace,
+                oom_kills,
                 trace,
                 _claim: claim,
                 // Base64 makes four bytes of three.
@@ -305,6 +318,7 @@ impl Shared {
             limits,
             policy: &variant.policy,
             group: started.lease.group.as_ref(),
+            kills: self.oom_kills.as_ref(),
             assignment: payload.assignment(warm, &proxies),
             stdin: payload.stdin,
             files: payload.files,

@@ -7,10 +7,12 @@ use std::path::{Path, PathBuf};
 use sandpiper_shim::plan::Step;
 
 use super::host::Host;
-use super::plan::Plan;
+use super::plan::{self, Plan};
 use super::root::{Entry, Root};
+use crate::sys::launch;
 
 const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+const DEVICE: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
 const PRIVATE: u64 = libc::MS_REC | libc::MS_PRIVATE;
 /// The same for one mount, on kernels that have no call for a tree of them.
 const REMOUNT: u64 = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY | NO_SUID;
@@ -18,9 +20,14 @@ const BIND: u64 = libc::MS_BIND | libc::MS_REC;
 const NO_SUID: u64 = libc::MS_NOSUID | libc::MS_NODEV;
 const NOTHING: &CStr = c"";
 
-/// The new root while it is being built, and the host's own meanwhile.
+/// The new root while it is being built, the host's own meanwhile, and the layers over parts of it.
 const NEW: &str = "/new";
 const OLD: &str = "/old";
+const LAYERS: &str = "/layers";
+/// What has no file in it.
+const EMPTY: &CStr = c"/empty";
+/// What cannot stand in a list of layers as it is.
+const SPECIAL: [u8; 3] = *b":,\\";
 
 /// The working directory.
 pub(super) const WORK: &CStr = c"/work";
@@ -65,14 +72,31 @@ pub(super) fn file_system(plan: &mut Plan, host: &Host, root: &Root, proc: Optio
     mount(plan, [c"none", c"/", NOTHING], PRIVATE, NOTHING);
     // A place to stand while both roots are needed: every path of the host stays reachable below /old.
     mount(plan, [c"tmpfs", c"/tmp", c"tmpfs"], NO_SUID, c"size=64k,mode=0755");
-    for path in [c"/tmp/old", c"/tmp/new"] {
+    for path in [c"/tmp/old", c"/tmp/new", c"/tmp/empty", c"/tmp/layers"] {
         plan.push(&Step::Mkdir { mode: 0o755, path });
     }
     plan.push(&Step::PivotRoot { new: c"/tmp", old: c"/tmp/old" });
+    for (at, layer) in root.layers.iter().enumerate() {
+        let target = c_string(format!("{LAYERS}/{at}"));
+        plan.push(&Step::Mkdir { mode: 0o755, path: &target });
+        // One that nobody writes to has two layers at least.
+        let options =
+            [b"lowerdir=", below(OLD, &layer.directory).as_bytes(), b":", EMPTY.to_bytes()].concat();
+        mount(plan, [c"overlay", &target, c"overlay"], NO_SUID | layer.kept, &c_string(options));
+    }
+    let host_path = |path: &Path| match root
+        .layers
+        .iter()
+        .enumerate()
+        .find_map(|(at, layer)| path.strip_prefix(&layer.directory).ok().map(|inside| (at, inside)))
+    {
+        Some((at, inside)) => below(&format!("{LAYERS}/{at}"), &Path::new("/").join(inside)),
+        None => below(OLD, path),
+    };
 
     mount(plan, [c"tmpfs", c"/new", c"tmpfs"], NO_SUID, c"size=1m,mode=0755");
     for (path, entry) in &root.entries {
-        let (new, old) = (below(NEW, path), below(OLD, path));
+        let new = below(NEW, path);
         match entry {
             Entry::Directory => plan.push(&Step::Mkdir { mode: 0o755, path: &new }),
             Entry::Link(target) => plan.push(&Step::Symlink { target: &c_path(target), path: &new }),
@@ -81,15 +105,15 @@ pub(super) fn file_system(plan: &mut Plan, host: &Host, root: &Root, proc: Optio
             }
             Entry::HostDirectory => {
                 plan.push(&Step::Mkdir { mode: 0o755, path: &new });
-                bind(plan, &old, &new);
+                bind(plan, &host_path(path), &new);
             }
             Entry::HostFile => {
                 plan.push(&Step::CreateFile { mode: 0o644, path: &new, content: b"" });
-                bind(plan, &old, &new);
+                bind(plan, &host_path(path), &new);
             }
             Entry::HostFileFrom(file) => {
                 plan.push(&Step::CreateFile { mode: 0o644, path: &new, content: b"" });
-                bind(plan, &below(OLD, file), &new);
+                bind(plan, &host_path(file), &new);
             }
             Entry::Proc => plan.push(&Step::Mkdir { mode: 0o555, path: &new }),
         }
@@ -108,12 +132,54 @@ pub(super) fn file_system(plan: &mut Plan, host: &Host, root: &Root, proc: Optio
         }
     }
     for device in DEVICES {
-        bind(plan, &below(OLD, as_path(device)), &below(NEW, as_path(device)));
+        let new = below(NEW, as_path(device));
+        bind(plan, &below(OLD, as_path(device)), &new);
+        // What can be written to the device still can; its times are the host's.
+        if host.mount_setattr {
+            plan.push(&Step::MountAttributes { set: DEVICE, target: &new });
+        } else {
+            mount(plan, [c"none", &new, NOTHING], REMOUNT & !libc::MS_NODEV | libc::MS_NOEXEC, NOTHING);
+        }
     }
     if let Some(read_only) = proc.filter(|_| root.has_proc()) {
         mount_proc(plan, c"/new/proc", read_only);
     }
     plan.push(&Step::EnterRoot { new: c"/new" });
+}
+
+/// A layer between a directory of the host and the jobs: a read-only overlay, whose files are other ones to the kernel
+/// where it keeps locks, and where it flushes disks, while their pages are the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Layer {
+    directory: PathBuf,
+    /// Flags of the mount that it lies on, which hold on.
+    kept: u64,
+}
+
+/// Puts layers between the host and the root, as far as the kernel has them here. What stays as it is on the host, and
+/// can be locked and flushed by jobs: files and directories with mounts of their own, or inside.
+pub(super) fn add_layers(root: &mut Root, host: &Host) -> Vec<PathBuf> {
+    let mounts = Mounts::of_this_process();
+    let sources: Vec<PathBuf> = root.entries.iter().filter_map(|(path, entry)| entry.source(path)).collect();
+    let mut layers: Vec<Layer> = Vec::new();
+    for layer in sources.iter().filter_map(|source| mounts.layer_for(source)) {
+        if !layers.contains(&layer) {
+            layers.push(layer);
+        }
+    }
+    let works = |layers: &[Layer]| launch::can(0, plan::layers_trial(host, layers).bytes());
+    if !works(&layers) {
+        layers.retain(|layer| works(std::slice::from_ref(layer)));
+    }
+    root.layers = layers;
+    let layered = |source: &&PathBuf| !root.layers.iter().any(|layer| source.starts_with(&layer.directory));
+    sources.iter().filter(layered).cloned().collect()
+}
+
+/// A root of these directories alone.
+pub(super) fn layers_of(layers: &[Layer]) -> Root {
+    let entries = [(PathBuf::from("/dev"), Entry::Directory)].into();
+    Root { layers: layers.to_vec(), entries }
 }
 
 /// One file system for all that the job writes, so that one size holds for it all.
@@ -133,6 +199,24 @@ pub(super) fn writable(plan: &mut Plan, owner: u32, bytes: u64) {
 struct Mounts(Vec<(PathBuf, u64)>);
 
 impl Mounts {
+    /// The largest directory around a path that is all of one mount: an overlay sees none that lie inside.
+    fn layer_for(&self, source: &Path) -> Option<Layer> {
+        let whole = |directory: &Path| {
+            let inside = |(point, _): &(PathBuf, u64)| point != directory && point.starts_with(directory);
+            directory.parent().is_some() && !self.0.iter().any(inside)
+        };
+        let first = if source.is_dir() { source } else { source.parent()? };
+        let directory = first.ancestors().take_while(|directory| whole(directory)).last()?;
+        let plain = !directory.as_os_str().as_bytes().iter().any(|byte| SPECIAL.contains(byte));
+        plain.then(|| Layer { directory: directory.to_owned(), kept: self.kept_around(directory) })
+    }
+
+    /// Flags that what lies at this path must keep.
+    fn kept_around(&self, source: &Path) -> u64 {
+        let around = self.0.iter().rev().find(|(point, _)| source.starts_with(point));
+        around.map_or(0, |(_, kept)| *kept)
+    }
+
     fn of_this_process() -> Self {
         Self::parse(&std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
     }
@@ -150,18 +234,13 @@ impl Mounts {
 
     /// The mounts in the new root that an entry makes, with the flags that each must keep.
     fn made_by(&self, path: &Path, entry: &Entry) -> Vec<(PathBuf, u64)> {
-        let source = match entry {
-            Entry::HostDirectory | Entry::HostFile => path,
-            Entry::HostFileFrom(file) => file,
-            Entry::Directory | Entry::Link(_) | Entry::File(_) | Entry::Proc => return Vec::new(),
-        };
-        let source = source.canonicalize().unwrap_or_else(|_| source.to_owned());
-        let around = self.0.iter().rev().find(|(point, _)| source.starts_with(point));
+        let Some(source) = entry.source(path) else { return Vec::new() };
+        let source = source.canonicalize().unwrap_or(source);
         let inside = self.0.iter().filter_map(|(point, kept)| {
             let inside = point.strip_prefix(&source).ok()?;
             (!inside.as_os_str().is_empty()).then(|| (path.join(inside), *kept))
         });
-        std::iter::once((path.to_owned(), around.map_or(0, |(_, kept)| *kept))).chain(inside).collect()
+        std::iter::once((path.to_owned(), self.kept_around(&source))).chain(inside).collect()
     }
 }
 

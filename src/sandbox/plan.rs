@@ -14,7 +14,7 @@ use sandpiper_shim::plan::Step;
 use super::host::Host;
 use super::identity::{INSIDE, Privilege, Seat};
 use super::landlock;
-use super::mounts::{DEVICES, WORK, WRITABLE, file_system, mount_proc, writable};
+use super::mounts::{DEVICES, Layer, WORK, WRITABLE, file_system, layers_of, mount_proc, writable};
 use super::root::Root;
 use crate::job::Limits;
 use crate::sys::launch;
@@ -51,8 +51,10 @@ pub(super) struct Job<'a> {
     pub(super) seat: &'a Seat,
     pub(super) network: bool,
     pub(super) limits: &'a Limits,
-    /// The memory limit is kept by a cgroup; else by the size of each process's address space.
+    /// The memory limit is kept by a cgroup; else by counting, now and then, what all processes hold.
     pub(super) memory_by_cgroup: bool,
+    /// A cgroup gives the job its share of the processor.
+    pub(super) processor_by_cgroup: bool,
     /// Open `cgroup.procs` files to enter, as they are numbered in the process that enters.
     pub(super) cgroups: &'a [u64],
     /// The namespace of its control groups, for a process that is let into them later; else it makes its own.
@@ -64,14 +66,14 @@ const ROOM_TO_SEND: u64 = 1 << 16;
 
 /// What the origin does: an identity to make namespaces with, and the pid namespace.
 pub(super) fn origin(host: &Host) -> Plan {
-    origin_as(host, INSIDE)
+    origin_as(host, INSIDE, JOB_GOES)
 }
 
-fn origin_as(host: &Host, inside: u32) -> Plan {
+fn origin_as(host: &Host, inside: u32, score: &[u8]) -> Plan {
     let mut plan = Plan::default();
     plan.push(&Step::DieWithParent {});
     if host.oom_score {
-        goes_first(&mut plan);
+        goes_first(&mut plan, score);
     }
     if host.privilege == Privilege::None {
         let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
@@ -88,16 +90,21 @@ fn origin_as(host: &Host, inside: u32) -> Plan {
 
 /// Where the worker's own memory is over, or this machine's, the kernel takes what has this number before all
 /// else: a job, with what it started, and never the worker, with every other job. All children have it too.
-fn goes_first(plan: &mut Plan) {
+pub(super) const JOB_GOES: &[u8] = b"1000";
+/// A zygote, with which its children's first processes share their memory and would go, goes after every job: they all
+/// count as if they had half of the machine's memory more.
+pub(super) const ZYGOTE_GOES: &[u8] = b"500";
+
+fn goes_first(plan: &mut Plan, score: &[u8]) {
     // What it says of itself is another user's to a process that is not dumpable.
     plan.push(&Step::Dumpable { value: 1 });
-    plan.push(&Step::WriteFile { path: c"/proc/self/oom_score_adj", content: b"1000" });
+    plan.push(&Step::WriteFile { path: c"/proc/self/oom_score_adj", content: score });
 }
 
 /// Whether it can be said.
 pub(super) fn oom_trial() -> Plan {
     let mut plan = Plan::default();
-    goes_first(&mut plan);
+    goes_first(&mut plan, JOB_GOES);
     plan
 }
 
@@ -153,6 +160,19 @@ pub(super) fn prepared_root(host: &Host, root: &Root) -> Plan {
     plan.push(&Step::DieWithParent {});
     plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWNS) });
     file_system(&mut plan, host, root, None);
+    plan
+}
+
+/// Whether a root with these layers can be built.
+pub(super) fn layers_trial(host: &Host, layers: &[Layer]) -> Plan {
+    let mut plan = Plan::default();
+    if host.privilege == Privilege::None {
+        let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+        plan.push(&Step::Chdir { path: c"/proc" });
+        own_user_namespace(&mut plan, INSIDE, [uid, gid]);
+    }
+    plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWNS) });
+    file_system(&mut plan, host, &layers_of(layers), None);
     plan
 }
 
@@ -248,6 +268,9 @@ fn confine(plan: &mut Plan, job: &Job<'_>, id: u32, besides: u64) {
     plan.push(&Step::Identity { uid: id.into(), gid: id.into(), keeps_groups });
     plan.push(&Step::DropCapabilities {});
     resources(plan, job, besides);
+    if !job.processor_by_cgroup {
+        plan.push(&Step::Nice { value: BEHIND_THE_WORKER });
+    }
     plan.push(&Step::Setsid {});
     plan.push(&Step::Umask { mask: 0o022 });
     plan.push(&Step::NoNewPrivileges {});
@@ -276,6 +299,29 @@ fn start_python(plan: &mut Plan, descriptors: &Descriptors<'_>, first_closed: i3
     plan.push(&Step::CloseFrom { first: flag(first_closed) });
 }
 
+/// Address space for each process: so many times the memory limit, and this much at least.
+struct Space {
+    times: u64,
+    at_least: u64,
+}
+
+impl Space {
+    fn of(&self, memory_bytes: u64) -> u64 {
+        memory_bytes.saturating_mul(self.times).max(self.at_least)
+    }
+}
+
+/// All of it, and what is private and can be written to. Allocators and WebAssembly reserve gigabytes that they never
+/// touch.
+const RESERVED: [Space; 2] =
+    [Space { times: 64, at_least: 16 << 30 }, Space { times: 64, at_least: 16 << 30 }];
+/// Stacks of threads and buffers of BLAS are private and writable, and mostly not touched.
+const RESERVED_WITHOUT_CGROUP: [Space; 2] =
+    [Space { times: 32, at_least: 1 << 30 }, Space { times: 8, at_least: 256 << 20 }];
+
+/// What a job's processes stand behind the worker by, where no cgroup shares the processor: about a third of its share.
+const BEHIND_THE_WORKER: u64 = 5;
+
 fn resources(plan: &mut Plan, job: &Job<'_>, besides: u64) {
     let limits = job.limits;
     // In whole seconds, and only a backstop: the worker itself looks at the clock.
@@ -293,9 +339,11 @@ fn resources(plan: &mut Plan, job: &Job<'_>, besides: u64) {
         (libc::RLIMIT_SIGPENDING, 1024),
         (libc::RLIMIT_STACK, 8 << 20),
     ];
-    if !job.memory_by_cgroup {
-        values.push((libc::RLIMIT_AS, limits.memory_bytes));
-    }
+    // Address space is promised, not used. Where the kernel keeps its promises (`vm.overcommit_memory` of 2), or where
+    // nothing but a look now and then keeps the limit, there is an end to it all the same.
+    let [reserved, writable] = if job.memory_by_cgroup { RESERVED } else { RESERVED_WITHOUT_CGROUP };
+    values.push((libc::RLIMIT_AS, reserved.of(limits.memory_bytes)));
+    values.push((libc::RLIMIT_DATA, writable.of(limits.memory_bytes)));
     for (resource, value) in values {
         plan.push(&Step::Rlimit { resource: resource.into(), soft: value, hard: value });
     }

@@ -9,6 +9,7 @@ use std::process::{Command, Output};
 
 use serde::Deserialize;
 
+use super::mounts::Layer;
 use crate::config::Environment;
 use crate::sys::fd;
 
@@ -78,6 +79,19 @@ pub(super) enum Entry {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Root {
     pub(super) entries: BTreeMap<PathBuf, Entry>,
+    /// What lies between directories of the host and what the root shows of them.
+    pub(super) layers: Vec<Layer>,
+}
+
+impl Entry {
+    /// Where it is on the host.
+    pub(super) fn source(&self, path: &Path) -> Option<PathBuf> {
+        match self {
+            Self::HostDirectory | Self::HostFile => Some(path.to_owned()),
+            Self::HostFileFrom(file) => Some(file.clone()),
+            Self::Directory | Self::Link(_) | Self::File(_) | Self::Proc => None,
+        }
+    }
 }
 
 /// Printed by the interpreter itself: the only one who knows where it looks.

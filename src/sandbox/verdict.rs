@@ -7,6 +7,7 @@ use sandpiper_shim::lockdown;
 use sandpiper_shim::plan::Steps;
 use tokio::time::Instant;
 
+use super::census;
 use super::error::explained;
 use super::files::Unlaid;
 use super::plan::Plan;
@@ -44,6 +45,13 @@ pub(super) fn judge(seen: Observation, limits: &Limits, has_preload: bool, taken
                 "the kernel killed the job because the machine, or the container around the worker, was out of \
                  memory; the job was within its own {} bytes: run fewer at one time, or give the worker more",
                 limits.memory_bytes
+            ),
+        ),
+        Cause::TooManyLocks => (
+            Status::MemoryLimit,
+            format!(
+                "the job held more than {} record locks of files, which are memory of the kernel's",
+                census::LOCKS
             ),
         ),
         Cause::OutputLimit => (

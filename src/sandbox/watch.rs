@@ -14,6 +14,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use super::census::{self, OomKills};
 use super::cgroup::Group;
 use super::events::{asked, at, ended, read_report, receive};
 use super::files::{self, Unlaid};
@@ -39,8 +40,11 @@ static PROCESSORS: LazyLock<u32> = LazyLock::new(|| {
     let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     u32::try_from(processors).unwrap_or(u32::MAX)
 });
-/// A job that lost a process to its memory limit is noticed within this.
+/// A job that lost a process to its memory limit, or holds too much of what no limit of the kernel's counts, is noticed
+/// within this.
 const MEMORY_CHECK: Duration = Duration::from_millis(50);
+/// Counting what a job holds takes no more than one part in so many of the time.
+const COUNTING_SHARE: u32 = 50;
 
 /// What ended a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,6 +59,8 @@ pub(super) enum Cause {
     MemoryLimit,
     /// The same because that of the machine, or of the container around, was over.
     MemoryElsewhere,
+    /// It held more record locks of files than a job may.
+    TooManyLocks,
     /// It wrote too much.
     OutputLimit,
     /// It made this forbidden call.
@@ -106,6 +112,8 @@ pub(super) struct Terms<'a> {
     pub(super) policy: &'a Policy,
     /// Where all of its processes are; else each is looked at alone.
     pub(super) group: Option<&'a Group>,
+    /// What counts the kernel's kills where there is no group.
+    pub(super) kills: Option<&'a OomKills>,
     pub(super) assignment: Vec<u8>,
     pub(super) stdin: Vec<u8>,
     pub(super) files: Vec<InputFile>,
@@ -132,6 +140,11 @@ pub(super) struct Watch {
     owner: u32,
     place: Option<Place>,
     handed_over: Option<(Instant, SystemTime)>,
+    /// Where no group tells: what counts the kernel's kills around the job, and how many there had been.
+    kills: Option<(OomKills, u64)>,
+    count_again: Instant,
+    /// The most memory that all of its processes were seen with, where no group tells.
+    counted_peak: u64,
     exit: Option<(Exit, Resources)>,
     refused: BTreeMap<String, u64>,
     refusals: u64,
@@ -154,6 +167,9 @@ impl Watch {
             owner,
             place: None,
             handed_over: None,
+            kills: None,
+            count_again: Instant::now(),
+            counted_peak: 0,
             exit: None,
             refused: BTreeMap::new(),
             refusals: 0,
@@ -226,11 +242,12 @@ impl Watch {
         self.stderr.tap(terms.tap, Stream::Stderr);
         let start = Instant::now();
         self.handed_over = Some((start, SystemTime::now()));
+        self.kills = terms.kills.and_then(|kills| Some((kills.clone(), kills.count()?)));
         let mut assignment = Input::new(control.into_inner(), terms.assignment)?;
         let mut stdin = Input::new(stdin, terms.stdin)?;
         let deadline = start + Duration::from_millis(limits.timeout_ms);
         let cpu_limit = Duration::from_millis(limits.cpu_ms);
-        let mut look = start + pause(cpu_limit, group);
+        let mut look = start + pause(cpu_limit);
         loop {
             // In this order: no flood of output or of calls delays what ends the job.
             tokio::select! {
@@ -245,12 +262,15 @@ impl Watch {
                     if group.is_some_and(Group::killed_for_memory) {
                         return Ok(Cause::MemoryLimit);
                     }
+                    if let Some(cause) = self.count(limits, group.is_none()).await {
+                        return Ok(cause);
+                    }
                     let used = group.and_then(Group::cpu_time).or_else(|| self.job.get_ref().cpu_time());
                     let left = cpu_limit.saturating_sub(used.unwrap_or_default());
                     if left.is_zero() {
                         return Ok(Cause::CpuLimit);
                     }
-                    look = Instant::now() + pause(left, group);
+                    look = Instant::now() + pause(left);
                 }
                 () = at(self.waiting.map(|(_, _, when)| when)) => self.answer(),
                 question = asked(&self.listener), if self.waiting.is_none() => {
@@ -272,6 +292,24 @@ impl Watch {
                 return Ok(Cause::OutputLimit);
             }
         }
+    }
+
+    /// Counts what its processes hold together, where it is time to. On a thread for such things: the kernel may have to
+    /// walk its pages.
+    async fn count(&mut self, limits: &Limits, memory: bool) -> Option<Cause> {
+        let begun = Instant::now();
+        if begun < self.count_again {
+            return None;
+        }
+        let roots = [self.init.get_ref().pid()?, self.job.get_ref().pid()?];
+        let (files, limit) = (self.place.as_ref().map_or(0, Place::used), limits.memory_bytes);
+        let count =
+            move || (census::has_too_many_locks(roots), memory.then(|| census::memory(roots, files, limit)));
+        let (locks, memory) = tokio::task::spawn_blocking(count).await.ok()?;
+        let memory = memory.unwrap_or_default();
+        self.count_again = Instant::now() + begun.elapsed() * COUNTING_SHARE;
+        self.counted_peak = self.counted_peak.max(memory);
+        if locks { Some(Cause::TooManyLocks) } else { (memory > limit).then_some(Cause::MemoryLimit) }
     }
 
     /// Kills what is left, and tells what was seen once the last of it is gone.
@@ -300,6 +338,8 @@ impl Watch {
             resources.system = resources.system.max(used.system);
             let peak = resources.peak_resident.max(used.memory_peak);
             resources.peak_resident = peak.min(limits.memory_bytes);
+        } else {
+            resources.peak_resident = resources.peak_resident.max(self.counted_peak);
         }
         let cause = match cause {
             // Its end may have come before anyone looked; and where its start failed, that is why.
@@ -308,6 +348,15 @@ impl Watch {
             {
                 let own = group.is_none_or(|group| group.came_near(limits.memory_bytes));
                 if own { Cause::MemoryLimit } else { Cause::MemoryElsewhere }
+            }
+            // Nobody else sends it this signal but the job itself.
+            Cause::Ended
+                if exit == Exit::Signal(libc::SIGKILL)
+                    && self
+                        .kills
+                        .is_some_and(|(kills, before)| kills.count().is_some_and(|now| now > before)) =>
+            {
+                Cause::MemoryElsewhere
             }
             // The last of it was still in the pipe.
             Cause::Ended if stdout.truncated || stderr.truncated => Cause::OutputLimit,
@@ -391,8 +440,8 @@ enum Reported {
 }
 
 /// How long nothing need be looked at, with so much CPU time left.
-fn pause(left: Duration, group: Option<&Group>) -> Duration {
-    if group.is_some() { soonest(left).min(MEMORY_CHECK) } else { soonest(left) }
+fn pause(left: Duration) -> Duration {
+    soonest(left).min(MEMORY_CHECK)
 }
 
 /// The earliest that so much CPU time can have been used: with every processor busy for the job.

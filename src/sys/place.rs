@@ -97,6 +97,14 @@ impl Place {
         fstatfs(&self.directory)
             .is_ok_and(|stat| stat.blocks().saturating_sub(stat.blocks_free()) <= FEW_BLOCKS)
     }
+
+    /// Bytes that its file system holds.
+    pub fn used(&self) -> u64 {
+        fstatfs(&self.directory).map_or(0, |stat| {
+            let block = u64::try_from(stat.block_size()).unwrap_or_default();
+            stat.blocks().saturating_sub(stat.blocks_free()).saturating_mul(block)
+        })
+    }
 }
 
 /// Another user's rights to files, for this thread, until they are given back.

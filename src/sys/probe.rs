@@ -115,6 +115,19 @@ pub fn new_root(with_user: bool) -> Tried {
     })
 }
 
+/// An overlay of two directories that nobody writes to.
+pub fn overlay(with_user: bool) -> Tried {
+    in_child(|| {
+        isolate(CloneFlags::CLONE_NEWNS, with_user, "create a mount namespace")?;
+        mount_tmpfs()?;
+        let [empty, over] = ["empty", "over"].map(|name| format!("{SCRATCH}/{name}"));
+        std::fs::create_dir(&empty).and_then(|()| std::fs::create_dir(&over)).step("make directories")?;
+        let layers = format!("lowerdir=/usr:{empty}");
+        mount(Some("overlay"), over.as_str(), Some("overlay"), MsFlags::MS_NOSUID, Some(layers.as_str()))
+            .step("mount overlay")
+    })
+}
+
 /// A /proc of our own that shows only processes.
 pub fn proc(with_user: bool) -> Tried {
     in_child(|| {

@@ -86,7 +86,7 @@ impl Outside {
 fn program(seed: u64) -> String {
     let mut random = Random(seed);
     let arch = Arch::host().unwrap();
-    let options = Options { network: false, exec: false, extra: &[] };
+    let options = Options::CLOSED;
     let survivable: Vec<u32> = describe(arch, &options)
         .unwrap()
         .filter(|call| {

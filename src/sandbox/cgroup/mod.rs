@@ -55,12 +55,26 @@ enum Version {
     Two,
 }
 
+/// The controller that shares the processor. Jobs run without it.
+const CPU: &str = "cpu";
+/// The share of a process that is in no group, on version 1.
+const SHARE: u64 = 1024;
+/// So that the worker is heard whatever its jobs do: it keeps their time.
+const WORKERS_SHARE: u64 = 10 * SHARE;
+
+/// The worker in a group beside those of its jobs, until this is dropped.
+#[derive(Debug)]
+enum Aside {
+    One(#[expect(dead_code, reason = "what counts is that it is dropped")] v1::Stepped),
+    Two(#[expect(dead_code, reason = "what counts is that it is dropped")] v2::Aside),
+}
+
 /// Where the groups of one sandbox live; removed with the last of them.
 #[derive(Debug)]
 struct Homes {
     version: Version,
     /// Where the worker went to make room; it goes back before the homes are removed.
-    _aside: Option<v2::Aside>,
+    _aside: Option<Aside>,
     /// One a hierarchy.
     list: Vec<Home>,
     /// Whether processes get in without walking through the doors; tried with the first group.
@@ -124,10 +138,18 @@ pub(super) fn start(count: usize, limits: &Limits) -> Result<Vec<Group>, CgroupE
         Ok::<_, CgroupError>(groups)
     };
     let (mounts, own) = (place::mounts()?, place::own()?);
-    attempt(v2::start(&mounts, &own)).or_else(|two| {
-        attempt(v1::start(&mounts, &own))
+    attempt(v2::start(&mounts, &own, count)).or_else(|two| {
+        attempt(v1::start(&mounts, &own, count))
             .map_err(|one| CgroupError::Neither { two: Box::new(two), one: Box::new(one) })
     })
+}
+
+/// Files that count kills in the group that the worker is in.
+pub(super) fn own_oom_counters() -> Vec<PathBuf> {
+    let (Ok(mounts), Ok(own)) = (place::mounts(), place::own()) else { return Vec::new() };
+    let two = place::version_2(&mounts, &own).map(|group| group.join("memory.events"));
+    let one = place::version_1(&mounts, &own, "memory").map(|group| group.join("memory.oom_control"));
+    two.into_iter().chain(one).collect()
 }
 
 fn make(homes: Homes, count: usize, limits: &Limits) -> Result<Vec<Group>, CgroupError> {
@@ -318,6 +340,11 @@ impl Group {
             // What was there before is not the job's: files that an earlier one made the kernel cache.
             memory_peak: self.counters.peak().unwrap_or_default().saturating_sub(self.began.memory),
         }
+    }
+
+    /// The job has its share of the processor, however many processes and sessions it has.
+    pub(super) fn shares_the_processor(&self) -> bool {
+        self.homes.of(CPU).is_ok()
     }
 
     /// For a person.

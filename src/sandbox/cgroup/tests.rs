@@ -21,9 +21,9 @@ fn skip(why: &dyn std::fmt::Display) {
 /// Groups as the sandbox makes them; without the trial of a child, for a test has more than one thread.
 fn groups(count: usize, limits: &Limits) -> Option<Vec<Group>> {
     let (mounts, own) = (place::mounts().unwrap(), place::own().unwrap());
-    let made = v2::start(&mounts, &own)
+    let made = v2::start(&mounts, &own, count)
         .and_then(|homes| make(homes, count, limits))
-        .or_else(|_| make(v1::start(&mounts, &own)?, count, limits));
+        .or_else(|_| make(v1::start(&mounts, &own, count)?, count, limits));
     made.inspect_err(|error| skip(error)).ok()
 }
 

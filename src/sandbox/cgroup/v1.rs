@@ -1,15 +1,16 @@
 //! Control groups, version 1: a hierarchy for each controller, or for several.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use super::home::{self, Home};
-use super::{CgroupError, Homes, Setting, Version, place};
+use super::{Aside, CPU, CgroupError, Homes, SHARE, Setting, Version, WORKERS_SHARE, place};
 use crate::job::Limits;
 
 const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpuacct"];
+const PROCESSES: &str = "cgroup.procs";
 
-pub(super) fn start(mounts: &str, own: &str) -> Result<Homes, CgroupError> {
+pub(super) fn start(mounts: &str, own: &str, count: usize) -> Result<Homes, CgroupError> {
     let mut bases: Vec<(PathBuf, Vec<&'static str>)> = Vec::new();
     for controller in CONTROLLERS {
         let base = place::version_1(mounts, own, controller)?;
@@ -23,7 +24,57 @@ pub(super) fn start(mounts: &str, own: &str) -> Result<Homes, CgroupError> {
         home::sweep(&base);
         list.push(Home::make(&base, controllers)?);
     }
-    Ok(Homes { version: Version::One, _aside: None, list, entered_quickly: OnceLock::new() })
+    let aside = share_the_processor(mounts, own, count, &mut list)
+        .inspect_err(|error| tracing::debug!(%error, "jobs have no control group for the processor"))
+        .ok();
+    Ok(Homes { version: Version::One, _aside: aside.map(Aside::One), list, entered_quickly: OnceLock::new() })
+}
+
+/// Each job has the share of one ordinary process, whatever it starts, and the worker itself that of ten.
+fn share_the_processor(
+    mounts: &str,
+    own: &str,
+    count: usize,
+    list: &mut Vec<Home>,
+) -> Result<Stepped, CgroupError> {
+    let base = place::version_1(mounts, own, CPU)?;
+    let at = match list.iter().position(|home| home.path().parent() == Some(base.as_path())) {
+        Some(at) => at,
+        None => {
+            home::sweep(&base);
+            list.push(Home::make(&base, Vec::new())?);
+            list.len() - 1
+        }
+    };
+    let home = list[at].path();
+    set_share(home, SHARE.saturating_mul(count as u64))?;
+    let group = home.join("worker");
+    std::fs::create_dir(&group).map_err(CgroupError::file("make", &group))?;
+    set_share(&group, WORKERS_SHARE)?;
+    let path = group.join(PROCESSES);
+    home::write(&path, "0").map_err(CgroupError::file("write to", path))?;
+    list[at].controllers.push(CPU);
+    Ok(Stepped { base })
+}
+
+fn set_share(group: &Path, share: u64) -> Result<(), CgroupError> {
+    let path = group.join("cpu.shares");
+    // The kernel's range.
+    home::write(&path, &share.clamp(2, 1 << 18).to_string()).map_err(CgroupError::file("write to", path))
+}
+
+/// The worker in a group of its own for the processor.
+#[derive(Debug)]
+pub(super) struct Stepped {
+    base: PathBuf,
+}
+
+impl Drop for Stepped {
+    fn drop(&mut self) {
+        if let Err(error) = home::write(&self.base.join(PROCESSES), "0") {
+            tracing::debug!(%error, "the worker stays in its own cgroup");
+        }
+    }
 }
 
 /// In this order: the kernel keeps memory with swap no lower than memory alone.

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use super::home::{self, Home};
-use super::{CgroupError, Homes, Setting, Version, place};
+use super::{CPU, CgroupError, Homes, SHARE, Setting, Version, WORKERS_SHARE, place};
 use crate::job::Limits;
 
 /// CPU time is counted without a controller.
@@ -17,9 +17,34 @@ const CONTROLLERS: [&str; 2] = ["memory", "pids"];
 const OFFERED: &str = "cgroup.controllers";
 const HANDED_ON: &str = "cgroup.subtree_control";
 const PROCESSES: &str = "cgroup.procs";
+/// The group that a worker steps aside into.
+const WORKER: &str = "worker";
 
-pub(super) fn start(mounts: &str, own: &str) -> Result<Homes, CgroupError> {
-    start_at(&place::version_2(mounts, own)?, &CONTROLLERS)
+pub(super) fn start(mounts: &str, own: &str, count: usize) -> Result<Homes, CgroupError> {
+    let base = place::version_2(mounts, own)?;
+    let with_cpu = [&CONTROLLERS[..], &[CPU]].concat();
+    // A kernel hands it on only where no process of real-time priority is in the way.
+    let homes = start_at(&base, &with_cpu)
+        .inspect_err(|error| tracing::debug!(%error, "jobs have no control group for the processor"))
+        .or_else(|_| start_at(&base, &CONTROLLERS))?;
+    if let Ok(home) = homes.of(CPU) {
+        share_the_processor(home, count)?;
+    }
+    Ok(homes)
+}
+
+/// Each job has the share of one ordinary process, whatever it starts, and the worker itself, where it has stepped
+/// aside, that of ten.
+fn share_the_processor(home: &Path, count: usize) -> Result<(), CgroupError> {
+    let set = |group: &Path, weight: u64| {
+        let path = group.join("cpu.weight");
+        // In percent of the default, within the kernel's range.
+        let weight = (weight.saturating_mul(100) / SHARE).clamp(1, 10_000);
+        home::write(&path, &weight.to_string()).map_err(CgroupError::file("write to", path))
+    };
+    set(home, SHARE.saturating_mul(count as u64))?;
+    let worker = home.join(WORKER);
+    if worker.exists() { set(&worker, WORKERS_SHARE) } else { Ok(()) }
 }
 
 pub(super) fn start_at(base: &Path, controllers: &[&'static str]) -> Result<Homes, CgroupError> {
@@ -41,7 +66,12 @@ pub(super) fn start_at(base: &Path, controllers: &[&'static str]) -> Result<Home
         }
     }
     hand_on(home.path(), '+', controllers)?;
-    Ok(Homes { version: Version::Two, _aside: aside, list: vec![home], entered_quickly: OnceLock::new() })
+    Ok(Homes {
+        version: Version::Two,
+        _aside: aside.map(super::Aside::Two),
+        list: vec![home],
+        entered_quickly: OnceLock::new(),
+    })
 }
 
 fn lacking(list: &str, wanted: &[&'static str]) -> Vec<&'static str> {
@@ -66,7 +96,7 @@ pub(super) struct Aside {
 
 impl Aside {
     fn step(base: &Path, home: &Path, controllers: &[&'static str]) -> Result<Self, CgroupError> {
-        let group = home.join("worker");
+        let group = home.join(WORKER);
         std::fs::create_dir(&group).map_err(CgroupError::file("make", &group))?;
         let path = group.join(PROCESSES);
         home::write(&path, "0").map_err(CgroupError::file("write to", path))?;

@@ -6,8 +6,8 @@ use sandpiper_shim::abi;
 use sandpiper_shim::plan::Step;
 
 use super::{
-    Descriptors, Job, Plan, confine, enter_cgroups, flag, goes_first, join, namespaces, origin_as,
-    own_user_namespace, place, start_python, wait_for_ever,
+    Descriptors, Job, Plan, ZYGOTE_GOES, confine, enter_cgroups, flag, goes_first, join, namespaces,
+    origin_as, own_user_namespace, place, start_python, wait_for_ever,
 };
 use crate::sandbox::host::Host;
 use crate::sandbox::identity::{INSIDE, Privilege};
@@ -71,12 +71,12 @@ pub(in crate::sandbox) fn warm(job: &Job<'_>, proc: Proc) -> Plan {
 pub(in crate::sandbox) fn origin(host: &Host, namespace: Option<&OwnedFd>, root: &Root) -> Plan {
     if namespace.is_none() {
         // As any other user it would lose its privilege over its namespaces when it becomes python.
-        return origin_as(host, 0);
+        return origin_as(host, 0, ZYGOTE_GOES);
     }
     let mut plan = Plan::default();
     plan.push(&Step::DieWithParent {});
     if host.oom_score {
-        goes_first(&mut plan);
+        goes_first(&mut plan, ZYGOTE_GOES);
     }
     namespaces(&mut plan, false, true);
     // Its `/proc` is the worker's, and hidden by the zygote's own; the kernel lets a process without privilege

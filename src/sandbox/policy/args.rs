@@ -15,6 +15,10 @@ const fn masked(arg: u8, mask: u32, value: u32) -> Cond {
     Cond { arg, test: Test::Masked(mask, value) }
 }
 
+const fn within(arg: u8, first: u32, last: u32) -> Cond {
+    Cond { arg, test: Test::Within(first, last) }
+}
+
 const fn null(arg: u8) -> Cond {
     Cond { arg, test: Test::Null }
 }
@@ -109,14 +113,97 @@ pub(super) static IOCTL: Filter = Filter {
     detail: "terminal and queue sizes, non-blocking, close-on-exec, clones of files, interface queries",
 };
 
-pub(super) static FCNTL: Filter = Filter {
-    allow: &[&[
-        not(1, 1024), // F_SETLEASE: makes others wait who open the file, the worker too
-        not(1, 1026), // F_NOTIFY: tells what others do in a directory that all share, as inotify
-    ]],
+/// Reads and writes past the page cache: of a file of the host's that means its disk each time, in nobody's account,
+/// and of a pipe a packet for each write. A bit of its own on each machine.
+const O_DIRECT: [u32; 2] = [0o40_000, 0o200_000];
+
+/// Filters of flags without [`O_DIRECT`], on x86_64 and aarch64.
+macro_rules! without_o_direct {
+    ($(#[$doc:meta])* $name:ident, $arg:literal) => {
+        $(#[$doc])*
+        pub(super) static $name: [Filter; 2] = [
+            Filter { allow: &[&[masked($arg, O_DIRECT[0], 0)]], ..WITHOUT_O_DIRECT },
+            Filter { allow: &[&[masked($arg, O_DIRECT[1], 0)]], ..WITHOUT_O_DIRECT },
+        ];
+    };
+}
+
+const WITHOUT_O_DIRECT: Filter = Filter {
+    allow: &[],
+    kill: &[],
+    // What a file system answers that has no such access.
+    otherwise: Denial::Refuse(libc::EINVAL),
+    detail: "without O_DIRECT",
+};
+
+without_o_direct!(OPEN, 1);
+without_o_direct!(OPENAT, 2);
+without_o_direct!(PIPE2, 1);
+
+/// What is not in these lists reaches further than the job: leases make others wait who open the file, the worker
+/// too; F_NOTIFY tells what others do in a directory that all share, as inotify; locks of open files are kernel memory
+/// in no account.
+macro_rules! fcntl {
+    ($o_direct:expr) => {
+        Filter {
+            allow: &[
+                &[within(1, 0, 3)],                     // F_DUPFD, descriptor flags, F_GETFL
+                &[is(1, 4), masked(2, $o_direct, 0)],   // F_SETFL
+                &[within(1, 5, 11)],                    // record locks, F_SETOWN, F_SETSIG and what asks for them
+                &[within(1, 15, 16)],                   // F_SETOWN_EX, F_GETOWN_EX
+                &[is(1, 1025)],                         // F_GETLEASE
+                &[within(1, 1030, 1034)],               // F_DUPFD_CLOEXEC, sizes of pipes, seals
+            ],
+            kill: &[],
+            otherwise: Denial::Refuse(libc::EINVAL),
+            detail: "descriptor flags without O_DIRECT, record locks, signals of descriptors, pipe sizes, seals",
+        }
+    };
+}
+
+pub(super) static FCNTL: [Filter; 2] = [fcntl!(O_DIRECT[0]), fcntl!(O_DIRECT[1])];
+
+pub(super) static RENAMEAT2: Filter = Filter {
+    allow: &[&[masked(4, !3, 0)]], // RENAME_NOREPLACE, RENAME_EXCHANGE
+    kill: &[],
+    // What a file system answers that has no whiteouts.
+    otherwise: Denial::Refuse(libc::EINVAL),
+    detail: "without RENAME_WHITEOUT, which leaves a device behind",
+};
+
+const MAP_HUGETLB: u32 = 0x40000;
+
+pub(super) static MMAP: Filter = Filter {
+    allow: &[&[masked(3, MAP_HUGETLB, 0)]],
+    kill: &[],
+    // What the kernel answers where there is no pool.
+    otherwise: Denial::Refuse(libc::ENOMEM),
+    detail: "without MAP_HUGETLB: the operator's pool of huge pages is in no account",
+};
+
+const MFD_HUGETLB: u32 = 4;
+
+pub(super) static MEMFD: Filter = Filter {
+    allow: &[&[masked(1, MFD_HUGETLB, 0)]],
     kill: &[],
     otherwise: Denial::Refuse(libc::EINVAL),
-    detail: "all but leases and directory signals",
+    detail: "without MFD_HUGETLB: the operator's pool of huge pages is in no account",
+};
+
+/// What is missing here merges pages with those of others (MADV_MERGEABLE: how long a write takes then tells what is
+/// in their memory), moves out or puts together pages of files that all share (MADV_COLD, MADV_PAGEOUT,
+/// MADV_COLLAPSE), or is for tests of the kernel.
+pub(super) static MADVISE: Filter = Filter {
+    allow: &[
+        &[within(2, 0, 4)],     // MADV_NORMAL to MADV_DONTNEED
+        &[within(2, 8, 11)],    // MADV_FREE, MADV_REMOVE, MADV_DONTFORK, MADV_DOFORK
+        &[within(2, 14, 19)],   // huge pages, dumps, MADV_WIPEONFORK, MADV_KEEPONFORK
+        &[within(2, 22, 23)],   // MADV_POPULATE_READ, MADV_POPULATE_WRITE
+        &[within(2, 102, 103)], // MADV_GUARD_INSTALL, MADV_GUARD_REMOVE: stacks of newer C libraries
+    ],
+    kill: &[],
+    otherwise: Denial::Refuse(libc::EINVAL),
+    detail: "advice on own memory that tells nothing of others'",
 };
 
 /// Reads only what is in the page cache already (`RWF_NOWAIT`), or leaves it as it was found (`RWF_DONTCACHE`). Of a
@@ -239,3 +326,85 @@ pub(super) static SOCKETPAIR: Filter = Filter {
     otherwise: Denial::Refuse(libc::EACCES),
     detail: "connected kinds of AF_UNIX",
 };
+
+const SOL_SOCKET: u32 = 1;
+const SOL_IP: u32 = 0;
+const SOL_IPV6: u32 = 41;
+
+/// What libraries set and ask, among it all that glibc's resolver and asyncio do. What is missing compiles programs
+/// into the kernel (SO_ATTACH_FILTER and its kin), pins pages, loads modules (TCP_ULP), or tells of other sockets.
+macro_rules! socket_options {
+    ($($buffers:expr),*) => {
+        Filter {
+            allow: &[
+                &[is(1, SOL_SOCKET), within(2, 2, 6)], // SO_REUSEADDR, SO_TYPE, SO_ERROR, SO_DONTROUTE, SO_BROADCAST
+                $($buffers,)*
+                &[is(1, SOL_SOCKET), within(2, 9, 10)],  // SO_KEEPALIVE, SO_OOBINLINE
+                &[is(1, SOL_SOCKET), is(2, 13)],         // SO_LINGER
+                &[is(1, SOL_SOCKET), within(2, 15, 21)], // SO_REUSEPORT, credentials, marks and times to wait
+                &[is(1, SOL_SOCKET), within(2, 29, 30)], // SO_TIMESTAMP, SO_ACCEPTCONN
+                &[is(1, SOL_SOCKET), is(2, 35)],         // SO_TIMESTAMPNS
+                &[is(1, SOL_SOCKET), within(2, 38, 40)], // SO_PROTOCOL, SO_DOMAIN, SO_RXQ_OVFL
+                &[is(1, SOL_SOCKET), within(2, 66, 67)], // times to wait, of programs with longer ones
+                &[is(1, TCP), within(2, 1, 12)],         // TCP_NODELAY to TCP_QUICKACK
+                &[is(1, TCP), is(2, 18)],                // TCP_USER_TIMEOUT
+                &[is(1, TCP), is(2, 23)],                // TCP_FASTOPEN
+                &[is(1, TCP), is(2, 25)],                // TCP_NOTSENT_LOWAT
+                &[is(1, TCP), is(2, 30)],                // TCP_FASTOPEN_CONNECT
+                &[is(1, SOL_IP), within(2, 1, 2)],       // IP_TOS, IP_TTL
+                &[is(1, SOL_IP), is(2, 8)],              // IP_PKTINFO
+                &[is(1, SOL_IP), within(2, 10, 14)],     // IP_MTU_DISCOVER, IP_RECVERR, IP_RECVTTL, IP_RECVTOS, IP_MTU
+                &[is(1, SOL_IP), is(2, 24)],             // IP_BIND_ADDRESS_NO_PORT
+                &[is(1, SOL_IP), within(2, 32, 36)],     // multicast
+                &[is(1, SOL_IPV6), within(2, 16, 21)],   // IPV6_UNICAST_HOPS, multicast
+                &[is(1, SOL_IPV6), within(2, 23, 26)],   // IPV6_MTU_DISCOVER, IPV6_MTU, IPV6_RECVERR, IPV6_V6ONLY
+                &[is(1, SOL_IPV6), is(2, 49)],           // IPV6_RECVPKTINFO
+                &[is(1, SOL_IPV6), is(2, 51)],           // IPV6_RECVHOPLIMIT
+                &[is(1, SOL_IPV6), within(2, 66, 67)],   // IPV6_RECVTCLASS, IPV6_TCLASS
+            ],
+            kill: &[],
+            // What the kernel answers that does not know an option.
+            otherwise: Denial::Refuse(libc::ENOPROTOOPT),
+            detail: "what libraries set: times, buffers, keep-alive, TCP, IP",
+        }
+    };
+}
+
+/// SO_SNDBUF and SO_RCVBUF, which let one socket hold megabytes of kernel memory.
+pub(super) static SOCKET_OPTIONS: Filter = socket_options!(&[is(1, SOL_SOCKET), within(2, 7, 8)]);
+pub(super) static SOCKET_OPTIONS_NO_BUFFERS: Filter = socket_options!();
+
+/// Without MSG_ZEROCOPY, which pins pages, and without what the kernel tells itself.
+const SEND: u32 = 0x1 // MSG_OOB
+    | 0x4 // MSG_DONTROUTE
+    | 0x40 // MSG_DONTWAIT
+    | 0x80 // MSG_EOR
+    | 0x800 // MSG_CONFIRM
+    | 0x4000 // MSG_NOSIGNAL
+    | 0x8000 // MSG_MORE
+    | 0x2000_0000; // MSG_FASTOPEN
+
+const RECEIVE: u32 = 0x1 // MSG_OOB
+    | 0x2 // MSG_PEEK
+    | 0x8 // MSG_CTRUNC
+    | 0x20 // MSG_TRUNC
+    | 0x40 // MSG_DONTWAIT
+    | 0x80 // MSG_EOR
+    | 0x100 // MSG_WAITALL
+    | 0x2000 // MSG_ERRQUEUE
+    | 0x4000 // MSG_NOSIGNAL
+    | 0x1_0000 // MSG_WAITFORONE
+    | 0x4000_0000; // MSG_CMSG_CLOEXEC
+
+const MESSAGE: Filter = Filter {
+    allow: &[],
+    kill: &[],
+    otherwise: Denial::Refuse(libc::EINVAL),
+    detail: "flags that libraries use",
+};
+
+/// The flags are the third argument of these, and the fourth of the others.
+pub(super) static SENDMSG: Filter = Filter { allow: &[&[masked(2, !SEND, 0)]], ..MESSAGE };
+pub(super) static SENDTO: Filter = Filter { allow: &[&[masked(3, !SEND, 0)]], ..MESSAGE };
+pub(super) static RECVMSG: Filter = Filter { allow: &[&[masked(2, !RECEIVE, 0)]], ..MESSAGE };
+pub(super) static RECVFROM: Filter = Filter { allow: &[&[masked(3, !RECEIVE, 0)]], ..MESSAGE };

@@ -1,13 +1,11 @@
-//! From verdicts to a BPF program. The number of a call is found by a binary search over ranges, so that
-//! one program of a few hundred instructions does; where arguments decide, the search jumps into a section
-//! that seccompiler wrote. Jumps in BPF are relative and go forward, so programs can be put in a row.
+//! From verdicts to a BPF program. The number of a call is found by a binary search over ranges; where arguments
+//! decide, the search jumps into a section for that call. Jumps in BPF are relative and go forward, so programs can be
+//! put in a row.
+//!
+//! The kernel takes some 0.2 µs for each instruction of a program that it is given, in every job, so that what is
+//! written here is short before all else.
 
-use std::collections::BTreeMap;
-
-use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch, sock_filter,
-};
+use libc::sock_filter;
 
 use super::rules::{Arch, Cond, Rule, Test};
 use super::table::NEWEST;
@@ -16,27 +14,27 @@ use super::table::NEWEST;
 const LD_W_ABS: u16 = 0x20;
 const JMP_JA: u16 = 0x05;
 const JMP_JEQ_K: u16 = 0x15;
+const JMP_JGT_K: u16 = 0x25;
 const JMP_JGE_K: u16 = 0x35;
+const JMP_JSET_K: u16 = 0x45;
+const ALU_AND_K: u16 = 0x54;
 const RET_K: u16 = 0x06;
 
 /// Offsets in `struct seccomp_data`.
 const OFFSET_NR: u32 = 0;
 const OFFSET_ARCH: u32 = 4;
+const OFFSET_ARGS: u32 = 16;
 
 /// Numbers of the x32 ABI carry bit 30. From bit 31 on they are negative and name nothing on any ABI.
 pub(super) const X32: u32 = 0x4000_0000;
 pub(super) const NEGATIVE: u32 = 0x8000_0000;
-
-/// Stands for "no rule matched" in what seccompiler writes, until the real action takes its place: it has
-/// no word for a user notification, nor for going on elsewhere.
-const UNMATCHED: u16 = 0x5a5a;
 
 /// A left branch of so many ranges is at most 2 x 100 instructions long: within the 255 of a conditional
 /// jump.
 const SHORT: usize = 100;
 
 /// A seccomp program, ready to be installed.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Program(Vec<sock_filter>);
 
 impl Program {
@@ -66,49 +64,134 @@ pub(super) enum Leaf {
     Section(usize),
 }
 
-/// A program of seccompiler that decides some numbers by their arguments.
+/// Decides by the arguments of one call, or of several that are judged alike.
 #[derive(Debug)]
 pub(super) struct Section {
-    code: BpfProgram,
+    rules: &'static [Rule],
+    matched: u32,
     unmatched: Leaf,
 }
 
 impl Section {
-    /// If a rule holds for a number: `matched`; else: `unmatched`, which may be a later section.
-    pub(super) fn new(
-        arch: Arch,
-        rules: BTreeMap<u32, &[Rule]>,
-        matched: SeccompAction,
-        unmatched: Leaf,
-    ) -> Result<Self, BackendError> {
-        let rules = rules
-            .into_iter()
-            .map(|(number, rules)| {
-                Ok((i64::from(number), rules.iter().map(translate).collect::<Result<_, _>>()?))
-            })
-            .collect::<Result<_, BackendError>>()?;
-        let target = match arch {
-            Arch::X86_64 => TargetArch::x86_64,
-            Arch::Aarch64 => TargetArch::aarch64,
-        };
-        let filter = SeccompFilter::new(rules, SeccompAction::Trace(UNMATCHED.into()), matched, target)?;
-        Ok(Self { code: filter.try_into()?, unmatched })
+    /// If one of the rules holds: the action `matched`; else: `unmatched`, which may be a later section.
+    pub(super) fn new(rules: &'static [Rule], matched: u32, unmatched: Leaf) -> Self {
+        Self { rules, matched, unmatched }
+    }
+
+    fn assemble(&self, code: &mut Vec<sock_filter>, jumps: &mut Vec<(usize, usize)>) {
+        let mut tests = Tests { code, loaded: None, matches: Vec::new() };
+        let mut rules = self.rules;
+        while let Some(first) = rules.first().and_then(|rule| rule.first()) {
+            // Rules that begin alike, such as those of one level of socket options, share that test.
+            let alike = rules.iter().take_while(|rule| rule.len() > 1 && rule.first() == Some(first)).count();
+            let (these, rest) = rules.split_at(alike.max(1));
+            if alike > 1 {
+                let missed = tests.test(first, false);
+                these.iter().for_each(|rule| tests.rule(&rule[1..]));
+                tests.land(missed);
+            } else {
+                tests.rule(these[0]);
+            }
+            rules = rest;
+        }
+        let matches = tests.matches;
+        let one = leaf(self.unmatched, code.len(), jumps);
+        code.push(one);
+        let end = code.len();
+        matches.into_iter().for_each(|jump| jump.to(end, code));
+        code.push(statement(RET_K, self.matched));
     }
 }
 
-fn translate(rule: &Rule) -> Result<SeccompRule, BackendError> {
-    SeccompRule::new(rule.iter().map(condition).collect::<Result<_, _>>()?)
+/// A way out of a conditional jump whose target is not known yet.
+#[derive(Clone, Copy, Debug)]
+struct Exit {
+    at: usize,
+    /// Taken if the condition holds.
+    holds: bool,
+    /// The argument whose low half is in the accumulator then.
+    loaded: Option<u8>,
 }
 
-fn condition(&Cond { arg, test }: &Cond) -> Result<SeccompCondition, BackendError> {
-    use SeccompCmpArgLen::{Dword, Qword};
-    let (length, operator, value) = match test {
-        Test::Is(value) => (Dword, SeccompCmpOp::Eq, value.into()),
-        Test::Not(value) => (Dword, SeccompCmpOp::Ne, value.into()),
-        Test::Masked(mask, value) => (Dword, SeccompCmpOp::MaskedEq(mask.into()), value.into()),
-        Test::Null => (Qword, SeccompCmpOp::Eq, 0),
-    };
-    SeccompCondition::new(arg, length, operator, value)
+impl Exit {
+    /// A section is far shorter than the 255 instructions that such a jump reaches; a test checks every jump.
+    fn to(self, target: usize, code: &mut [sock_filter]) {
+        let distance = u8::try_from(target - self.at - 1).unwrap_or(u8::MAX);
+        let one = &mut code[self.at];
+        *(if self.holds { &mut one.jt } else { &mut one.jf }) = distance;
+    }
+}
+
+/// The tests of a section as they are written.
+struct Tests<'a> {
+    code: &'a mut Vec<sock_filter>,
+    /// The argument whose low half is in the accumulator.
+    loaded: Option<u8>,
+    /// Where a rule was found to hold.
+    matches: Vec<Exit>,
+}
+
+impl Tests<'_> {
+    fn rule(&mut self, conditions: &[Cond]) {
+        let mut missed = Vec::new();
+        for (at, cond) in conditions.iter().enumerate() {
+            missed.extend(self.test(cond, at + 1 == conditions.len()));
+        }
+        self.land(missed);
+    }
+
+    /// The ways out where the condition does not hold. Where it does it goes on, or, as the last of its rule, to where
+    /// the section matches.
+    fn test(&mut self, &Cond { arg, test }: &Cond, last: bool) -> Vec<Exit> {
+        let low = OFFSET_ARGS + 8 * u32::from(arg);
+        if self.loaded != Some(arg) {
+            self.code.push(statement(LD_W_ABS, low));
+            self.loaded = Some(arg);
+        }
+        let mut missed = Vec::new();
+        let (operation, value, holds) = match test {
+            Test::Is(value) => (JMP_JEQ_K, value, true),
+            Test::Not(value) => (JMP_JEQ_K, value, false),
+            Test::Masked(mask, 0) => (JMP_JSET_K, mask, false),
+            Test::Masked(mask, value) => {
+                self.code.push(statement(ALU_AND_K, mask));
+                self.loaded = None;
+                (JMP_JEQ_K, value, true)
+            }
+            Test::Within(first, last) => {
+                if first > 0 {
+                    missed.push(self.jump(JMP_JGE_K, first, false));
+                }
+                (JMP_JGT_K, last, false)
+            }
+            Test::Null => {
+                missed.push(self.jump(JMP_JEQ_K, 0, false));
+                self.code.push(statement(LD_W_ABS, low + 4));
+                self.loaded = None;
+                (JMP_JEQ_K, 0, true)
+            }
+        };
+        missed.push(self.jump(operation, value, !holds));
+        if last {
+            self.matches.push(Exit { at: self.code.len() - 1, holds, loaded: None });
+        }
+        missed
+    }
+
+    fn jump(&mut self, operation: u16, k: u32, holds: bool) -> Exit {
+        self.code.push(sock_filter { code: operation, jt: 0, jf: 0, k });
+        Exit { at: self.code.len() - 1, holds, loaded: self.loaded }
+    }
+
+    /// What was missed goes on here.
+    fn land(&mut self, missed: Vec<Exit>) {
+        let target = self.code.len();
+        // From elsewhere the accumulator may come with something else in it.
+        if missed.iter().any(|exit| exit.loaded != self.loaded) {
+            self.loaded = None;
+        }
+        missed.into_iter().for_each(|exit| exit.to(target, self.code));
+    }
 }
 
 /// What a program does.
@@ -138,19 +221,7 @@ impl<L: Fn(u32) -> Leaf> Plan<L> {
         let mut starts = Vec::with_capacity(self.sections.len());
         for section in self.sections {
             starts.push(code.len());
-            for mut one in section.code {
-                if one.code == RET_K && one.k == libc::SECCOMP_RET_TRACE | u32::from(UNMATCHED) {
-                    one = leaf(section.unmatched, code.len(), &mut jumps);
-                } else if one.code == RET_K
-                    && one.k == libc::SECCOMP_RET_KILL_PROCESS
-                    && code.len() == starts[starts.len() - 1] + 2
-                {
-                    // seccompiler checks the architecture again and kills: never reached, but no reader
-                    // should have to work that out.
-                    one.k = self.foreign;
-                }
-                code.push(one);
-            }
+            section.assemble(&mut code, &mut jumps);
         }
         for (at, section) in jumps {
             code[at].k = distance(at, starts[section]);

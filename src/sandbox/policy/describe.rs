@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::rules::{Arch, Denial, Filter, Verdict};
+use super::rules::{Arch, Denial, Filter, NOTHING, Verdict};
 use super::{Options, PolicyError, decide, table};
 
 /// One call, its class and why.
@@ -46,5 +46,8 @@ fn arguments(filter: &Filter) -> String {
 
 /// `EPERM` rather than 1.
 pub(super) fn name_of(errno: i32) -> String {
+    if errno == NOTHING {
+        return "success, with no effect".to_owned();
+    }
     format!("{:?}", nix::errno::Errno::from_raw(errno))
 }

@@ -46,10 +46,17 @@ pub(super) fn number(arch: Arch, name: &str) -> Result<u32, PolicyError> {
         return Err(PolicyError::Forbidden { name: name.to_owned(), reason });
     }
     match table::calls(arch).find(|(_, known, _)| *known == name) {
-        Some((_, _, group)) if matches!(group.class, Class::Partly(_)) => Err(PolicyError::Forbidden {
-            name: name.to_owned(),
-            reason: "it is allowed already, with the arguments that are safe",
-        }),
+        Some((_, _, group))
+            if matches!(
+                group.class,
+                Class::Partly(_) | Class::PartlyOn(_) | Class::ByMemoryGroup([_, Class::Partly(_)])
+            ) =>
+        {
+            Err(PolicyError::Forbidden {
+                name: name.to_owned(),
+                reason: "it is allowed already, with the arguments that are safe",
+            })
+        }
         Some((number, ..)) => Ok(number),
         None => Err(PolicyError::Unknown { name: name.to_owned(), nearest: nearest(arch, name) }),
     }

@@ -24,7 +24,7 @@ use std::collections::BTreeMap;
 pub use bpf::Program;
 pub use describe::{Entry, describe};
 pub use rules::Arch;
-use rules::{Denial, Until, Verdict};
+use rules::{Denial, NOTHING, Until, Verdict};
 pub use trace::{Denied, Remedy};
 
 /// What an environment and a job decide about the policy.
@@ -34,8 +34,18 @@ pub struct Options<'a> {
     pub network: bool,
     /// The environment allows exec.
     pub exec: bool,
+    /// A control group counts the job's memory, whatever kind it is of.
+    pub memory_group: bool,
+    /// A control group gives the job its share of the processor, however many sessions it has.
+    pub cpu_group: bool,
     /// Calls that the operator allows on top, by name (`allow_syscalls`).
     pub extra: &'a [String],
+}
+
+impl Options<'_> {
+    /// No network, no exec, no call on top, and no control groups.
+    pub const CLOSED: Options<'static> =
+        Options { network: false, exec: false, memory_group: false, cpu_group: false, extra: &[] };
 }
 
 /// Why a policy could not be compiled.
@@ -61,9 +71,6 @@ pub enum PolicyError {
         /// What it would do.
         reason: &'static str,
     },
-    /// seccompiler did not accept a rule of ours.
-    #[error("failed to compile the argument filters")]
-    Backend(#[from] seccompiler::BackendError),
 }
 
 /// The policy under given options: compiled programs, and the verdicts behind them.
@@ -115,10 +122,10 @@ impl Policy {
         let calls = decide(arch, options)?;
         Ok(Self {
             arch,
-            coarse: compile::coarse(arch, &calls, true)?,
-            coarse_before_wall: compile::coarse(arch, &calls, false)?,
-            notifying: [compile::notifying(arch, &calls)?],
-            fallback: Some(compile::fallback(arch, &calls)?),
+            coarse: compile::coarse(arch, &calls, true),
+            coarse_before_wall: compile::coarse(arch, &calls, false),
+            notifying: [compile::notifying(arch, &calls)],
+            fallback: Some(compile::fallback(arch, &calls)),
             calls,
         })
     }
@@ -127,7 +134,7 @@ impl Policy {
     /// listener has to.
     pub fn compile_for_tracing(options: &Options<'_>) -> Result<Self, PolicyError> {
         let mut policy = Self::compile(options)?;
-        policy.notifying = [compile::tracing(policy.arch, &policy.calls)?];
+        policy.notifying = [compile::tracing(policy.arch, &policy.calls)];
         policy.fallback = None;
         Ok(policy)
     }
@@ -167,10 +174,10 @@ impl Policy {
             return Judgement::Kill { name: nameless(self.arch, nr) };
         };
         let denial = match verdict {
+            // The filter does not notify a call that succeeds: whoever reports one is not our filter.
+            Verdict::Allow | Verdict::Quiet(NOTHING) | Verdict::Kill => Denial::Kill,
             Verdict::Refuse(errno) | Verdict::Quiet(errno) => Denial::Refuse(errno),
             Verdict::Partly(filter) => filter.judge(args).unwrap_or(Denial::Kill),
-            // The filter does not notify an allowed call: whoever reports one is not our filter.
-            Verdict::Allow | Verdict::Kill => Denial::Kill,
         };
         match denial {
             Denial::Refuse(errno) => Judgement::Refuse { name: name.into(), errno },
@@ -183,7 +190,7 @@ impl Policy {
 fn decide(arch: Arch, options: &Options<'_>) -> Result<BTreeMap<u32, Decided>, PolicyError> {
     let mut calls: BTreeMap<u32, Decided> = table::calls(arch)
         .map(|(number, name, group)| {
-            (number, Decided { name, verdict: group.class.under(options), until: group.until })
+            (number, Decided { name, verdict: group.class.under(arch, options), until: group.until })
         })
         .collect();
     for name in options.extra {

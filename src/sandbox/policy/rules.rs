@@ -33,6 +33,9 @@ impl Arch {
     }
 }
 
+/// In place of an errno: the call succeeds without having been made.
+pub(super) const NOTHING: i32 = 0;
+
 /// What happens to a call, before the options of the environment are known.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Class {
@@ -45,10 +48,17 @@ pub(super) enum Class {
     Kill,
     /// Allowed with some arguments only.
     Partly(&'static Filter),
+    /// The same where flags have other bits on each machine: x86_64, aarch64.
+    PartlyOn(&'static [Filter; 2]),
     /// For jobs with network, with some arguments only if a filter is named; refused to all others.
     WithNetwork(Option<&'static Filter>),
     /// For environments that allow exec; refused in all others.
     WithExec,
+    /// The second where no control group counts memory, so that it is bounded by how much of it there can be.
+    ByMemoryGroup(&'static [Class; 2]),
+    /// For environments that allow exec, where a control group gives each job its share of the processor. In all
+    /// others it succeeds and does nothing.
+    Sessions,
 }
 
 /// What happens to a call under given options.
@@ -62,18 +72,25 @@ pub(super) enum Verdict {
 }
 
 impl Class {
-    pub(super) const fn under(self, options: &Options<'_>) -> Verdict {
+    pub(super) const fn under(self, arch: Arch, options: &Options<'_>) -> Verdict {
         match self {
             Self::Allow => Verdict::Allow,
             Self::Quiet(errno) => Verdict::Quiet(errno),
             Self::Refuse(errno) => Verdict::Refuse(errno),
             Self::Kill => Verdict::Kill,
             Self::Partly(filter) => Verdict::Partly(filter),
+            Self::PartlyOn([filter, _]) if matches!(arch, Arch::X86_64) => Verdict::Partly(filter),
+            Self::PartlyOn([_, filter]) => Verdict::Partly(filter),
             // EACCES is what socket(2) documents for "not permitted"; python raises PermissionError.
             Self::WithNetwork(_) if !options.network => Verdict::Refuse(libc::EACCES),
             Self::WithNetwork(None) => Verdict::Allow,
             Self::WithNetwork(Some(filter)) => Verdict::Partly(filter),
             Self::WithExec if options.exec => Verdict::Allow,
+            Self::ByMemoryGroup([with, _]) if options.memory_group => with.under(arch, options),
+            Self::ByMemoryGroup([_, without]) => without.under(arch, options),
+            Self::Sessions if options.exec && options.cpu_group => Verdict::Allow,
+            // An errno would end programs that want nothing but to be left alone by a terminal, which there is none of.
+            Self::Sessions => Verdict::Quiet(NOTHING),
             // Not EACCES: that reads as if the file were at fault, and makes execvp try the next one.
             Self::WithExec => Verdict::Refuse(libc::EPERM),
         }
@@ -129,7 +146,7 @@ pub(super) enum Denial {
 pub(super) type Rule = &'static [Cond];
 
 /// One condition on one argument.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Cond {
     pub(super) arg: u8,
     pub(super) test: Test,
@@ -137,7 +154,7 @@ pub(super) struct Cond {
 
 /// The kernel takes most arguments as 32 bits and ignores what stands above; a test that looked there would
 /// refuse innocent calls (a sign-extended int) and, the other way round, could be walked past.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Test {
     /// The low 32 bits equal the value.
     Is(u32),
@@ -145,6 +162,8 @@ pub(super) enum Test {
     Not(u32),
     /// The low 32 bits under the mask equal the value.
     Masked(u32, u32),
+    /// The low 32 bits are one of these or between them.
+    Within(u32, u32),
     /// The whole register is zero: a null pointer.
     Null,
 }
@@ -171,6 +190,7 @@ impl Cond {
             Test::Is(value) => low == u64::from(value),
             Test::Not(value) => low != u64::from(value),
             Test::Masked(mask, value) => low & u64::from(mask) == u64::from(value),
+            Test::Within(first, last) => (u64::from(first)..=u64::from(last)).contains(&low),
             Test::Null => whole == 0,
         }
     }

@@ -158,6 +158,7 @@ impl Process {
             network: false,
             limits,
             memory_by_cgroup: seat.group.is_some(),
+            processor_by_cgroup: seat.group.as_ref().is_some_and(Group::shares_the_processor),
             cgroups: &doors,
             cgroup_namespace: None,
         };
@@ -176,6 +177,12 @@ impl Process {
             (None, _) => return Err(io::Error::other("the zygote has ended")),
         };
         let launched = Launched { init: Child::from_pidfd(init), job: Child::from_pidfd(job) };
+        if shared.host.oom_score
+            && let Some(pid) = launched.job.pid()
+        {
+            // It has its zygote's, which goes after the jobs. One that has ended already need not go.
+            drop(std::fs::write(format!("/proc/{pid}/oom_score_adj"), plan::JOB_GOES));
+        }
         let ends = Ends { control: control_end, stdin: stdin_end, stdout: stdout_end, stderr: stderr_end };
         Ok((Watch::new(launched, ends, seat.outside)?, plan))
     }

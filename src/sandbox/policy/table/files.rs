@@ -4,6 +4,9 @@
 use super::super::args;
 use super::super::rules::{Class, Group, NONE, Until};
 
+const OPENING: &str = "opening files: the root holds nothing but the interpreter and the job's own directory";
+const PIPES: &str = "descriptors and pipes";
+
 pub(super) const GROUPS: &[Group] = &[
     Group {
         class: Class::Allow,
@@ -21,8 +24,6 @@ pub(super) const GROUPS: &[Group] = &[
             ("pwritev2", 328, 287),
             ("lseek", 8, 62),
             ("sendfile", 40, 71),
-            ("splice", 275, 76),
-            ("tee", 276, 77),
             ("copy_file_range", 326, 285),
             ("readahead", 187, 213),
         ],
@@ -42,31 +43,53 @@ pub(super) const GROUPS: &[Group] = &[
     Group {
         class: Class::Allow,
         until: Until::InnerWall,
-        reason: "opening files: the root holds nothing but the interpreter and the job's own directory",
-        calls: &[
-            ("open", 2, NONE),
-            ("openat", 257, 56),
-            ("openat2", 437, 437),
-            ("creat", 85, NONE),
-            ("close", 3, 57),
-            ("close_range", 436, 436),
-        ],
+        reason: OPENING,
+        calls: &[("creat", 85, NONE), ("close", 3, 57), ("close_range", 436, 436)],
+    },
+    Group {
+        class: Class::PartlyOn(&args::OPEN),
+        until: Until::InnerWall,
+        reason: OPENING,
+        calls: &[("open", 2, NONE)],
+    },
+    Group {
+        class: Class::PartlyOn(&args::OPENAT),
+        until: Until::InnerWall,
+        reason: OPENING,
+        calls: &[("openat", 257, 56)],
+    },
+    Group {
+        class: Class::Quiet(libc::ENOSYS),
+        until: Until::InnerWall,
+        reason: "its flags lie in memory, and one of them tells what others looked up; libraries fall back to openat",
+        calls: &[("openat2", 437, 437)],
+    },
+    Group {
+        class: Class::Quiet(libc::ENOSYS),
+        until: Until::InnerWall,
+        reason: "pages of files that all share in pipes and sockets, a source of kernel bugs; libraries copy instead",
+        calls: &[("splice", 275, 76), ("tee", 276, 77)],
     },
     Group {
         class: Class::Allow,
         until: Until::InnerWall,
-        reason: "descriptors and pipes",
+        reason: PIPES,
         calls: &[
             ("dup", 32, 23),
             ("dup2", 33, NONE),
             ("dup3", 292, 24),
             ("pipe", 22, NONE),
-            ("pipe2", 293, 59),
             ("flock", 73, 32),
         ],
     },
     Group {
-        class: Class::Partly(&args::FCNTL),
+        class: Class::PartlyOn(&args::PIPE2),
+        until: Until::InnerWall,
+        reason: PIPES,
+        calls: &[("pipe2", 293, 59)],
+    },
+    Group {
+        class: Class::PartlyOn(&args::FCNTL),
         until: Until::InnerWall,
         reason: "descriptor flags and record locks (sqlite3 lives on them)",
         calls: &[("fcntl", 72, 25)],
@@ -119,13 +142,18 @@ pub(super) const GROUPS: &[Group] = &[
             ("unlinkat", 263, 35),
             ("rename", 82, NONE),
             ("renameat", 264, 38),
-            ("renameat2", 316, 276),
             ("link", 86, NONE),
             ("linkat", 265, 37),
             ("symlink", 88, NONE),
             ("symlinkat", 266, 36),
             ("umask", 95, 166),
         ],
+    },
+    Group {
+        class: Class::Partly(&args::RENAMEAT2),
+        until: Until::InnerWall,
+        reason: "changes to the job's own files: the tmpfs has a size and an inode limit",
+        calls: &[("renameat2", 316, 276)],
     },
     Group {
         class: Class::Allow,

@@ -1,6 +1,7 @@
 //! Memory and ways to share it. The cgroup counts what is touched; anonymous memory and files shared after
 //! a fork are all that python libraries use.
 
+use super::super::args;
 use super::super::rules::{Class, Group, Until};
 
 pub(super) const GROUPS: &[Group] = &[
@@ -9,12 +10,10 @@ pub(super) const GROUPS: &[Group] = &[
         until: Until::InnerWall,
         reason: "own memory; writable and executable too, which ctypes callbacks need",
         calls: &[
-            ("mmap", 9, 222),
             ("munmap", 11, 215),
             ("mremap", 25, 216),
             ("mprotect", 10, 226),
             ("brk", 12, 214),
-            ("madvise", 28, 233),
             ("msync", 26, 227),
             ("mincore", 27, 232),
             ("pkey_mprotect", 329, 288),
@@ -23,6 +22,18 @@ pub(super) const GROUPS: &[Group] = &[
             ("mseal", 462, 462),
             ("map_shadow_stack", 453, 453),
         ],
+    },
+    Group {
+        class: Class::Partly(&args::MMAP),
+        until: Until::InnerWall,
+        reason: "own memory, and files that the job may read",
+        calls: &[("mmap", 9, 222)],
+    },
+    Group {
+        class: Class::Partly(&args::MADVISE),
+        until: Until::InnerWall,
+        reason: "how own memory will be used: allocators give it back this way",
+        calls: &[("madvise", 28, 233)],
     },
     Group {
         class: Class::Allow,
@@ -40,12 +51,13 @@ pub(super) const GROUPS: &[Group] = &[
         class: Class::Allow,
         until: Until::InnerWall,
         reason: "where own memory lies among the nodes (numpy, OpenBLAS)",
-        calls: &[
-            ("get_mempolicy", 239, 236),
-            ("set_mempolicy", 238, 237),
-            ("mbind", 237, 235),
-            ("set_mempolicy_home_node", 450, 450),
-        ],
+        calls: &[("get_mempolicy", 239, 236)],
+    },
+    Group {
+        class: Class::Quiet(libc::ENOSYS),
+        until: Until::InnerWall,
+        reason: "the kernel keeps a policy for each page of a file, which no account has; libraries know kernels without",
+        calls: &[("set_mempolicy", 238, 237), ("mbind", 237, 235), ("set_mempolicy_home_node", 450, 450)],
     },
     Group {
         class: Class::Refuse(libc::EPERM),
@@ -54,9 +66,9 @@ pub(super) const GROUPS: &[Group] = &[
         calls: &[("migrate_pages", 256, 238), ("move_pages", 279, 239), ("process_madvise", 440, 440)],
     },
     Group {
-        class: Class::Allow,
+        class: Class::ByMemoryGroup(&[Class::Partly(&args::MEMFD), Class::Quiet(libc::ENOSYS)]),
         until: Until::InnerWall,
-        reason: "memory as a file, counted like any other",
+        reason: "memory as a file, which only a control group counts; libraries know kernels without",
         calls: &[("memfd_create", 319, 279)],
     },
     Group {

@@ -59,8 +59,15 @@ pub(super) const GROUPS: &[Group] = &[
     Group {
         class: Class::Allow,
         until: Until::InnerWall,
-        reason: "sessions and groups of own processes: subprocess(start_new_session=True); all end with the job",
-        calls: &[("setsid", 112, 157), ("setpgid", 109, 154)],
+        reason: "groups of own processes: subprocess(process_group=0); all end with the job",
+        calls: &[("setpgid", 109, 154)],
+    },
+    Group {
+        class: Class::Sessions,
+        until: Until::InnerWall,
+        reason: "a session is one more share of the processor, but where a control group gives the job its share; \
+                 subprocess(start_new_session=True) asks for one",
+        calls: &[("setsid", 112, 157)],
     },
     Group {
         class: Class::Refuse(libc::EPERM),

@@ -1,7 +1,7 @@
 //! A classic BPF machine as the kernel runs seccomp programs on it: what it does not know, or what leads
 //! out of the program, fails the test.
 
-use seccompiler::sock_filter;
+use libc::sock_filter;
 
 use super::super::bpf::Program;
 
@@ -48,6 +48,7 @@ pub(super) fn run(program: &Program, data: &Data) -> (u32, usize) {
             0x15 => branch(accumulator == k),
             0x25 => branch(accumulator > k),
             0x35 => branch(accumulator >= k),
+            0x45 => branch(accumulator & k != 0),
             _ => panic!("instruction {operation:#x}, which no program of ours needs"),
         }
     }

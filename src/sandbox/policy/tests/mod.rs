@@ -29,8 +29,11 @@ const fn errno(number: i32) -> u32 {
 fn each(mut check: impl FnMut(Arch, &Options<'_>, &Policy)) {
     for arch in ARCHES {
         for (network, exec) in [(false, false), (false, true), (true, false), (true, true)] {
-            for extra in [vec![], vec!["syslog".to_owned(), "setpriority".to_owned()]] {
-                let options = Options { network, exec, extra: &extra };
+            for (extra, groups) in
+                [(vec![], false), (vec!["syslog".to_owned(), "setpriority".to_owned()], true)]
+            {
+                let options =
+                    Options { network, exec, memory_group: groups, cpu_group: groups, extra: &extra };
                 check(arch, &options, &Policy::compile_for(arch, &options).unwrap());
             }
         }
@@ -45,7 +48,7 @@ fn trials(filter: &Filter) -> Vec<[u64; 6]> {
         let mut met = [0x77; 6];
         for cond in *rule {
             met[usize::from(cond.arg)] = match cond.test {
-                Test::Is(value) | Test::Masked(_, value) => value.into(),
+                Test::Is(value) | Test::Masked(_, value) | Test::Within(value, _) => value.into(),
                 Test::Not(value) => u64::from(value) + 1,
                 Test::Null => 0,
             };
@@ -53,6 +56,13 @@ fn trials(filter: &Filter) -> Vec<[u64; 6]> {
         trials.push(met);
         trials.push(met.map(|value| value | 0xdead_beef_0000_0000));
         for cond in *rule {
+            if let Test::Within(first, last) = cond.test {
+                for edge in [first.wrapping_sub(1), last, last.wrapping_add(1)] {
+                    let mut at = met;
+                    at[usize::from(cond.arg)] = edge.into();
+                    trials.push(at);
+                }
+            }
             for bit in 0..64 {
                 let mut missed = met;
                 missed[usize::from(cond.arg)] ^= 1 << bit;
@@ -73,14 +83,14 @@ fn programs_are_well_formed_and_small() {
             assert_eq!(program.bytes().len(), 8 * program.instructions().len());
         }
         // A filter is emulated for every number when it is installed, so length is start-up time.
-        assert!(policy.notifying()[0].instructions().len() < 800);
+        assert!(policy.notifying()[0].instructions().len() < 680);
         assert!(policy.coarse().instructions().len() < 150);
     });
 }
 
 #[test]
 fn bytes_are_sock_filters_in_memory_order() {
-    let options = Options { network: false, exec: false, extra: &[] };
+    let options = Options::CLOSED;
     let policy = Policy::compile_for(Arch::X86_64, &options).unwrap();
     let arch = Arch::X86_64.audit().to_ne_bytes();
     let bytes = policy.coarse().bytes();
@@ -141,7 +151,7 @@ fn programs_do_what_the_table_says() {
 fn a_trace_sees_exactly_what_is_not_allowed() {
     let Some(arch) = Arch::host() else { return };
     for (network, exec) in [(false, false), (true, true)] {
-        let options = Options { network, exec, extra: &[] };
+        let options = Options { network, exec, extra: &[], ..Options::CLOSED };
         let (policy, traced) =
             (Policy::compile(&options).unwrap(), Policy::compile_for_tracing(&options).unwrap());
         assert!(traced.fallback().is_empty(), "without a listener there would be no wall and no trace");
@@ -173,12 +183,13 @@ fn a_trace_sees_exactly_what_is_not_allowed() {
 #[test]
 fn a_remedy_that_is_named_works() {
     let Some(arch) = Arch::host() else { return };
-    let policy = Policy::compile(&Options { network: false, exec: false, extra: &[] }).unwrap();
+    let policy = Policy::compile(&Options::CLOSED).unwrap();
     for (number, name, _) in table::calls(arch) {
         let denied = policy.denied(arch.audit(), i32::try_from(number).unwrap(), &[0; 6]);
         assert_eq!(denied.syscall, name);
         let extra = [name.to_owned()];
-        let with = |network, exec, extra| Policy::compile(&Options { network, exec, extra });
+        let with =
+            |network, exec, extra| Policy::compile(&Options { network, exec, extra, ..Options::CLOSED });
         let opened = match denied.remedy {
             Remedy::Name => with(false, false, &extra[..]),
             Remedy::Exec => with(false, true, &[]),
@@ -252,7 +263,7 @@ fn the_search_is_short() {
 
 #[test]
 fn names_of_what_is_not_in_the_table_are_bounded() {
-    let options = Options { network: false, exec: false, extra: &[] };
+    let options = Options::CLOSED;
     let policy = Policy::compile_for(Arch::X86_64, &options).unwrap();
     let name = |arch, nr| match policy.judge(arch, nr, &[0; 6]) {
         Judgement::Kill { name } | Judgement::Refuse { name, .. } => name.into_owned(),

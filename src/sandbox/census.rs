@@ -1,0 +1,147 @@
+//! What all processes of a job hold together, counted from time to time: for what no control group counts.
+
+use std::fs;
+use std::io::Read;
+
+/// Record locks of files that a job may hold. The kernel keeps them in memory that is on nobody's account, and in
+/// lists that each who closes the file has to walk. Programs hold a few.
+pub(super) const LOCKS: u64 = 1_024;
+
+/// A job's processes: its main one, what that started, and what came to the first process of their pid namespace when
+/// its parents had ended, but not that one itself, which is ours.
+fn processes([init, job]: [i32; 2]) -> Vec<i32> {
+    let (mut found, mut next) = (vec![init, job], 0);
+    while let Some(&pid) = found.get(next) {
+        next += 1;
+        // Children are kept by the thread that made them.
+        for task in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+            let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+            found.extend(children.split_ascii_whitespace().filter_map(|child| child.parse::<i32>().ok()));
+        }
+    }
+    found.split_off(1)
+}
+
+/// Bytes that a job's processes have to themselves, without what they share with a zygote or with other jobs.
+/// `files` is what they keep in files, which they may have mapped as well.
+///
+/// Exact figures make the kernel walk all pages. They are asked for only where the coarse ones, which count a page for
+/// each process that has it, are above `limit`.
+pub(super) fn memory(roots: [i32; 2], files: u64, limit: u64) -> u64 {
+    let processes = processes(roots);
+    let sum = |file: &str, fields: [&str; 2]| -> u64 {
+        let [private, shared] = fields.map(|field| {
+            let of = |pid: &i32| kibibytes(&fs::read_to_string(format!("/proc/{pid}/{file}")).ok()?, field);
+            processes.iter().filter_map(of).sum::<u64>()
+        });
+        private + shared.max(files)
+    };
+    let coarse = sum("status", ["RssAnon:", "RssShmem:"]);
+    if coarse <= limit { coarse } else { sum("smaps_rollup", ["Pss_Anon:", "Pss_Shmem:"]) }
+}
+
+fn kibibytes(text: &str, field: &str) -> Option<u64> {
+    let rest = text.lines().find_map(|line| line.strip_prefix(field))?;
+    rest.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// Whether a job's processes hold more record locks than a job may. `roots` are the first process of its pid namespace
+/// and its main one.
+///
+/// From what the kernel tells of each descriptor: for `/proc/locks` it would hold up whoever takes a lock anywhere on
+/// the machine.
+pub(super) fn has_too_many_locks(roots: [i32; 2]) -> bool {
+    let mut left = LOCKS;
+    for pid in processes(roots) {
+        for entry in fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten() {
+            let Ok(file) = fs::File::open(entry.path()) else { continue };
+            // One that is over the limit by itself need not be read to its end.
+            let mut text = String::new();
+            let _ = file.take((LOCKS + 1) * LINE).read_to_string(&mut text);
+            let locks = count_locks(&text);
+            match left.checked_sub(locks) {
+                Some(rest) => left = rest,
+                None => return true,
+            }
+        }
+    }
+    false
+}
+
+/// More than a line about a lock has, of which a thousand may stand in one file.
+const LINE: u64 = 128;
+
+/// Lines such as `lock: 1: POSIX  ADVISORY  READ 3568 fd:00:2531452 4 4`.
+fn count_locks(text: &str) -> u64 {
+    let is_lock = |line: &&str| line.starts_with("lock:") && line.contains(" POSIX ");
+    text.lines().filter(is_lock).count() as u64
+}
+
+/// Kills by the OOM killer that may have met a job without a control group of its own.
+#[derive(Clone, Debug)]
+pub(super) struct OomKills(std::path::PathBuf);
+
+impl OomKills {
+    /// The counter of the worker's own control group, else that of the machine; none where neither can be read.
+    pub(super) fn find() -> Option<Self> {
+        let own = super::cgroup::own_oom_counters().into_iter();
+        let counters = own.chain([std::path::PathBuf::from("/proc/vmstat")]).map(Self);
+        counters.into_iter().find(|counter| counter.count().is_some())
+    }
+
+    pub(super) fn count(&self) -> Option<u64> {
+        let text = fs::read_to_string(&self.0).ok()?;
+        text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+    use std::io::BufRead;
+
+    use super::*;
+
+    #[test]
+    fn record_locks_of_a_descriptor_are_counted() {
+        let text = "pos:\t0\nflags:\t0100002\nlock:\t1: POSIX  ADVISORY  READ 12 fd:00:99 8 8\n\
+                    lock:\t2: FLOCK  ADVISORY  WRITE 12 fd:00:99 0 EOF\nlock:\t3: POSIX  ADVISORY  WRITE 12 fd:00:99 9 9\n";
+        assert_eq!(count_locks(text), 2);
+        let longest = "lock:\t1024: POSIX  ADVISORY  WRITE 4194304 fffff:ff:18446744073709551615 9223372036854775807 \
+                       9223372036854775807\n";
+        assert!((longest.len() as u64) < LINE);
+    }
+
+    #[test]
+    fn fields_are_found_by_their_whole_names() {
+        let text = "Rss:  900 kB\nPss_Anon:       12 kB\nPss_Shmem:  3 kB\n";
+        assert_eq!(kibibytes(text, "Pss_Anon:"), Some(12 << 10));
+        assert_eq!(kibibytes(text, "Pss_File:"), None);
+    }
+
+    #[test]
+    fn children_of_every_thread_are_found() {
+        let mut shell = std::thread::spawn(|| {
+            let mut shell = std::process::Command::new("sh");
+            shell
+                .args(["-c", "sleep 60 & echo $!; wait"])
+                .stdout(std::process::Stdio::piped())
+                .spawn()
+                .unwrap()
+        })
+        .join()
+        .unwrap();
+        let mut line = String::new();
+        std::io::BufReader::new(shell.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let sleeper: i32 = line.trim().parse().unwrap();
+        let [own, pid] = [std::process::id(), shell.id()].map(|id| i32::try_from(id).unwrap());
+        for root in [own, pid] {
+            assert!(processes([root, root]).contains(&sleeper));
+        }
+        assert!(memory([pid, pid], 0, u64::MAX) > 0 && !has_too_many_locks([pid, pid]));
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(sleeper), nix::sys::signal::Signal::SIGKILL)
+            .unwrap();
+        shell.wait().unwrap();
+    }
+}

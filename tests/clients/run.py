@@ -195,7 +195,7 @@ def first_day(folder):
         ("cargo build --workspace ", ": built before "),
         ("$PWD/target/debug", str(pathlib.Path(WORKER).resolve().parent)),
         ("127.0.0.1:9464", f"127.0.0.1:{port}"),
-        ("/var/tmp/sandpiper", here),
+        ("~/.local/state/sandpiper", here),
     ):
         assert as_written in script, f"README's first day has no {as_written!r}"
         script = script.replace(as_written, here_instead)

@@ -217,6 +217,48 @@ def scripts(deploy):
     for name in ("demo", "broker"):
         run("bash", "-n", deploy / name)
         want(os.access(deploy / name, os.X_OK), f"{name} cannot be executed")
+    strangers(deploy / "broker")
+
+
+def strangers(broker):
+    """What somebody else has laid ready in a directory is neither run nor believed."""
+    nobody = 65534
+    with tempfile.TemporaryDirectory(prefix="sandpiper-broker.") as place:
+        place = Path(place)
+        sign = place / "ran"
+
+        def laid(name, owner=0, mode=0o700):
+            path = place / name
+            path.mkdir(parents=True)
+            (path / "settings").write_text(f"node=x@localhost\ntouch {sign}\nport=$(touch {sign})\n")
+            os.chown(path, owner, owner)
+            path.chmod(mode)
+            return path
+
+        theirs = laid("theirs", owner=nobody)
+        writable = laid("writable", mode=0o777)
+        (place / "link").symlink_to(laid("ours"))
+        file = laid("file")
+        os.chown(file / "settings", nobody, nobody)
+        cookie = laid("cookie")
+        (cookie / "home").mkdir()
+        (cookie / "home/.erlang.cookie").symlink_to("/etc/hostname")
+        open_above = place / "open"
+        open_above.mkdir()
+        below = laid("open/below")
+        open_above.chmod(0o777)
+        for directory, why in ((theirs, "somebody else"), (writable, "written by others"), (place / "link", "a link"),
+                               (file, "somebody else"), (cookie, "a link"), (below, "above"),
+                               (place / "ours", "none of a node's")):
+            for verb in (["start"], ["ctl", "status"], ["kill"]):
+                words = [broker, verb[0], directory, *verb[1:]]
+                ended = subprocess.run(words, text=True, timeout=60, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                       stderr=subprocess.STDOUT)
+                refused = ended.returncode == 1 and why in ended.stdout
+                # A node that does not run is not asked for.
+                refused |= verb == ["kill"] and ended.returncode == 1 and "no node runs" in ended.stdout
+                want(refused, f"broker {verb[0]} {directory.name} ends with {ended.returncode}: {ended.stdout}")
+                want(not sign.exists(), f"broker {verb[0]} ran what stands in the settings of {directory.name}")
 
 
 def pages(deploy):

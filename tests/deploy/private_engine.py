@@ -16,6 +16,7 @@ import os
 import pathlib
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -84,6 +85,10 @@ def run(command, codes=(0,), **options):
 def the_only_one():
     """Two runs would share roots and images."""
     CACHE.mkdir(parents=True, exist_ok=True)
+    found = CACHE.lstat()
+    # Programs are taken from there and run as root.
+    alone = found.st_uid == os.geteuid() and stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o022
+    assert alone, f"{CACHE} is a link, or somebody else's, or others can write to it; name another: SP_TEST_ENGINES"
     with open(CACHE / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,13 +2,18 @@
 # Debian systems beside this one, in one folder outside the checkout: sourced by whatever tests in them. Whoever
 # sources this has `set -e` on, and is root where a system is made.
 #
-#   cache         where all of it lies: $SANDPIPER_VM, else /var/tmp/sandpiper-vm. Delete it to begin anew.
+#   cache         where all of it lies: $SANDPIPER_VM, else /var/tmp/sandpiper-vm, of your own. Delete it to begin anew.
 #   debian_root   a root file system of any suite with the packages that are named, made once
 #   need          a package of this machine
 
 cache=${SANDPIPER_VM:-/var/tmp/sandpiper-vm}
 
 die() { echo "${0##*/}: $*" >&2; exit 1; }
+
+# Programs are taken from there and run as root: whoever may put some there would be root.
+mkdir -p "$cache"
+[[ -O $cache && ! -L $cache && ! $(stat -c %A "$cache") =~ ^.....w|^........w ]] ||
+  die "$cache is a link, or somebody else's, or others can write to it; name a directory of your own: SANDPIPER_VM"
 
 # Installs Debian packages of which none has a service.
 need() { # COMMAND PACKAGE...

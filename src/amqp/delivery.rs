@@ -49,6 +49,8 @@ pub struct Properties {
     pub reply_to: Option<String>,
     /// Echoed in the result.
     pub correlation_id: Option<String>,
+    /// How the body is compressed, where it is.
+    pub content_encoding: Option<String>,
     /// The job's id where its body names none.
     pub message_id: Option<String>,
     /// How long the message is worth anything.
@@ -70,6 +72,7 @@ impl Properties {
         Self {
             reply_to: text(raw.reply_to()),
             correlation_id: text(raw.correlation_id()),
+            content_encoding: text(raw.content_encoding()),
             message_id: text(raw.message_id()),
             expiration: text(raw.expiration()).and_then(|ms| ms.parse().ok()).map(Duration::from_millis),
             timestamp: published(&raw),

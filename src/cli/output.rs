@@ -48,9 +48,17 @@ pub(super) fn print_error(bytes: &[u8]) {
 
 /// One JSON document and a line end.
 pub(super) fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
-    let mut text = serde_json::to_vec(value).context("failed to write JSON")?;
-    text.push(b'\n');
-    print(&text)
+    print(&on_one_line(serde_json::to_vec(value).context("failed to write JSON")?))
+}
+
+/// A JSON document as a line. A result has line ends of its own where its job's metadata was written with them; in JSON
+/// they are only ever space.
+pub(super) fn on_one_line(mut json: Vec<u8>) -> Vec<u8> {
+    for byte in json.iter_mut().filter(|byte| matches!(byte, b'\n' | b'\r')) {
+        *byte = b' ';
+    }
+    json.push(b'\n');
+    json
 }
 
 /// Prints what a job printed, and the one line that says what became of it where its own exit code does not.

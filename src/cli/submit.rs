@@ -19,7 +19,7 @@ use crate::cli::submit::lines::{Batch, ended};
 use crate::cli::submit::live::Live;
 use crate::cli::{End, output, runtime};
 use crate::config::Config;
-use crate::job::Reply;
+use crate::job::{self, Members};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -110,7 +110,7 @@ async fn single(body: Vec<u8>, args: &Args, config: &Config) -> anyhow::Result<E
         output::prepare(directory)?;
     }
     let client = remote::connect(config).await?;
-    let own_id = own_id(&body);
+    let own_id = job::named(&body);
     if args.no_wait {
         let id = leave(&client, body).await?;
         client.close().await;
@@ -153,19 +153,17 @@ async fn single(body: Vec<u8>, args: &Args, config: &Config) -> anyhow::Result<E
     Ok(end)
 }
 
-/// The id that a job names itself.
-fn own_id(body: &[u8]) -> Option<String> {
-    let job: serde_json::Value = serde_json::from_slice(body).ok()?;
-    job["id"].as_str().map(str::to_owned)
-}
-
-/// The job with `stream` set. What is no job is left as it is, for the worker to say so.
-fn streaming(body: Vec<u8>) -> Vec<u8> {
-    let Ok(mut job) = serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&body) else {
-        return body;
-    };
-    job.insert("stream".into(), true.into());
-    serde_json::to_vec(&job).unwrap_or(body)
+/// The job with `stream` set; all else stays as it is written. What is no job is left for the worker to say so.
+fn streaming(mut body: Vec<u8>) -> Vec<u8> {
+    let stream = Members::of(&body).find(|(name, _)| &body[name.clone()] == b"\"stream\"");
+    match (stream, body.iter().position(|byte| *byte == b'{')) {
+        (Some((_, value)), _) => drop(body.splice(value, *b"true")),
+        (None, Some(open)) if Members::of(&body).next().is_some() => {
+            body.splice(open + 1..open + 1, *b"\"stream\":true,");
+        }
+        (None, _) => {}
+    }
+    body
 }
 
 async fn batch(Batch { mut jobs, refused }: Batch, args: &Args, config: &Config) -> anyhow::Result<End> {
@@ -188,7 +186,7 @@ async fn batch(Batch { mut jobs, refused }: Batch, args: &Args, config: &Config)
     let over = remote::collect(&client, jobs, args.window.get(), patience(args), |arrived| {
         results += 1;
         bar.inc(1);
-        bar.suspend(|| line(&arrived.body, &arrived.reply))
+        bar.suspend(|| line(arrived.body))
     });
     let over = over.await;
     bar.finish_and_clear();
@@ -232,7 +230,29 @@ fn missing(over: &Over, args: &Args) -> String {
 }
 
 /// The result as it came, on a line of its own.
-fn line(body: &[u8], reply: &Reply) -> anyhow::Result<()> {
-    let body = if body.contains(&b'\n') { &serde_json::to_vec(reply)? } else { body };
-    output::print_for_somebody(&[body, b"\n"].concat())
+fn line(body: Vec<u8>) -> anyhow::Result<()> {
+    output::print_for_somebody(&output::on_one_line(body))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_is_made_to_stream_and_stays_as_it_is_written() {
+        for (written, streams) in [
+            (
+                r#" {"code": "1", "metadata": {"n": 1e400 }}"#,
+                r#" {"stream":true,"code": "1", "metadata": {"n": 1e400 }}"#,
+            ),
+            (r#"{"code": "{", "stream": false }"#, r#"{"code": "{", "stream": true}"#),
+            (r#"{"metadata": {"stream": 1}}"#, r#"{"stream":true,"metadata": {"stream": 1}}"#),
+            ("[]", "[]"),
+            ("{}", "{}"),
+            ("{ no job", "{ no job"),
+        ] {
+            assert_eq!(String::from_utf8(streaming(written.into())).unwrap(), streams);
+        }
+    }
 }

@@ -7,11 +7,12 @@ use base64::alphabet::STANDARD;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 
 use super::explain::{nearest, quote};
+use super::metadata::METADATA_MAX;
 use super::raw::{
     Capped, FILES_MAX, Input, Object, PATTERNS_MAX, RawFile, RawJob, RawLimits, STRINGS_MAX, Strings,
 };
 use super::request::{Admission, InputFile, Job};
-use super::strict::METADATA_MAX;
+use super::whole::Whole;
 use crate::job::Limits;
 
 /// Bytes of `code`, and of `preload`.
@@ -107,20 +108,21 @@ fn check_environment(name: Option<String>, admission: &Admission) -> Result<Stri
 }
 
 fn check_limits(
-    timeout_ms: Option<u64>,
+    timeout_ms: Option<Whole>,
     limits: Option<Object<RawLimits>>,
     admission: &Admission,
 ) -> Result<Limits, String> {
     let (default, maximum) = (&admission.bounds.default, &admission.bounds.maximum);
     let limits = limits.map_or_else(RawLimits::default, |limits| limits.0);
-    let bounded = |field: &str, asked: Option<u64>, default: u64, maximum: u64| match asked {
-        None => Ok(default),
-        Some(0) => Err(format!("`{field}` is 0; it must be from 1 to {maximum}")),
-        Some(asked) if asked > maximum => {
-            Err(format!("`{field}` is {asked}, above this worker's maximum of {maximum}"))
-        }
-        Some(asked) => Ok(asked),
-    };
+    let bounded =
+        |field: &str, asked: Option<Whole>, default: u64, maximum: u64| match asked.map(|whole| whole.0) {
+            None => Ok(default),
+            Some(0) => Err(format!("`{field}` is 0; it must be from 1 to {maximum}")),
+            Some(asked) if asked > maximum => {
+                Err(format!("`{field}` is {asked}, above this worker's maximum of {maximum}"))
+            }
+            Some(asked) => Ok(asked),
+        };
     Ok(Limits {
         timeout_ms: bounded("timeout_ms", timeout_ms, default.timeout_ms, maximum.timeout_ms)?,
         cpu_ms: bounded("limits.cpu_ms", limits.cpu_ms, default.cpu_ms, maximum.cpu_ms)?,

@@ -20,6 +20,15 @@ pub(crate) fn join(path: &str, name: &str) -> String {
     if path.is_empty() || path == "." { name.to_owned() } else { format!("{path}.{name}") }
 }
 
+/// `limits` of `limits.cpu_ms` and of `limits`, for `cpu_ms`.
+fn parent<'a>(path: &'a str, name: &str) -> &'a str {
+    match path.strip_suffix(name) {
+        Some("") => "",
+        Some(parent) => parent.strip_suffix('.').unwrap_or(path),
+        None => path,
+    }
+}
+
 /// Explains a serde error on the value at `path`.
 ///
 /// `elsewhere` holds full paths that may have been meant where a field is unknown at its level.
@@ -29,7 +38,7 @@ pub(crate) fn explain(path: &str, message: &str, elsewhere: &[&str]) -> String {
     {
         let (name, known) = (&rest[..end], &rest[end + 1..]);
         // The path of an unknown field may or may not already end in its name.
-        let parent = path.strip_suffix(name).map_or(path, |parent| parent.trim_end_matches('.'));
+        let parent = parent(path, name);
         let known = known.split('`').skip(1).step_by(2).map(|field| join(parent, field));
         return unknown(&join(parent, name), known.chain(elsewhere.iter().map(|field| (*field).to_owned())));
     }
@@ -37,8 +46,7 @@ pub(crate) fn explain(path: &str, message: &str, elsewhere: &[&str]) -> String {
         return format!("{} is missing and must be given", quote(&join(path, name)));
     }
     if let Some(name) = message.strip_prefix("duplicate field `").and_then(|rest| rest.strip_suffix('`')) {
-        let parent = path.strip_suffix(name).map_or(path, |parent| parent.trim_end_matches('.'));
-        return format!("{} is given twice; give it once", quote(&join(parent, name)));
+        return format!("{} is given twice; give it once", quote(&join(parent(path, name), name)));
     }
     let subject = if path.is_empty() || path == "." { "the document".to_owned() } else { quote(path) };
     let mismatch = message.strip_prefix("invalid type: ").or_else(|| message.strip_prefix("invalid value: "));

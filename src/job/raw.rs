@@ -10,11 +10,13 @@ use std::marker::PhantomData;
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 
-use super::explain::explain;
-use super::strict::{Metadata, Node};
+use super::explain::{explain, quote};
+use super::json::{Fault, Members};
+use super::metadata::{Metadata, Written};
+use super::whole::Whole;
 
 /// Entries of `args`, and of `env`.
 pub(super) const STRINGS_MAX: usize = 1_024;
@@ -63,8 +65,8 @@ pub(super) struct RawJob {
     pub(super) artifacts: Option<Capped<String, PATTERNS_MAX>>,
     /// Wall time in milliseconds, from the hand-over of the code.
     /// At most 300,000 unless the operator has set another maximum.
-    #[schemars(range(min = 1), extend("default" = 5000))]
-    pub(super) timeout_ms: Option<u64>,
+    #[schemars(with = "Option<u64>", range(min = 1), extend("default" = 5000))]
+    pub(super) timeout_ms: Option<Whole>,
     /// Further limits; the operator's defaults where absent.
     #[schemars(with = "Option<RawLimits>")]
     pub(super) limits: Option<Object<RawLimits>>,
@@ -74,9 +76,9 @@ pub(super) struct RawJob {
     /// Send output while it runs, before the result.
     #[schemars(extend("default" = false))]
     pub(super) stream: Option<bool>,
-    /// Echoed in the result; at most 4 KiB as JSON.
+    /// Echoed in the result as it is written; at most 4 KiB as JSON without spaces.
     #[schemars(with = "Option<serde_json::Map<String, Value>>")]
-    pub(super) metadata: Option<Metadata>,
+    pub(super) metadata: Option<Written>,
 }
 
 /// What the job may use beyond its wall time.
@@ -86,28 +88,28 @@ pub(super) struct RawJob {
 pub(super) struct RawLimits {
     /// CPU time in milliseconds, user and system, over all processes.
     /// At most 600,000 unless the operator has set another maximum.
-    #[schemars(range(min = 1), extend("default" = 10000))]
-    pub(super) cpu_ms: Option<u64>,
+    #[schemars(with = "Option<u64>", range(min = 1), extend("default" = 10000))]
+    pub(super) cpu_ms: Option<Whole>,
     /// Memory in bytes over all processes; files in the working directory count.
     /// At most 1 GiB unless the operator has set another maximum.
-    #[schemars(range(min = 1), extend("default" = 268435456))]
-    pub(super) memory_bytes: Option<u64>,
+    #[schemars(with = "Option<u64>", range(min = 1), extend("default" = 268435456))]
+    pub(super) memory_bytes: Option<Whole>,
     /// Bytes of standard output, and as many of standard error.
     /// At most 8 MiB unless the operator has set another maximum.
-    #[schemars(range(min = 1), extend("default" = 1048576))]
-    pub(super) output_bytes: Option<u64>,
+    #[schemars(with = "Option<u64>", range(min = 1), extend("default" = 1048576))]
+    pub(super) output_bytes: Option<Whole>,
     /// Processes at one time, threads included.
     /// At most 128 unless the operator has set another maximum.
-    #[schemars(range(min = 1), extend("default" = 32))]
-    pub(super) processes: Option<u64>,
+    #[schemars(with = "Option<u64>", range(min = 1), extend("default" = 32))]
+    pub(super) processes: Option<Whole>,
     /// Open descriptors of one process.
     /// At most 1,024 unless the operator has set another maximum.
-    #[schemars(range(min = 1), extend("default" = 256))]
-    pub(super) open_files: Option<u64>,
+    #[schemars(with = "Option<u64>", range(min = 1), extend("default" = 256))]
+    pub(super) open_files: Option<Whole>,
     /// Bytes in the working directory and `/tmp` together.
     /// At most 512 MiB unless the operator has set another maximum.
-    #[schemars(range(min = 1), extend("default" = 67108864))]
-    pub(super) disk_bytes: Option<u64>,
+    #[schemars(with = "Option<u64>", range(min = 1), extend("default" = 67108864))]
+    pub(super) disk_bytes: Option<Whole>,
 }
 
 /// A file for the working directory: its path, and its content either as text or as base64.
@@ -273,25 +275,60 @@ pub(super) fn read(body: &[u8]) -> Result<RawJob, String> {
     if body.starts_with(b"\xef\xbb\xbf") {
         return Err("the body starts with a byte order mark; send UTF-8 without one".into());
     }
-    let text = std::str::from_utf8(body)
-        .map_err(|error| format!("the body is not UTF-8: the byte at {} is invalid", error.valid_up_to()))?;
+    let text = std::str::from_utf8(body).map_err(|error| not_text(body, error.valid_up_to()))?;
     let mut json = serde_json::Deserializer::from_str(text);
     let job: Object<RawJob> = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let path = error.path().to_string();
-        describe(&path, error.inner())
+        describe(text, &path, error.inner())
     })?;
     json.end().map_err(|error| {
         format!("the body goes on after its JSON object, at line {} column {}", error.line(), error.column())
     })?;
+    if let Some(Written::Fits(metadata)) = &job.0.metadata
+        && !metadata.is_readable()
+        && let Some(fault) = Fault::find(text)
+    {
+        return Err(fault.sentence(text, "it cannot be read"));
+    }
     Ok(job.0)
 }
 
-fn describe(path: &str, error: &serde_json::Error) -> String {
-    let text = error.to_string();
+/// What makes a body no JSON object at all, in one sentence.
+pub(crate) fn no_object(body: &[u8]) -> Option<String> {
+    match serde_json::from_slice::<Object<IgnoredAny>>(body) {
+        Ok(_) => None,
+        Err(_) => read(body).err().or_else(|| Some("the body must be one JSON object".into())),
+    }
+}
+
+/// Bytes that are no text are often compressed, and nothing says so.
+fn not_text(body: &[u8], at: usize) -> String {
+    let compression = match body {
+        [0x1f, 0x8b, ..] => Some("gzip"),
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => Some("zstd"),
+        _ => None,
+    };
+    match compression {
+        Some(name) => {
+            format!(
+                "the body looks compressed with {name}; say so in the property `content_encoding`: \"{name}\""
+            )
+        }
+        None => format!("the body is not UTF-8: the byte at {at} is invalid"),
+    }
+}
+
+fn describe(text: &str, path: &str, error: &serde_json::Error) -> String {
+    let said = error.to_string();
     let place = format!(" at line {} column {}", error.line(), error.column());
-    let message = text.strip_suffix(&place).unwrap_or(&text);
+    let message = said.strip_suffix(&place).unwrap_or(&said);
     if !error.is_data() {
-        return format!("the body is not valid JSON: {message}{place}");
+        let reason = format!("{message}{place}");
+        return match Fault::find(text) {
+            Some(fault) => fault.sentence(text, &reason),
+            None if path == "." => format!("the body is not valid JSON: {reason}"),
+            None => format!("the body is not valid JSON: {reason}, in {}", quote(path)),
+        };
     }
     if path == "." && message.starts_with("invalid type") {
         return "the body must be one JSON object".into();
@@ -303,47 +340,20 @@ fn describe(path: &str, error: &serde_json::Error) -> String {
 #[derive(Debug, Default)]
 pub(super) struct Salvage {
     pub(super) id: Option<String>,
-    pub(super) metadata: Option<serde_json::Map<String, Value>>,
+    pub(super) metadata: Option<Metadata>,
 }
 
 impl Salvage {
-    /// Takes what can be had from the front of `body`, up to the first place that is not JSON.
+    /// Takes what can be had from `body`, before and behind of what is wrong with it.
     pub(super) fn from_body(body: &[u8]) -> Self {
         let mut salvage = Self::default();
-        // The error is known already; what was found before it stays.
-        let _ = (&mut salvage).deserialize(&mut serde_json::Deserializer::from_slice(body));
-        salvage
-    }
-}
-
-impl<'de> DeserializeSeed<'de> for &mut Salvage {
-    type Value = ();
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_map(self)
-    }
-}
-
-impl<'de> Visitor<'de> for &mut Salvage {
-    type Value = ();
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an object")
-    }
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        while let Some(key) = map.next_key::<String>()? {
-            match key.as_str() {
-                "id" => match map.next_value_seed(Node::new(&mut 1))? {
-                    Some(Value::String(id)) => self.id = Some(id),
-                    _ => self.id = None,
-                },
-                "metadata" => match map.next_value::<Metadata>()? {
-                    Metadata::Fits(metadata) => self.metadata = Some(metadata),
-                    Metadata::TooLarge => self.metadata = None,
-                },
-                _ => {
-                    map.next_value::<IgnoredAny>()?;
-                }
+        for (name, value) in Members::of(body) {
+            match &body[name] {
+                b"\"id\"" => salvage.id = serde_json::from_slice(&body[value]).ok(),
+                b"\"metadata\"" => salvage.metadata = Metadata::salvage(&body[value]),
+                _ => {}
             }
         }
-        Ok(())
+        salvage
     }
 }

@@ -6,10 +6,9 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use crate::job::{BlockedSyscall, Captured, Limits, Outcome, Status, Usage};
+use crate::job::{BlockedSyscall, Captured, Limits, Metadata, Outcome, Status, Usage};
 
 /// The version of the result's form.
 pub const VERSION: u32 = 1;
@@ -34,7 +33,7 @@ pub struct Context {
     /// From publishing to taking the job on, where the publisher gave a time.
     pub queued: Option<Duration>,
     /// The job's metadata.
-    pub metadata: Option<Map<String, Value>>,
+    pub metadata: Option<Metadata>,
 }
 
 /// What became of one job. A field that does not apply is null, never missing.
@@ -92,7 +91,8 @@ pub struct Reply {
     #[schemars(extend("format" = "date-time"))]
     pub finished_at: String,
     /// The job's metadata.
-    pub metadata: Option<Map<String, Value>>,
+    #[schemars(with = "Option<serde_json::Map<String, serde_json::Value>>")]
+    pub metadata: Option<Metadata>,
 }
 
 /// How the bytes of a stream are written.

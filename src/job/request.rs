@@ -3,13 +3,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use super::check;
+use super::metadata::Written;
 use super::raw::{self, Salvage};
-use super::strict::Metadata;
-use crate::job::{Bounds, Limits};
+use crate::job::{Bounds, Limits, Metadata};
 
 /// A job that passed every check: defaults filled in, limits inside the operator's maxima.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,7 +42,7 @@ pub struct Job {
     /// Send output while it runs.
     pub stream: bool,
     /// Echoed in the result.
-    pub metadata: Option<Map<String, Value>>,
+    pub metadata: Option<Metadata>,
 }
 
 /// A file for the working directory.
@@ -112,7 +111,7 @@ pub struct Refusal {
     /// The job's id where it has an acceptable one, else the one it would have got.
     pub id: String,
     /// The job's metadata, where it could be had.
-    pub metadata: Option<Map<String, Value>>,
+    pub metadata: Option<Metadata>,
     /// Where the message goes.
     pub kind: RefusalKind,
     /// One sentence that names the field, what is wrong with it, and the remedy.
@@ -128,6 +127,11 @@ pub enum RefusalKind {
     Unacceptable,
 }
 
+/// The name that a body gives its job, whatever else is wrong with it.
+pub fn named(body: &[u8]) -> Option<String> {
+    Salvage::from_body(body).id
+}
+
 /// Reads and checks one message body.
 ///
 /// `message_id` is the AMQP property, the job's id where the body has none.
@@ -138,18 +142,18 @@ pub fn parse(body: &[u8], message_id: Option<&str>, admission: &Admission) -> Re
             body.len(),
             admission.max_body_bytes
         );
-        return Err(salvage(body, message_id, RefusalKind::Unacceptable, reason));
+        return Err(Refusal::new(body, message_id, RefusalKind::Unacceptable, reason));
     }
     let mut raw = match raw::read(body) {
         Ok(raw) => raw,
-        Err(reason) => return Err(salvage(body, message_id, RefusalKind::Malformed, reason)),
+        Err(reason) => return Err(Refusal::new(body, message_id, RefusalKind::Malformed, reason)),
     };
     let name = name(raw.id.as_deref(), message_id);
     let (named, id) = (name.is_some(), name.unwrap_or_else(unnamed));
     let (metadata, metadata_fits) = match raw.metadata.take() {
         None => (None, true),
-        Some(Metadata::Fits(metadata)) => (Some(metadata), true),
-        Some(Metadata::TooLarge) => (None, false),
+        Some(Written::Fits(metadata)) => (Some(metadata), true),
+        Some(Written::TooLarge) => (None, false),
     };
     let checked = if metadata_fits { check::check(raw, admission) } else { Err(check::metadata_too_large()) };
     match checked {
@@ -158,9 +162,12 @@ pub fn parse(body: &[u8], message_id: Option<&str>, admission: &Admission) -> Re
     }
 }
 
-fn salvage(body: &[u8], message_id: Option<&str>, kind: RefusalKind, reason: String) -> Refusal {
-    let Salvage { id, metadata } = Salvage::from_body(body);
-    Refusal { id: name(id.as_deref(), message_id).unwrap_or_else(unnamed), metadata, kind, reason }
+impl Refusal {
+    /// The refusal of `body`, with what can be had of its names.
+    pub fn new(body: &[u8], message_id: Option<&str>, kind: RefusalKind, reason: String) -> Self {
+        let Salvage { id, metadata } = Salvage::from_body(body);
+        Self { id: name(id.as_deref(), message_id).unwrap_or_else(unnamed), metadata, kind, reason }
+    }
 }
 
 /// The name that a job goes by, where it has one.

@@ -4,6 +4,7 @@
 //! The main loop takes whatever the broker hands out: the prefetch bounds how much that is.
 
 mod answered;
+mod coding;
 mod control;
 mod drain;
 mod health;

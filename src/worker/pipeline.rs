@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio_util::sync::CancellationToken;
 
-use crate::amqp::{Address, AddressError, Addresses, Delivery, Message, Publisher, Told};
+use crate::amqp::{Address, AddressError, Addresses, Delivery, Message, Properties, Publisher, Told};
 use crate::config;
 use crate::job::{self, Admission, Context, Job, Outcome, Refusal, RefusalKind, Reply, Status};
 use crate::ops::metrics::{DeadReason, Metrics};
@@ -17,6 +17,7 @@ use crate::retry::Delays;
 use crate::sandbox::Sandbox;
 use crate::script::Payload;
 use crate::worker::answered::{Answer, Answered, Key};
+use crate::worker::coding;
 use crate::worker::live::Live;
 use crate::worker::running::Running;
 use crate::worker::slots::Slots;
@@ -322,7 +323,9 @@ impl Pipeline {
 
     /// The body as a job, or as what it lacks to be one.
     fn parse(&self, delivery: &Delivery, context: &mut Context) -> Result<Job, Detour> {
-        match job::parse(&delivery.body, delivery.properties.message_id.as_deref(), &self.admission) {
+        let Properties { content_encoding, message_id, .. } = &delivery.properties;
+        let encoding = content_encoding.as_deref();
+        match coding::parse(&delivery.body, encoding, message_id.as_deref(), &self.admission) {
             Ok(job) => {
                 context.id.clone_from(&job.id);
                 context.limits = Some(job.limits);

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
-use sandpiper::job::{Admission, Bounds, InputFile, Job, RefusalKind, parse};
-use serde_json::{Map, Value, json};
+use sandpiper::job::{Admission, Bounds, InputFile, Job, Metadata, RefusalKind, parse};
+use serde_json::{Value, json};
 
 use crate::support::{bodies, capable};
 
@@ -15,6 +15,10 @@ fn job(body: &Value) -> Job {
 fn fixture(name: &str) -> Job {
     let (_, body) = bodies("accepted").into_iter().find(|(found, _)| found == name).unwrap();
     parse(&body, Some("m-1"), &capable()).unwrap()
+}
+
+fn metadata(written: &str) -> Option<Metadata> {
+    Some(serde_json::from_str(written).unwrap())
 }
 
 fn minimal() -> Job {
@@ -41,7 +45,7 @@ fn minimal() -> Job {
 fn defaults_fill_what_is_absent_or_null() {
     assert_eq!(fixture("minimal"), minimal());
     assert_eq!(fixture("nulls"), minimal());
-    assert_eq!(fixture("empties"), Job { metadata: Some(Map::new()), ..minimal() });
+    assert_eq!(fixture("empties"), Job { metadata: metadata("{}"), ..minimal() });
 }
 
 #[test]
@@ -64,7 +68,8 @@ fn every_bound_is_inclusive() {
     assert_eq!(refusal.reason, "`code` has 1048577 bytes; the maximum is 1048576");
     // {"k":"…"} is 8 bytes around the text.
     let metadata = json!({"k": "x".repeat(4096 - 8)});
-    assert_eq!(Value::Object(job(&json!({"code": "", "metadata": metadata})).metadata.unwrap()), metadata);
+    let echoed = job(&json!({"code": "", "metadata": metadata})).metadata.unwrap();
+    assert_eq!(serde_json::from_str::<Value>(echoed.as_json()).unwrap(), metadata);
     let too_large = json!({"code": "", "metadata": {"k": "x".repeat(4096 - 7)}}).to_string();
     assert!(parse(too_large.as_bytes(), None, &capable()).is_err());
 }
@@ -76,7 +81,8 @@ fn text_and_bytes_arrive_unchanged() {
     assert_eq!(job.args, ["", "ä b"]);
     assert_eq!(job.env["LD_PRELOAD"], "x");
     assert_eq!(job.env["a b"], "=");
-    assert_eq!(job.metadata.unwrap()["nested"], json!({"a": [1, 2.5, null, true, "😀"]}));
+    let echoed: Value = serde_json::from_str(job.metadata.unwrap().as_json()).unwrap();
+    assert_eq!(echoed["nested"], json!({"a": [1, 2.5, null, true, "😀"]}));
     let encoded = fixture("stdin_base64");
     assert_eq!((encoded.id.as_str(), encoded.stdin), ("A-z.0:_9", vec![0xff, 0]));
 }
@@ -136,7 +142,7 @@ fn the_id_comes_from_the_body_then_the_message_then_time() {
 #[test]
 fn a_refusal_can_be_matched_to_its_job() {
     let refusal = |body: &[u8]| parse(body, None, &capable()).unwrap_err();
-    let metadata = json!({"trace": 7}).as_object().cloned();
+    let metadata = metadata(r#"{"trace": 7}"#);
     for body in [
         &br#"{"id": "a", "metadata": {"trace": 7}, "code": 1}"#[..],
         br#"{"code": 1, "more": [[[{}]]], "id": "a", "metadata": {"trace": 7}}"#,
@@ -144,6 +150,11 @@ fn a_refusal_can_be_matched_to_its_job() {
         br#"{"id": "a", "metadata": {"trace": 7}, "code": ""} trailing"#,
         b"{\"code\": \"\xff\", \"id\": \"a\", \"metadata\": {\"trace\": 7}}",
         br#"{"id": "a", "metadata": {"trace": 7}, "code": "", "timeout_ms": 0}"#,
+        // What is wrong stands before what names the job.
+        br#"{"timeout_ms": NaN, "id": "a", "code": "}", "metadata": {"trace": 7}}"#,
+        br#"{"stdin": "\ud83d", "args": ["]", Infinity, -Infinity], "id": "a", "metadata": {"trace": 7} }"#,
+        br#"{"limits": {"cpu_ms": 01 "x"}, "code": None, "id": "a", "metadata": {"trace": 7}"#,
+        b"\xef\xbb\xbf{\"id\": \"a\", \"metadata\": {\"trace\": 7}}",
     ] {
         let refusal = refusal(body);
         assert_eq!((refusal.id.as_str(), refusal.metadata), ("a", metadata.clone()), "{}", refusal.reason);
@@ -156,6 +167,60 @@ fn a_refusal_can_be_matched_to_its_job() {
     let nested = refusal(nested.as_bytes());
     assert_eq!((nested.id.as_str(), nested.kind), ("a", RefusalKind::Malformed));
     assert_eq!(refusal(br#"{"id": 7, "metadata": {"trace": 7}}"#).metadata, metadata);
+    // What cannot be echoed is not.
+    for unfit in ["{\"a\": NaN}", "{\"a\": \"\\ud83d\"}", "[1]", "7", "\"\""] {
+        let body = format!("{{\"id\": \"a\", \"metadata\": {unfit}, \"code\": 1}}");
+        let refusal = refusal(body.as_bytes());
+        assert_eq!((refusal.id.as_str(), refusal.metadata), ("a", None), "{unfit}");
+    }
+}
+
+/// Whatever becomes of the job, its publisher gets the very text back.
+#[test]
+fn metadata_is_handed_through_as_it_is_written() {
+    for written in [
+        r#"{"z": 340282366920938463463374607431768211456, "a": -9223372036854775809}"#,
+        r#"{"f": [123456789.123456789, 1e400, -0, -0.0, 1.50, 2E+3, 5e-324]}"#,
+        r#"{"b": 1, "a": 2, "b": 3, "a": {"x": 1, "x": 2}}"#,
+        r#"{"e": "\u00e9\/\ud83d\ude00 \u0000", "\u0061": 1}"#,
+        "{ \"spaces\" :\n\t[ ] , \"x\":{ } }",
+    ] {
+        let echoed = |tail: &str| {
+            let body = format!("{{\"code\": \"\", \"metadata\":  {written} {tail}}}");
+            match parse(body.as_bytes(), None, &capable()) {
+                Ok(job) => job.metadata,
+                Err(refusal) => refusal.metadata,
+            }
+        };
+        for tail in ["", ", \"timeout_ms\": 0", ", \"stdin\": NaN", ", \"unknown\": 1"] {
+            assert_eq!(echoed(tail).unwrap().as_json(), written, "{tail}");
+        }
+    }
+}
+
+#[test]
+fn metadata_is_measured_without_spaces_and_escapes() {
+    let fits = |written: &str| {
+        let body = format!("{{\"code\": \"\", \"metadata\": {written}}}");
+        parse(body.as_bytes(), None, &capable()).is_ok()
+    };
+    let room = 4096 - "{\"k\":\"\"}".len();
+    for (text, bytes) in [("\\u0041", 1), ("\\u00e9", 2), ("\\ud83d\\ude00", 4), ("\\/", 1)] {
+        let most = room / bytes;
+        assert!(fits(&format!("{{ \"k\" :\n \"{}\" }}", text.repeat(most))), "{text}");
+        assert!(!fits(&format!("{{\"k\":\"{}\"}}", text.repeat(most + 1))), "{text}");
+    }
+    // No end of spaces is kept for it.
+    assert!(!fits(&format!("{{{}}}", " ".repeat(33_000))));
+}
+
+#[test]
+fn limits_may_be_written_as_floats() {
+    for text in ["2000", "2000.0", "2e3", "20000E-1"] {
+        let body = format!("{{\"code\": \"\", \"timeout_ms\": {text}, \"limits\": {{\"cpu_ms\": {text}}}}}");
+        let limits = parse(body.as_bytes(), None, &capable()).unwrap().limits;
+        assert_eq!((limits.timeout_ms, limits.cpu_ms), (2_000, 2_000), "{text}");
+    }
 }
 
 #[test]

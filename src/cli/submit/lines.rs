@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 
 use crate::cli::remote::Numbered;
 use crate::cli::{End, output};
+use crate::job;
 
 /// Jobs as they are read, one a line.
 pub(super) struct Batch {
@@ -87,9 +88,10 @@ fn check(line: Vec<u8>, largest: usize) -> anyhow::Result<Option<Vec<u8>>> {
     if line.len() > largest {
         bail!("it has more than amqp.max_body_bytes = {largest} bytes");
     }
-    serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&line)
-        .context("it is not a JSON object")?;
-    Ok(Some(line))
+    match job::no_object(&line) {
+        Some(why) => bail!("{why}"),
+        None => Ok(Some(line)),
+    }
 }
 
 #[cfg(test)]

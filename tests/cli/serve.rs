@@ -2,9 +2,13 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::process::{Child, ChildStderr, ExitStatus};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
-use crate::support::{command, run};
+use crate::support::{command, eventually, run};
+
+const ARGS: [&str; 7] =
+    ["serve", "--url", "amqp://127.0.0.1:1", "--listen", "127.0.0.1:0", "--set", "log.format=json"];
 
 /// A running worker, whose broker address nobody listens on.
 pub(crate) struct Worker {
@@ -20,9 +24,22 @@ impl Worker {
     }
 
     pub(crate) fn start_with(environment: &[(&str, &str)]) -> Self {
-        let args =
-            ["serve", "--url", "amqp://127.0.0.1:1", "--listen", "127.0.0.1:0", "--set", "log.format=json"];
-        let mut child = command(args).envs(environment.iter().copied()).spawn().unwrap();
+        let mut command = command(ARGS);
+        command.envs(environment.iter().copied());
+        Self::from(command)
+    }
+
+    /// With no more than so many descriptors.
+    fn start_with_descriptors(most: u32) -> Self {
+        let mut command = Command::new("sh");
+        let limited = format!("ulimit -n {most} && exec \"$@\"");
+        command.args(["-c", &limited, "sh", env!("CARGO_BIN_EXE_sandpiper")]).args(ARGS);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        Self::from(command)
+    }
+
+    fn from(mut command: Command) -> Self {
+        let mut child = command.spawn().unwrap();
         let mut log = BufReader::new(child.stderr.take().unwrap());
         let mut line = String::new();
         let address = loop {
@@ -117,4 +134,63 @@ fn a_taken_port_ends_the_start_and_names_the_key() {
     let ran = run(["serve", "--listen", &address, "--set", "log.level=off"]);
     assert_eq!(ran.code, 1, "{ran:?}");
     assert!(ran.complaint().contains("http.listen") && ran.stderr.contains(&address), "{ran:?}");
+}
+
+/// How many connections to that address somebody has accepted.
+fn connections(address: &str) -> usize {
+    let port = format!(":{:04X}", address.parse::<std::net::SocketAddr>().unwrap().port());
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let accepted = |line: &&str| {
+        let columns: Vec<&str> = line.split_whitespace().collect();
+        // The listener itself is in state 0A; what waits for it has no inode yet.
+        columns[1].ends_with(&port) && columns[3] != "0A" && columns[9] != "0"
+    };
+    table.lines().skip(1).filter(accepted).count()
+}
+
+/// Connections that want nothing but a place: each kind as many as there are descriptors, and more.
+#[test]
+fn the_port_answers_while_strangers_hold_it() {
+    const DESCRIPTORS: u32 = 256;
+    const MANY: usize = 300;
+    let worker = Worker::start_with_descriptors(DESCRIPTORS);
+    let open = |said: &[u8]| {
+        let mut stream = TcpStream::connect(&worker.address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        // One that had to give way already hears nothing any more.
+        drop(stream.write_all(said));
+        stream
+    };
+    let descriptors = || connections(&worker.address);
+    let page = b"GET /metrics HTTP/1.1\r\nHost: worker\r\n\r\n".repeat(200);
+    let large = [b"GET /healthz HTTP/1.1\r\nX: ", &vec![b'x'; 1 << 20][..]].concat();
+    for (kind, said) in [
+        ("half a request", &b"GET /metrics HTTP/1.1\r\nX: "[..]),
+        ("nothing", b""),
+        ("answers that are not read", &page),
+        ("a large head", &large),
+    ] {
+        // The large ones cannot all be written.
+        let count = if said.len() > 100_000 { 30 } else { MANY };
+        let mut held: Vec<TcpStream> = (0..count).map(|_| open(said)).collect();
+        for path in ["/healthz", "/metrics", "/healthz"] {
+            let begin = Instant::now();
+            let (head, _) = worker.get(path);
+            assert!(head.starts_with("HTTP/1.1 200"), "{kind}: {head}");
+            // A probe's time; the connections that stand before it take their grace, 32 at a time.
+            assert!(begin.elapsed() < Duration::from_secs(5), "{kind}: {:?}", begin.elapsed());
+        }
+        // One more waits for its place.
+        let taken = descriptors();
+        assert!(taken <= usize::try_from(DESCRIPTORS).unwrap() / 8 + 1, "{kind}: {taken} descriptors");
+        if kind == "half a request" {
+            // The last of them still has its place, and loses it by itself.
+            let mut rest = Vec::new();
+            drop(held.last_mut().unwrap().read_to_end(&mut rest));
+            eventually("half requests are given up", || descriptors() == 0);
+        }
+    }
+    let (status, log) = worker.terminate();
+    assert_eq!(status.code(), Some(0), "{log}");
+    assert!(!log.contains("Too many open files"), "{log}");
 }

@@ -156,7 +156,8 @@ impl Checker {
         for (name, of) in every {
             let (default, maximum) = (of(&bounds.default), of(&bounds.maximum));
             // What the kernel takes is signed.
-            self.range(&format!("limits.{name}.default"), default, 1..=i64::MAX.unsigned_abs())?;
+            let range = of(&Limits::MINIMUM)..=i64::MAX.unsigned_abs();
+            self.range(&format!("limits.{name}.default"), default, range)?;
             if default > maximum {
                 return self.fail(
                     &format!("limits.{name}.default"),

@@ -112,35 +112,31 @@ fn check_limits(
     limits: Option<Object<RawLimits>>,
     admission: &Admission,
 ) -> Result<Limits, String> {
-    let (default, maximum) = (&admission.bounds.default, &admission.bounds.maximum);
+    type Of = fn(&Limits) -> u64;
     let limits = limits.map_or_else(RawLimits::default, |limits| limits.0);
-    let bounded =
-        |field: &str, asked: Option<Whole>, default: u64, maximum: u64| match asked.map(|whole| whole.0) {
+    let bounded = |field: &str, asked: Option<Whole>, of: Of| {
+        let [minimum, default, maximum] =
+            [&Limits::MINIMUM, &admission.bounds.default, &admission.bounds.maximum].map(of);
+        match asked.map(|whole| whole.0) {
             None => Ok(default),
-            Some(0) => Err(format!("`{field}` is 0; it must be from 1 to {maximum}")),
+            Some(asked) if asked < minimum => {
+                let why = if minimum > 1 { ", as python does not start with less" } else { "" };
+                Err(format!("`{field}` is {asked}; it must be from {minimum} to {maximum}{why}"))
+            }
             Some(asked) if asked > maximum => {
                 Err(format!("`{field}` is {asked}, above this worker's maximum of {maximum}"))
             }
             Some(asked) => Ok(asked),
-        };
+        }
+    };
     Ok(Limits {
-        timeout_ms: bounded("timeout_ms", timeout_ms, default.timeout_ms, maximum.timeout_ms)?,
-        cpu_ms: bounded("limits.cpu_ms", limits.cpu_ms, default.cpu_ms, maximum.cpu_ms)?,
-        memory_bytes: bounded(
-            "limits.memory_bytes",
-            limits.memory_bytes,
-            default.memory_bytes,
-            maximum.memory_bytes,
-        )?,
-        output_bytes: bounded(
-            "limits.output_bytes",
-            limits.output_bytes,
-            default.output_bytes,
-            maximum.output_bytes,
-        )?,
-        processes: bounded("limits.processes", limits.processes, default.processes, maximum.processes)?,
-        open_files: bounded("limits.open_files", limits.open_files, default.open_files, maximum.open_files)?,
-        disk_bytes: bounded("limits.disk_bytes", limits.disk_bytes, default.disk_bytes, maximum.disk_bytes)?,
+        timeout_ms: bounded("timeout_ms", timeout_ms, |limits| limits.timeout_ms)?,
+        cpu_ms: bounded("limits.cpu_ms", limits.cpu_ms, |limits| limits.cpu_ms)?,
+        memory_bytes: bounded("limits.memory_bytes", limits.memory_bytes, |limits| limits.memory_bytes)?,
+        output_bytes: bounded("limits.output_bytes", limits.output_bytes, |limits| limits.output_bytes)?,
+        processes: bounded("limits.processes", limits.processes, |limits| limits.processes)?,
+        open_files: bounded("limits.open_files", limits.open_files, |limits| limits.open_files)?,
+        disk_bytes: bounded("limits.disk_bytes", limits.disk_bytes, |limits| limits.disk_bytes)?,
     })
 }
 

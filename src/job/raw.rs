@@ -91,8 +91,8 @@ pub(super) struct RawLimits {
     #[schemars(with = "Option<u64>", range(min = 1), extend("default" = 10000))]
     pub(super) cpu_ms: Option<Whole>,
     /// Memory in bytes over all processes; files in the working directory count.
-    /// At most 1 GiB unless the operator has set another maximum.
-    #[schemars(with = "Option<u64>", range(min = 1), extend("default" = 268435456))]
+    /// At least 16 MiB, with which python starts; at most 1 GiB unless the operator has set another maximum.
+    #[schemars(with = "Option<u64>", range(min = 16777216), extend("default" = 268435456))]
     pub(super) memory_bytes: Option<Whole>,
     /// Bytes of standard output, and as many of standard error.
     /// At most 8 MiB unless the operator has set another maximum.
@@ -103,8 +103,8 @@ pub(super) struct RawLimits {
     #[schemars(with = "Option<u64>", range(min = 1), extend("default" = 32))]
     pub(super) processes: Option<Whole>,
     /// Open descriptors of one process.
-    /// At most 1,024 unless the operator has set another maximum.
-    #[schemars(with = "Option<u64>", range(min = 1), extend("default" = 256))]
+    /// At least 16, with which python starts; at most 1,024 unless the operator has set another maximum.
+    #[schemars(with = "Option<u64>", range(min = 16), extend("default" = 256))]
     pub(super) open_files: Option<Whole>,
     /// Bytes in the working directory and `/tmp` together.
     /// At most 512 MiB unless the operator has set another maximum.

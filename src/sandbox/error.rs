@@ -83,6 +83,15 @@ pub(super) fn explained(error: &io::Error) -> String {
     format!("{error}; {remedy}")
 }
 
+/// The same for whoever sent the job: files of this machine by their names, without where they lie.
+pub(super) fn without_places(text: &str) -> String {
+    let shown = |word: &str| match word.trim_start_matches(['(', '"', '`', '\'']).strip_prefix('/') {
+        Some(path) => path.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_owned(),
+        None => word.to_owned(),
+    };
+    text.split(' ').map(shown).collect::<Vec<_>>().join(" ")
+}
+
 /// The kernel's number, which may stand behind words of ours.
 fn errno(error: &io::Error) -> Option<i32> {
     let mut error: Option<&(dyn Error + 'static)> = Some(error);
@@ -98,6 +107,20 @@ fn errno(error: &io::Error) -> Option<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_publisher_learns_nothing_of_where_files_lie() {
+        for (said, told) in [
+            (
+                "write to /sys/fs/cgroup/a/slot-0/memory.max: Invalid argument",
+                "write to memory.max: Invalid argument",
+            ),
+            ("mount (/opt/python/lib): 1/2 of it", "mount lib): 1/2 of it"),
+            ("no path", "no path"),
+        ] {
+            assert_eq!(without_places(said), told);
+        }
+    }
 
     #[test]
     fn what_ran_short_is_told_with_its_remedy_however_it_is_wrapped() {

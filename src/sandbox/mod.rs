@@ -257,10 +257,11 @@ impl Sandbox {
         // A task of its own: a caller that goes away does not leave a job unwatched.
         let run = tokio::spawn(async move { shared.run(payload, &limits, &stop, tap).await });
         match run.await {
-            Ok(Ok(outcome)) => outcome,
+            Ok(Ok(outcome)) => placeless(outcome),
             Ok(Err(error)) => {
                 let error = error::explained(&error);
                 tracing::error!(error, "a job could not be run");
+                let error = error::without_places(&error);
                 Outcome::not_run(Status::WorkerError, format!("the sandbox failed: {error}"))
             }
             Err(error) => {
@@ -269,6 +270,18 @@ impl Sandbox {
             }
         }
     }
+}
+
+/// The outcome as its requester reads it: of our own failure the operator's log has all.
+fn placeless(mut outcome: Outcome) -> Outcome {
+    if let (Status::WorkerError, Some(error)) = (outcome.status, &mut outcome.error) {
+        let told = error::without_places(error);
+        if told != *error {
+            tracing::error!(error, "a job could not be run");
+            *error = told;
+        }
+    }
+    outcome
 }
 
 /// A job's process, both walls up, waiting for its assignment.

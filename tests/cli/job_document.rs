@@ -86,3 +86,40 @@ fn a_document_and_flags_for_the_job_do_not_mix() {
         assert!(ran.stderr.contains("cannot be used with"), "{ran:?}");
     }
 }
+
+/// A job that asks for little is never our own failure: it runs with that, or is refused.
+#[test]
+fn the_least_of_each_limit_runs_and_less_is_rejected() {
+    for (limit, least) in [
+        ("cpu_ms", 1),
+        ("memory_bytes", 16 << 20),
+        ("output_bytes", 1),
+        ("processes", 1),
+        ("open_files", 16),
+        ("disk_bytes", 1),
+    ] {
+        let job = |value: u64| format!(r#"{{"code": "print(1)", "limits": {{"{limit}": {value}}}}}"#);
+        for warm in [&[][..], &["--warm"]] {
+            let ran = run([&["exec", "--json", "--job", &job(least)][..], warm].concat());
+            let result = ran.json();
+            let status = result["status"].as_str().unwrap();
+            assert!(!["worker_error", "rejected"].contains(&status), "{limit} {warm:?}: {result}");
+        }
+        let result = run(["exec", "--json", "--job", &job(least - 1)]).json();
+        assert_eq!(result["status"], "rejected", "{limit}: {result}");
+        let told = format!("`limits.{limit}` is {}; it must be from {least} to ", least - 1);
+        assert!(result["error"].as_str().unwrap().starts_with(&told), "{result}");
+    }
+}
+
+#[test]
+fn metadata_comes_back_as_it_is_written() {
+    let metadata = r#"{ "z": 340282366920938463463374607431768211456, "a": [-0, 1.50, "\u00e9"], "a": {} }"#;
+    for code in ["print(1)", "1/0"] {
+        let job = format!("{{\"code\": \"{code}\", \"metadata\":\n{metadata}}}");
+        let ran = run(["exec", "--json", "--job", &job]);
+        assert!(ran.stdout.ends_with(&format!("\"metadata\":{metadata}}}\n")), "{ran:?}");
+    }
+    let lines = run(["exec", "--json", "--job", "{\"code\": \"\", \"metadata\": {\n\"a\":\r\n1}}"]);
+    assert!(lines.stdout.ends_with("\"metadata\":{ \"a\":  1}}\n"), "{lines:?}");
+}

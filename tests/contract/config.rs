@@ -144,6 +144,10 @@ fn what_is_wrong_is_said_with_its_remedy() {
             "[limits]\ncpu_ms = { default = 0 }",
             "`limits.cpu_ms.default` is 0; it must be from 1 to 9223372036854775807",
         ),
+        (
+            "[limits]\nopen_files = { default = 15 }",
+            "`limits.open_files.default` is 15; it must be from 16 to 9223372036854775807",
+        ),
         ("[amqp]\nurl = []", "`amqp.url` is empty; give at least one address"),
         ("[amqp]\ntopology = \"auto\"", "`amqp.topology` is `auto`; it must be `declare` or `passive`"),
         (

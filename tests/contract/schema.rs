@@ -1,6 +1,6 @@
 //! The published schemas accept what the worker accepts and writes, and refuse what it refuses by form.
 
-use sandpiper::job::{Bounds, schema};
+use sandpiper::job::{Bounds, Limits, schema};
 use serde_json::{Value, json};
 
 use crate::support::{bodies, fixtures};
@@ -36,9 +36,11 @@ fn the_defaults_are_those_of_the_configuration() {
         panic!("limits are an object")
     };
     expected.remove("timeout_ms");
+    let least = serde_json::to_value(Limits::MINIMUM).unwrap();
     assert_eq!(limits.len(), expected.len());
     for (name, value) in expected {
         assert_eq!(limits[&name]["default"], value, "{name}");
+        assert_eq!(limits[&name]["minimum"], least[&name], "{name}");
     }
 }
 

@@ -338,7 +338,15 @@ impl Shared {
             tap,
             trace: self.trace.as_ref(),
         };
-        let cause = started.watch.run(terms, stop).await?;
+        let cause = match started.watch.run(terms, stop).await {
+            Ok(cause) => cause,
+            Err(error) => {
+                // Its seat is free again only when nothing of it is alive.
+                let group = started.lease.group.as_ref();
+                started.watch.finish(Cause::Cancelled, limits, group).await?;
+                return Err(error);
+            }
+        };
         let mut seen = started.watch.finish(cause, limits, started.lease.group.as_ref()).await?;
         let place = seen.place.take();
         let mut outcome = verdict::judge(seen, limits, payload.has_preload, taken);
@@ -367,7 +375,13 @@ impl Shared {
                     Some(group) => group.go_on(limits).await,
                     None => Ok(()),
                 };
-                begun.inspect_err(|error| tracing::warn!(%error, "a job starts cold")).ok()?;
+                if let Err(error) = begun {
+                    tracing::warn!(%error, "a job starts cold");
+                    let zygote::Standby { watch, lease, .. } = standby;
+                    // Its seat is free again only when it is dead, which that failed to wait for is said already.
+                    let _ = watch.finish(Cause::Cancelled, limits, lease.group.as_ref()).await;
+                    return None;
+                }
                 standby
             }
             None => {

@@ -175,7 +175,14 @@ impl Zygote {
         drop(process);
         let (mut watch, plan) = forked;
         let by = Instant::now() + shared.start_timeout;
-        match watch.start(by, limits, &self.ended).await? {
+        let started = match watch.start(by, limits, &self.ended).await {
+            Ok(started) => started,
+            Err(error) => {
+                watch.finish(Cause::Cancelled, limits, lease.group.as_ref()).await?;
+                return Err(error);
+            }
+        };
+        match started {
             None => Ok(Standby { watch, lease, generation }),
             Some(cause) => {
                 let why = shared.explain(&cause, &plan);

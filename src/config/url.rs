@@ -1,13 +1,26 @@
 //! Broker addresses: their form, and the file that holds them as a secret.
 
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use super::{ConfigError, Secret};
 
 /// The addresses in a file, one a line; blank lines do not count.
 pub(super) fn read_file(path: &Path) -> Result<Vec<Secret>, ConfigError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+    let unread = |source| ConfigError::Read { path: path.to_owned(), source };
+    let mut file = File::open(path).map_err(unread)?;
+    let mode = file.metadata().map_err(unread)?.permissions().mode();
+    if mode & 0o002 != 0 {
+        let sentence = format!(
+            "`amqp.url_file` can be written by everybody (mode {:04o}), who then chooses the broker; chmod 600",
+            mode & 0o7777
+        );
+        return Err(ConfigError::Invalid { origin: path.display().to_string(), sentence });
+    }
+    let mut text = String::new();
+    file.read_to_string(&mut text).map_err(unread)?;
     let urls: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     let fault = match urls.iter().find_map(|url| check(url).err()) {
         Some(fault) => format!("`amqp.url_file` holds an address that {fault}"),

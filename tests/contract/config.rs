@@ -1,5 +1,6 @@
 //! The configuration: its layers, its checks, and the file that documents it.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -252,6 +253,14 @@ fn addresses_come_from_a_file_and_change_with_it() {
     assert!(
         config.amqp.current_urls().unwrap_err().to_string().ends_with("is empty; give at least one address")
     );
+    std::fs::write(&file, "amqp://u:four@d").unwrap();
+    let mode = |mode| std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+    mode(0o666);
+    let refused = config.amqp.current_urls().unwrap_err().to_string();
+    assert!(refused.contains("`amqp.url_file` can be written by everybody (mode 0666)"), "{refused}");
+    assert!(!refused.contains("four"), "{refused}");
+    mode(0o644);
+    assert_eq!(exposed(&config), ["amqp://u:four@d"]);
     let missing = from_env(&[("SANDPIPER_AMQP__URL_FILE", "/nowhere/url")]).unwrap_err();
     assert!(missing.starts_with("/nowhere/url: "), "{missing}");
 }

@@ -46,9 +46,13 @@ pub(super) struct Args {
     #[arg(long)]
     json: bool,
 
-    /// Write the returned files below this directory
+    /// Write the returned files below this directory, where no file of their name is
     #[arg(long, value_name = "DIR")]
     artifacts_to: Option<PathBuf>,
+
+    /// Let returned files take the place of files that are there; without this those are left, and that is an error
+    #[arg(long, requires = "artifacts_to")]
+    overwrite: bool,
 
     /// Run in a fork of a warm interpreter instead of a new one
     #[arg(long)]
@@ -107,7 +111,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
     }
     // Last: what cannot be written costs nothing else of the result.
     if let Some(directory) = &args.artifacts_to {
-        output::save(&reply, directory)?;
+        output::save(&reply, directory, args.overwrite)?;
     }
     Ok(end)
 }

@@ -102,19 +102,39 @@ pub(super) fn prepare(directory: &Path) -> anyhow::Result<()> {
 }
 
 /// Writes the returned files below `directory`, which is made where it is missing. Their names come from the job:
-/// none leads out of it, by its parts or through a link.
-pub(super) fn save(reply: &Reply, directory: &Path) -> anyhow::Result<()> {
+/// none leads out of it, by its parts or through a link, and none takes the place of what is there unless
+/// `overwrite` says so. What cannot be written holds up none of the others.
+pub(super) fn save(reply: &Reply, directory: &Path, overwrite: bool) -> anyhow::Result<()> {
     let failed = || format!("failed to write the returned files to {}", directory.display());
     std::fs::create_dir_all(directory).with_context(failed)?;
     let below = std::fs::File::open(directory).with_context(failed)?;
+    let mut left = Vec::new();
     for artifact in &reply.artifacts {
         let path = &artifact.path;
         if path.is_empty() || !Path::new(path).components().all(|part| matches!(part, Component::Normal(_))) {
-            bail!("the job returned a file under a path that leads elsewhere: {path:?}");
+            left.push(format!("{path:?} leads elsewhere"));
+            continue;
         }
-        let content = BASE64.decode(&artifact.base64).context("a returned file is not base64")?;
-        write_below(&below, path, &content)
-            .with_context(|| format!("failed to write {path:?} below {}", directory.display()))?;
+        let Ok(content) = BASE64.decode(&artifact.base64) else {
+            left.push(format!("{path:?} is not base64"));
+            continue;
+        };
+        match write_below(&below, path, &content, overwrite) {
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                left.push(format!("{path:?} is there already (--overwrite replaces it)"));
+            }
+            Err(error) => left.push(format!("{path:?} cannot be written: {error}")),
+        }
+    }
+    if !left.is_empty() {
+        bail!(
+            "{} of {} returned files were not written to {}: {}",
+            left.len(),
+            reply.artifacts.len(),
+            directory.display(),
+            left.join("; ")
+        );
     }
     Ok(())
 }

@@ -49,9 +49,13 @@ pub(super) struct Args {
     #[arg(long)]
     json: bool,
 
-    /// Write the returned files below this directory
+    /// Write the returned files below this directory, where no file of their name is
     #[arg(long, value_name = "DIR", conflicts_with = "batch")]
     artifacts_to: Option<PathBuf>,
+
+    /// Let returned files take the place of files that are there; without this those are left, and that is an error
+    #[arg(long, requires = "artifacts_to")]
+    overwrite: bool,
 
     /// Show what the job prints while it runs
     #[arg(long, conflicts_with_all = ["batch", "no_wait", "json"])]
@@ -148,7 +152,7 @@ async fn single(body: Vec<u8>, args: &Args, config: &Config) -> anyhow::Result<E
     };
     // Last: what cannot be written costs nothing else of the result.
     if let Some(directory) = &args.artifacts_to {
-        output::save(&reply, directory)?;
+        output::save(&reply, directory, args.overwrite)?;
     }
     Ok(end)
 }

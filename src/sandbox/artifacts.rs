@@ -4,6 +4,7 @@
 //! depth and the sizes are the job's choice, so each has a bound here, and what is left out is said.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -29,6 +30,8 @@ const CHUNK: usize = 1 << 20;
 #[derive(Clone, Debug)]
 pub(super) struct Patterns {
     set: GlobSet,
+    /// For each, the parts that write a dot at their beginning: only they match a part that has one.
+    dotted: Vec<Dotted>,
     /// Separators that a matching path can have.
     reach: usize,
 }
@@ -45,15 +48,56 @@ impl Patterns {
 
     fn compile_now(patterns: &[String]) -> Result<Self, globset::Error> {
         let mut set = GlobSetBuilder::new();
+        let mut dotted = Vec::new();
         let mut reach = 0;
         for pattern in patterns {
             // As in a path, a leading `./` means nothing.
             let plain = pattern.trim_start_matches("./");
             set.add(GlobBuilder::new(plain).literal_separator(true).build()?);
+            dotted.push(Dotted::of(plain));
             let separators = plain.bytes().filter(|byte| *byte == b'/').count();
             reach = reach.max(if plain.contains("**") { DEPTH_MAX } else { separators });
         }
-        Ok(Self { set: set.build()?, reach: reach.min(DEPTH_MAX) })
+        Ok(Self { set: set.build()?, dotted, reach: reach.min(DEPTH_MAX) })
+    }
+
+    fn match_path(&self, path: &Path) -> bool {
+        let hidden: Vec<&OsStr> = path.iter().filter(|part| part.as_bytes().starts_with(b".")).collect();
+        if hidden.is_empty() {
+            return self.set.is_match(path);
+        }
+        self.set.matches(path).into_iter().any(|at| self.dotted[at].write_all(&hidden))
+    }
+}
+
+/// The parts of one pattern that write a dot at their beginning.
+#[derive(Clone, Debug)]
+enum Dotted {
+    Parts(GlobSet),
+    /// Alternatives go across separators: then any dot counts.
+    Anywhere,
+}
+
+impl Dotted {
+    fn of(pattern: &str) -> Self {
+        let mut parts = GlobSetBuilder::new();
+        for part in pattern.split('/') {
+            if part.starts_with('.') || part.contains("{.") || part.contains(",.") {
+                match GlobBuilder::new(part).literal_separator(true).build() {
+                    Ok(part) => drop(parts.add(part)),
+                    Err(_) => return Self::Anywhere,
+                }
+            }
+        }
+        parts.build().map_or(Self::Anywhere, Self::Parts)
+    }
+
+    /// Whether each of these parts of a path is one of them.
+    fn write_all(&self, hidden: &[&OsStr]) -> bool {
+        match self {
+            Self::Parts(parts) => hidden.iter().all(|part| parts.is_match(Path::new(part))),
+            Self::Anywhere => true,
+        }
     }
 }
 
@@ -168,7 +212,7 @@ impl Search<'_> {
     }
 
     fn file(&mut self, path: &[u8], size: u64) {
-        if !self.patterns.set.is_match(Path::new(std::ffi::OsStr::from_bytes(path))) {
+        if !self.patterns.match_path(Path::new(OsStr::from_bytes(path))) {
             return;
         }
         match str::from_utf8(path) {
@@ -285,6 +329,28 @@ mod tests {
         assert!(collected.left_out.unwrap().starts_with("1 of 4 artifacts were left out"));
         assert_eq!(collect(&place, &all, 199).left_out, None);
         assert_eq!(paths(&collect(&place, &all, 0)), ["e"]);
+    }
+
+    #[test]
+    fn a_wildcard_matches_no_leading_dot() {
+        let all = [(".env", 1), ("a", 1), ("b/.c", 1), (".git/config", 1), (".git/.x", 1), ("b/d.e", 1)];
+        let (_dir, place) = place(&all);
+        for (pattern, found) in [
+            ("**", &["a", "b/d.e"][..]),
+            ("*", &["a"]),
+            ("?env", &[]),
+            ("[.]env", &[]),
+            (".*", &[".env"]),
+            ("**/.*", &[".env", ".git/.x", "b/.c"]),
+            ("{.env,a}", &[".env", "a"]),
+            (".git/*", &[".git/config"]),
+            ("*/.c", &["b/.c"]),
+            ("{b/.c,a}", &["a", "b/.c"]),
+            ("b/*", &["b/d.e"]),
+        ] {
+            let collected = collect(&place, &patterns(&[pattern]), 100);
+            assert_eq!(paths(&collected), found, "{pattern}");
+        }
     }
 
     #[test]

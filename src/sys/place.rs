@@ -172,10 +172,11 @@ impl Folder {
     }
 }
 
-/// Writes a file below a directory of ours, under a path that somebody else chose. What was there before under
-/// that path is replaced, unless it is reached through a link.
-pub fn write_below(directory: &File, path: &str, content: &[u8]) -> io::Result<()> {
-    create(directory, path, OFlag::O_TRUNC, |_, _| Ok(()))?.write_all(content)
+/// Writes a file below a directory of ours, under a path that somebody else chose. What is there under that path is
+/// left as it is, or replaced where `overwrite` says so, unless it is reached through a link.
+pub fn write_below(directory: &File, path: &str, content: &[u8], overwrite: bool) -> io::Result<()> {
+    let flags = if overwrite { OFlag::O_TRUNC } else { OFlag::O_EXCL };
+    create(directory, path, flags, |_, _| Ok(()))?.write_all(content)
 }
 
 /// Opens a file for writing, with the directories on the way to it; `made` sees each thing that is new, to

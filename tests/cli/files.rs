@@ -42,10 +42,32 @@ fn a_file_goes_in_and_another_comes_out() {
     let ran = exec(code, &flags);
     assert_eq!((ran.code, ran.stderr.as_str()), (0, ""), "{ran:?}");
     assert_eq!(fs::read(out.join("out/deep/f")).unwrap(), b"a,b\n\xffa,b\n\xff");
-    // What was there is replaced.
-    let ran = exec("import os\nos.makedirs('out/deep')\nopen('out/deep/f', 'w').write('new')", &flags);
-    assert_eq!(ran.code, 0, "{ran:?}");
-    assert_eq!(fs::read(out.join("out/deep/f")).unwrap(), b"new");
+}
+
+/// A job chooses the names of its files: `.git/config`, a Makefile. None takes the place of what is there unless it was
+/// asked for, and a wildcard asks for no hidden one.
+#[test]
+fn a_returned_file_takes_the_place_of_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let there = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
+    fs::create_dir(dir.path().join(".git")).unwrap();
+    for name in ["Makefile", ".git/config", ".envrc"] {
+        fs::write(dir.path().join(name), "mine").unwrap();
+    }
+    let code = "import os\nos.mkdir('.git')\n\
+                for name in ('Makefile', '.git/config', '.envrc', 'new'): open(name, 'w').write('theirs')";
+    let to = ["--artifacts-to", dir.path().to_str().unwrap(), "--artifact", "**"];
+    let ran = exec(code, &to);
+    assert_eq!(ran.code, 125, "{ran:?}");
+    let told = "1 of 2 returned files were not written to ";
+    assert!(ran.complaint().starts_with(told), "{ran:?}");
+    assert!(ran.complaint().ends_with("\"Makefile\" is there already (--overwrite replaces it)"), "{ran:?}");
+    assert_eq!([there("Makefile"), there(".git/config"), there("new")], ["mine", "mine", "theirs"]);
+    let ran = exec(code, &[&to[..], &["--overwrite"]].concat());
+    assert_eq!((ran.code, ran.stderr.as_str()), (0, ""), "{ran:?}");
+    assert_eq!([there("Makefile"), there(".git/config"), there(".envrc")], ["theirs", "mine", "mine"]);
+    let ran = exec(code, &[&to[..3], &[".env*", "--overwrite"]].concat());
+    assert_eq!((ran.code, there(".envrc").as_str()), (0, "theirs"), "{ran:?}");
 }
 
 #[test]
@@ -60,9 +82,11 @@ fn no_returned_file_is_written_through_a_link() {
     let to = ["--artifacts-to", out.to_str().unwrap(), "--artifact"];
     for (made, pattern) in [("dir/new", "dir/*"), ("link", "link")] {
         let code = format!("import os\nos.makedirs('dir')\nopen('{made}', 'w').write('planted')");
-        let ran = exec(&code, &[&to[..], &[pattern]].concat());
-        assert_eq!(ran.code, 125, "{ran:?}");
-        assert!(ran.complaint().contains(made) && ran.complaint().contains("failed to write"), "{ran:?}");
+        for flags in [&[pattern][..], &[pattern, "--overwrite"]] {
+            let ran = exec(&code, &[&to[..], flags].concat());
+            assert_eq!(ran.code, 125, "{ran:?}");
+            assert!(ran.complaint().contains(made) && ran.complaint().contains("not written"), "{ran:?}");
+        }
     }
     assert_eq!(fs::read(elsewhere.join("file")).unwrap(), b"untouched");
     assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 1);

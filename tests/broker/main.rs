@@ -91,6 +91,7 @@ async fn jobs_come_back_once_and_what_is_none_is_kept() {
     let node = Node::start();
     traffic::a_thousand_jobs_through_two_workers(&node).await;
     traffic::what_is_no_job_is_dead_lettered_and_rejected(&node).await;
+    traffic::what_bodies_are_wrapped_in_is_undone(&node).await;
     traffic::what_is_not_acceptable_is_rejected_and_acked(&node).await;
     traffic::poison_ends_in_the_dead_queue(&node, "quorum").await;
     traffic::poison_ends_in_the_dead_queue(&node, "classic").await;

@@ -176,3 +176,44 @@ pub(crate) async fn a_job_is_cancelled_where_it_runs_and_where_it_waits(node: &N
     }
     client.close().await;
 }
+
+/// As gzip, and as a section of AMQP 1.0; with what cannot be read like that in between.
+pub(crate) async fn what_bodies_are_wrapped_in_is_undone(node: &Node) {
+    let queues = Queues::of("wrapped");
+    let worker = Worker::ready(node.url(), &queues.settings(&[])).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    let job = br#"{"id": "a", "code": "print(1)", "metadata": {"n": 18446744073709551616, "f": 1.50}}"#;
+    let value = [&[0, 0x53, 0x77, 0xb1, 0, 0, 0, u8::try_from(job.len()).unwrap()][..], job].concat();
+    let bomb = gzip(&[&job[..], &vec![b' '; 64 << 20]].concat());
+    let wrapped: [(&[u8], &str, &str); 6] = [
+        (&gzip(job), "gzip", "succeeded"),
+        (&value, "", "succeeded"),
+        (job, "br", "`content_encoding` is `br`"),
+        (&bomb, "gzip", "the body has more than 8388608 bytes decompressed"),
+        (job, "zstd", "the body is not zstd"),
+        (job, "utf-8", "succeeded"),
+    ];
+    for (body, encoding, wanted) in wrapped {
+        let properties = BasicProperties::default()
+            .with_reply_to(queues.replies.as_str().into())
+            .with_content_encoding(encoding.into());
+        requester.publish(&queues.jobs, body, properties).await;
+        let (_, result) = next(&mut replies).await;
+        if wanted == "succeeded" {
+            assert_eq!((&result["status"], &result["stdout"]), (&wanted.into(), &"1\n".into()), "{result}");
+        } else {
+            assert_eq!(result["status"], "rejected", "{result}");
+            assert!(result["error"].as_str().unwrap().starts_with(wanted), "{result}");
+        }
+    }
+    // The two that are no job at all; the one that is too large is answered and done with.
+    eventually("both are kept", async || (requester.waiting(&queues.dead).await == 2).then_some(())).await;
+    assert!(worker.metric("process_resident_memory_bytes") < f64::from(200 << 20));
+}
+
+fn gzip(plain: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    std::io::Write::write_all(&mut encoder, plain).unwrap();
+    encoder.finish().unwrap()
+}

@@ -383,3 +383,69 @@ impl Iterator for Members<'_> {
         Some((name..name_end, value..value_end))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde::de::IgnoredAny;
+
+    use super::*;
+
+    fn pieces() -> impl Strategy<Value = String> {
+        let pieces = vec![
+            "{",
+            "}",
+            "[",
+            "]",
+            ",",
+            ":",
+            " ",
+            "\n",
+            "\"a\"",
+            "\"a\":",
+            "\"",
+            "\\",
+            "\\u00e9",
+            "\\ud83d",
+            "\\ude00",
+            "é",
+            "1",
+            "-",
+            "0",
+            ".5",
+            "e3",
+            "true",
+            "nul",
+            "null",
+            "NaN",
+            "\t",
+            "{\"k\":1}",
+            "[[]]",
+        ];
+        prop::collection::vec(prop::sample::select(pieces), 0..12).prop_map(|pieces| pieces.concat())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// It finds a fault where serde_json does, and else only what that passes over unread.
+        #[test]
+        fn it_finds_what_serde_json_finds(text in pieces()) {
+            let read = serde_json::from_str::<IgnoredAny>(&text);
+            let fault = Fault::find(&text);
+            let half = matches!(&fault, Some(Fault { flaw: Flaw::HalfPair(_), .. }));
+            // What comes behind the value is not looked at.
+            let trailing = read.as_ref().is_err_and(|error| error.to_string().starts_with("trailing characters"));
+            let agree = read.is_err() == fault.is_some();
+            prop_assert!(half || trailing || agree, "{text:?}: {read:?}, {fault:?}");
+        }
+
+        /// Members are never outside of the text, and end.
+        #[test]
+        fn members_are_parts_of_any_text(text in pieces()) {
+            for (name, value) in Members::of(text.as_bytes()) {
+                prop_assert!(name.end <= value.start && value.start <= value.end && value.end <= text.len());
+            }
+        }
+    }
+}

@@ -31,7 +31,11 @@ pub(super) fn parse(
     }
     match decode(body, encoding, most) {
         Ok(body) => job::parse(&body, message_id, admission),
-        Err(Undecoded { kind, reason, front }) => Err(Refusal::new(&front, message_id, kind, reason)),
+        Err(Undecoded { kind, reason, front }) => {
+            // Where nothing was decoded, it may be plain all the same.
+            let known = if front.is_empty() { body } else { &front };
+            Err(Refusal::new(known, message_id, kind, reason))
+        }
     }
 }
 
@@ -284,6 +288,7 @@ mod tests {
         assert_eq!(parse(&body, Some("gzip"), None, &admission).unwrap().id, "a");
         let refusal = parse(&body, Some("br"), Some("m"), &admission).unwrap_err();
         assert_eq!((refusal.id.as_str(), refusal.kind), ("m", RefusalKind::Malformed));
+        assert_eq!(parse(JOB, Some("utf-16"), Some("m"), &admission).unwrap_err().id, "a");
         let bomb = gzip(&[JOB, &[b' '; 1_000]].concat());
         let refusal = parse(&bomb, Some("gzip"), Some("m"), &admission).unwrap_err();
         assert_eq!((refusal.id.as_str(), refusal.kind), ("a", RefusalKind::Unacceptable));

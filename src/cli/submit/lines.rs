@@ -100,6 +100,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_line_that_is_no_job_names_what_is_wrong() {
+        let told = |line: &str| check(line.into(), 100).unwrap_err().to_string();
+        assert!(told(r#"{"code": "", "metadata": {"score": NaN}}"#).contains("`metadata.score` is `NaN`"));
+        assert!(told("[1]").contains("must be one JSON object"));
+        assert!(told(r#"{"code": "cut"#).contains("in `code`"));
+        // The worker's to refuse.
+        assert!(check(br#"{"unknown": 1}"#.to_vec(), 100).unwrap().is_some());
+        assert!(check(b" ".to_vec(), 100).unwrap().is_none());
+    }
+
+    #[test]
     fn lines_are_cut_where_they_are_too_long() {
         let mut input = &b"one\n\nlonger than that\nlast"[..];
         let mut lines = Vec::new();

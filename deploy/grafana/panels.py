@@ -268,11 +268,11 @@ LINK = {
             lines(4, "Publishing a second by outcome", "Confirmed is what should be. Returned: the queue is gone, and"
                   " the result goes to the results queue.", "short",
                   {"{{outcome}}": rate("sandpiper_results_published_total", W, "outcome")},
-                  colors={"confirmed": GREEN, "returned": YELLOW, "nacked": ORANGE, "timed_out": RED,
+                  colors={"confirmed": GREEN, "returned": YELLOW, "nacked": ORANGE, "refused": ORANGE, "timed_out": RED,
                           "dropped": GREY, "failed": PURPLE}, stacked=True),
             lines(5, "Time to the confirm", "From publishing a result until the broker has it for good.", "s",
                   quantiles("sandpiper_publish_confirm_seconds", W)),
-            lines(6, "Returned and redirected a second", "Results whose reply queue was gone when they came.", "short", {
+            lines(6, "Returned and redirected a second", "Results whose reply queue was gone, or did not take them.", "short", {
                 "returned": 'sum(rate(sandpiper_results_published_total{job=~"$job",instance=~"$instance",'
                             'outcome="returned"}[$__rate_interval]))',
                 "to the results queue": rate("sandpiper_results_redirected_total", W),

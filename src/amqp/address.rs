@@ -24,6 +24,15 @@ pub enum Address {
     Direct(String),
 }
 
+impl Address {
+    /// As the broker knows it.
+    pub(super) fn name(&self) -> &str {
+        match self {
+            Self::Queue(name) | Self::Direct(name) => name,
+        }
+    }
+}
+
 /// Why a `reply_to` is not written to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

@@ -17,6 +17,9 @@ pub(super) const OURS: &str = "x-sandpiper-";
 /// How often a message was delivered before, where its queue does not count that.
 pub(super) const DELIVERIES: &str = "x-sandpiper-deliveries";
 
+/// How long the body of a dead message was, where it was not kept.
+const BODY_BYTES: &str = "x-sandpiper-body-bytes";
+
 /// Most bytes of a header that is passed on or written: one frame has to hold all of them.
 const HEADER_MAX: usize = 1_024;
 
@@ -78,6 +81,40 @@ impl Message {
             properties = properties.with_correlation_id(correlation_id);
         }
         Self { to, body, properties }
+    }
+
+    /// The same without anything that a stranger wrote, for a broker that refuses it as it is.
+    pub(super) fn bare(&self) -> Self {
+        let mut properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
+        if let Some(message_id) = self.properties.message_id().clone() {
+            properties = properties.with_message_id(message_id);
+        }
+        if let Some(kind) = self.properties.kind().clone() {
+            properties = properties.with_type(kind);
+        }
+        Self { to: self.to.clone(), body: self.body.clone(), properties }
+    }
+
+    /// The same with another body.
+    pub fn with_body(self, body: Vec<u8>) -> Self {
+        Self { body, ..self }
+    }
+
+    /// The same for a body that is not kept: what stands in its place says how long it was, and `why` it is not there.
+    pub fn stub(self, bytes: usize, why: &str) -> Self {
+        let mut headers = self.properties.headers().clone().unwrap_or_default();
+        headers.insert(BODY_BYTES.into(), AMQPValue::LongLongInt(i64::try_from(bytes).unwrap_or(i64::MAX)));
+        let body = serde_json::json!({ "dropped": format!("a body of {bytes} bytes was not kept: {why}") });
+        Self {
+            body: body.to_string().into_bytes(),
+            properties: self.properties.with_headers(headers),
+            ..self
+        }
+    }
+
+    /// The body.
+    pub fn body(&self) -> &[u8] {
+        &self.body
     }
 
     /// A copy of `delivery` for the queue that it came from, on which its deliveries are counted.

@@ -4,11 +4,17 @@
 //! with several under way that may be another message's. A channel is cheap; as many are kept as results were
 //! ever under way at once. One that did not end in a plain confirm is not used again: after a nack it may be
 //! past help (it met a leader election), and after a timeout a late confirm may still come.
+//!
+//! A reply address is a stranger's word, and nobody else waits for it. One that refuses a result twice, confirms none in
+//! time, breaks its channel or its connection, or is gone loses that result to the results queue, and is avoided for a
+//! minute ([`Refusals`]). What is in time depends on who waits: [`Pace`].
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions};
+use lapin::protocol::{AMQPErrorKind, AMQPHardError};
 use lapin::types::FieldTable;
 use lapin::{Channel, Confirmation, ErrorKind};
 use tokio::sync::watch;
@@ -19,25 +25,41 @@ use tokio_util::sync::CancellationToken;
 use crate::amqp::connection::Dialer;
 use crate::amqp::link::Link;
 use crate::amqp::message::fitting;
+use crate::amqp::pace::Pace;
+use crate::amqp::refusals::Refusals;
 use crate::amqp::supervisor::{LinkState, Session, State, Supervisor};
 use crate::amqp::{Address, Error, Message, chain, short, topology};
 use crate::config;
 use crate::ops::metrics::{Body, Metrics, Published, Role};
 use crate::retry::Delays;
 
-/// The first pause after a refused message; it grows up to [`LONGEST_DELAY`].
+/// The first pause between two attempts; it grows up to [`LONGEST_DELAY`].
 const FIRST_DELAY: Duration = Duration::from_millis(100);
 
 /// The longest pause between two attempts at one message. Connecting has its own.
 const LONGEST_DELAY: Duration = Duration::from_secs(5);
 
-/// A reply queue that refuses a result for this long (it is full), or confirms none (it has lost its majority), does
-/// not get it: a requester must not be able to hold up the results of all others. The results queue does.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Faults of the connection over one message for a reply address, after which it goes to the results queue: the broker
+/// fails over some addresses that it did not hand out, and closes the connection.
+const FAULTS: u32 = 3;
 
-/// Attempts at a direct reply-to address. It may be what breaks the connection, for everybody: the broker fails
-/// over addresses that it did not hand out. And no requester would outlive so many faults of the broker's.
-const DIRECT_FAILURES: u32 = 3;
+/// Refusals of one message for a queue of our own, after which it is published without what else came with it.
+const REFUSALS: u32 = 3;
+
+/// No confirm is late before this, even where the usual one takes far less.
+const LEAST_PATIENCE: Duration = Duration::from_millis(50);
+
+/// No direct reply-to address is slow to answer for before this. Waiting for it only decides how that is counted.
+const LEAST_DIRECT_PATIENCE: Duration = Duration::from_millis(10);
+
+/// So long a direct reply-to address is given where nobody waits for the place.
+const DIRECT_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Channels of a direct connection on which the broker hangs, before another one is dialled.
+const HUNG: usize = 64;
+
+/// What a message takes beside its body where the broker counts that as well.
+const ENVELOPE: usize = 4_096;
 
 /// What became of a message that was published.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +70,8 @@ pub enum Sent {
     Redirected,
     /// Nowhere: the requester no longer listens, and its address is nobody else's.
     Dropped,
+    /// Nowhere: the broker takes no message with a body of more than so many bytes.
+    TooLarge(usize),
 }
 
 /// What became of a message that is published once only.
@@ -55,7 +79,7 @@ pub enum Sent {
 pub enum Told {
     /// The broker has it for whoever asked.
     Heard,
-    /// Nobody listens at that address any more.
+    /// Nobody listens at that address any more, or it takes nothing.
     NobodyThere,
     /// It may or may not have arrived.
     Failed,
@@ -80,6 +104,11 @@ struct Inner {
     /// the connection that asked.
     direct: tokio::sync::Mutex<Option<Arc<Outlet>>>,
     dialer: Dialer,
+    /// Reply addresses that took nothing lately.
+    refusals: Arc<Refusals>,
+    pace: Pace,
+    /// The largest body that the broker takes, as far as it has said.
+    largest: Arc<AtomicUsize>,
 }
 
 /// A connection with its idle channels.
@@ -87,15 +116,31 @@ struct Inner {
 struct Outlet {
     link: Arc<Link>,
     idle: Mutex<Vec<Channel>>,
+    /// Channels on which the broker hangs.
+    hung: AtomicUsize,
 }
 
 /// What the broker said to one attempt.
+#[derive(Debug)]
 enum Answer {
     Confirmed,
     Returned,
     Nacked,
     /// Nothing, though it answers otherwise.
     Overdue,
+    /// It closed the channel over this message.
+    Refused(Box<lapin::Error>),
+    /// It closed the channel, as it takes no body of more than so many bytes.
+    TooLarge(usize),
+}
+
+/// How an attempt is made.
+#[derive(Clone, Copy, Debug, Default)]
+struct Care {
+    /// By a channel that nothing was published on before: after a nack an older one may be past help.
+    fresh: bool,
+    /// By a connection of its own, for a direct address, so that innocents share no second fault.
+    alone: bool,
 }
 
 impl Publisher {
@@ -111,7 +156,9 @@ impl Publisher {
             longest_delay: config.reconnect_max,
             leave: closing.clone(),
         };
-        let task = tokio::spawn(supervisor.run(Publishing { outlet: sender, closing: closing.clone() }));
+        let largest = Arc::new(AtomicUsize::new(usize::MAX));
+        let session = Publishing { outlet: sender, closing: closing.clone(), largest: largest.clone() };
+        let task = tokio::spawn(supervisor.run(session));
         Self(Arc::new(Inner {
             config: config.clone(),
             metrics: metrics.clone(),
@@ -122,6 +169,9 @@ impl Publisher {
             task: Mutex::new(Some(task)),
             direct: tokio::sync::Mutex::default(),
             dialer: Dialer::new(config, format!("sandpiper {name} direct results")),
+            refusals: Arc::default(),
+            pace: Pace::new(config.prefetch_surplus.into()),
+            largest,
         }))
     }
 
@@ -141,46 +191,127 @@ impl Publisher {
         self.0.state.clone()
     }
 
-    /// Publishes until the broker confirmed it, through faults and reconnects, for as long as it takes.
+    /// The largest body that may be published: `configured`, or less where the broker has said so.
+    pub fn largest(&self, configured: usize) -> usize {
+        self.0.largest.load(Ordering::Relaxed).min(configured)
+    }
+
+    /// Publishes until the broker confirmed it, through faults and reconnects, for as long as it takes. A reply
+    /// address that does not take it at once is not waited for: the results queue takes its place.
     ///
     /// Dropped before its end, it may or may not have been stored.
     pub async fn publish(&self, message: &Message) -> Sent {
-        let [results, dead] = [&self.0.config.results_queue, &self.0.config.dead_queue]
-            .map(|queue| Address::Queue(queue.clone()));
-        let mut to = message.to.clone();
+        if self.is_own(&message.to) {
+            return self.insist(message, &message.to).await;
+        }
+        let why = match self.offer(message).await {
+            Ok(sent) => return sent,
+            Err(why) => why,
+        };
+        tracing::info!("a reply queue {why}: its result goes to the results queue");
+        self.0.metrics.redirected();
+        let results = Address::Queue(self.0.config.results_queue.clone());
+        match self.insist(message, &results).await {
+            Sent::Delivered => Sent::Redirected,
+            sent => sent,
+        }
+    }
+
+    /// Publishes to the address of a stranger, if that takes it now; else the reason.
+    async fn offer(&self, message: &Message) -> Result<Sent, &'static str> {
+        const ONCE_MORE: &str = "a result is published again";
+        let (to, refusals) = (message.to.name(), &self.0.refusals);
+        let is_direct = matches!(message.to, Address::Direct(_));
+        if !refusals.may_try(to) {
+            if is_direct {
+                // It costs nobody anything: the broker drops what nobody listens for.
+                let _ = self.attempt(message, &message.to, Care::default()).await;
+            }
+            return Err("took no result lately");
+        }
         let mut delays = Delays::new(FIRST_DELAY, LONGEST_DELAY);
-        let (mut refused_since, mut failures) = (None, 0);
+        let (mut care, mut faults) = (Care::default(), 0);
         loop {
-            // After a fault a direct address gets a connection for itself, so that innocents share no second one.
-            let start = Instant::now();
-            let answer = self.attempt(message, &to, failures > 0).await;
-            self.count(&answer, &to);
+            let answer = self.attempt(message, &message.to, care).await;
+            self.count(&answer, is_direct);
+            let why = match answer {
+                Ok(Answer::Confirmed) => {
+                    refusals.forget(to);
+                    self.0.metrics.body(Body::Result, message.body.len());
+                    return Ok(Sent::Delivered);
+                }
+                Ok(Answer::Returned) => {
+                    refusals.forget(to);
+                    return if is_direct { Ok(Sent::Dropped) } else { Err("is gone") };
+                }
+                Ok(Answer::TooLarge(most)) => return Ok(Sent::TooLarge(most)),
+                // A queue that elects its leader refuses on old channels, and would not on a new one.
+                Ok(Answer::Nacked) if !care.fresh => {
+                    care.fresh = true;
+                    continue;
+                }
+                Ok(Answer::Nacked) => "refuses results",
+                Ok(Answer::Refused(error)) if !care.fresh => {
+                    tracing::warn!(error = chain(&*error), ONCE_MORE);
+                    care.fresh = true;
+                    continue;
+                }
+                Ok(Answer::Refused(error)) => {
+                    tracing::warn!(error = chain(&*error), "the broker refuses a result");
+                    "makes the broker refuse results"
+                }
+                Ok(Answer::Overdue) => "does not confirm results",
+                Err(error) => {
+                    tracing::warn!(error = chain(&error), ONCE_MORE);
+                    let ours_is_up = self.0.outlet.borrow().is_some();
+                    let blamed = is_closed_by_broker(&error) || (is_direct && ours_is_up);
+                    faults += u32::from(blamed);
+                    care.alone = true;
+                    match faults {
+                        FAULTS.. => "breaks the connection",
+                        // The first one may be another's.
+                        1 if is_direct => continue,
+                        _ => {
+                            tokio::time::sleep(delays.next_delay()).await;
+                            continue;
+                        }
+                    }
+                }
+            };
+            refusals.refused(to);
+            return Err(why);
+        }
+    }
+
+    /// Publishes to a queue of our own, for as long as it takes.
+    async fn insist(&self, message: &Message, to: &Address) -> Sent {
+        let mut delays = Delays::new(FIRST_DELAY, LONGEST_DELAY);
+        let (mut refused, mut bare) = (0, None);
+        loop {
+            let message = bare.as_ref().unwrap_or(message);
+            let care = Care { fresh: refused > 0, ..Care::default() };
+            let answer = self.attempt(message, to, care).await;
+            self.count(&answer, false);
             match answer {
                 Ok(Answer::Confirmed) => {
                     self.0.metrics.body(Body::Result, message.body.len());
-                    return if to == message.to { Sent::Delivered } else { Sent::Redirected };
+                    return Sent::Delivered;
                 }
-                Ok(Answer::Returned) if matches!(to, Address::Direct(_)) => return Sent::Dropped,
-                Ok(Answer::Returned) if to != results && to != dead => {
-                    self.redirect("is gone", &mut to, &results);
-                    continue;
-                }
-                // Our own queue is gone. It is declared again by the next attempt.
+                // It is declared again by the next attempt.
                 Ok(Answer::Returned) => tracing::warn!("a queue of our own is gone; trying again"),
-                Ok(Answer::Nacked | Answer::Overdue) => {
-                    let since = *refused_since.get_or_insert(start);
-                    if since.elapsed() > PATIENCE && to != results && to != dead {
-                        self.redirect("takes nothing", &mut to, &results);
-                        continue;
+                Ok(Answer::TooLarge(most)) => return Sent::TooLarge(most),
+                Ok(Answer::Nacked | Answer::Overdue) => refused = refused.max(1),
+                Ok(Answer::Refused(error)) => {
+                    tracing::warn!(
+                        error = chain(&*error),
+                        "the broker refuses a message; it is published again"
+                    );
+                    refused += 1;
+                    if refused == REFUSALS {
+                        bare = Some(message.bare());
                     }
                 }
-                Err(error) => {
-                    tracing::warn!(error = chain(&error), "a result is published again");
-                    failures += 1;
-                    if failures == DIRECT_FAILURES && matches!(to, Address::Direct(_)) {
-                        self.redirect("cannot be reached", &mut to, &results);
-                    }
-                }
+                Err(error) => tracing::warn!(error = chain(&error), "a result is published again"),
             }
             tokio::time::sleep(delays.next_delay()).await;
         }
@@ -188,79 +319,242 @@ impl Publisher {
 
     /// Publishes once, for what is worth nothing later or is said again in the result. Never to another queue.
     pub async fn tell(&self, message: &Message) -> Told {
-        match self.attempt(message, &message.to, false).await {
-            Ok(Answer::Confirmed) => Told::Heard,
-            Ok(Answer::Returned) => Told::NobodyThere,
-            Ok(Answer::Nacked | Answer::Overdue) => Told::Failed,
+        let (to, refusals) = (message.to.name(), &self.0.refusals);
+        if !refusals.may_try(to) {
+            return Told::NobodyThere;
+        }
+        match self.attempt(message, &message.to, Care::default()).await {
+            Ok(Answer::Confirmed) => {
+                refusals.forget(to);
+                Told::Heard
+            }
+            Ok(Answer::Returned | Answer::TooLarge(_)) => {
+                refusals.forget(to);
+                Told::NobodyThere
+            }
+            Ok(Answer::Overdue | Answer::Refused(_)) if !self.is_own(&message.to) => {
+                refusals.refused(to);
+                Told::NobodyThere
+            }
+            Ok(Answer::Nacked | Answer::Overdue | Answer::Refused(_)) => {
+                // A full queue may have room for the next piece; one that is probed has had its chance.
+                refusals.refused_again(to);
+                Told::Failed
+            }
             Err(error) => {
+                refusals.refused_again(to);
                 tracing::debug!(error = chain(&error), "a message that is not repeated was not confirmed");
                 Told::Failed
             }
         }
     }
 
-    fn redirect(&self, why: &str, to: &mut Address, results: &Address) {
-        tracing::info!("a reply queue {why}: its result goes to the results queue");
-        self.0.metrics.redirected();
-        *to = results.clone();
+    /// Queues that workers declare and operators look after. All others are a stranger's word.
+    fn is_own(&self, address: &Address) -> bool {
+        let Address::Queue(name) = address else { return false };
+        let config = &self.0.config;
+        [&config.results_queue, &config.dead_queue]
+            .into_iter()
+            .chain(config.queues.iter().map(|queue| &queue.name))
+            .any(|own| own == name)
     }
 
-    fn count(&self, answer: &Result<Answer, Error>, to: &Address) {
+    fn count(&self, answer: &Result<Answer, Error>, is_direct: bool) {
         self.0.metrics.published(match answer {
             Ok(Answer::Confirmed) => Published::Confirmed,
-            Ok(Answer::Returned) if matches!(to, Address::Direct(_)) => Published::Dropped,
+            Ok(Answer::Returned) if is_direct => Published::Dropped,
             Ok(Answer::Returned) => Published::Returned,
             Ok(Answer::Nacked) => Published::Nacked,
-            Ok(Answer::Overdue) | Err(Error::Timeout { .. }) => Published::TimedOut,
+            Ok(Answer::Overdue) => Published::TimedOut,
+            Ok(Answer::Refused(_) | Answer::TooLarge(_)) => Published::Refused,
             Err(_) => Published::Failed,
         });
     }
 
     /// One attempt, on a channel that has nothing else under way.
-    async fn attempt(&self, message: &Message, to: &Address, alone: bool) -> Result<Answer, Error> {
-        let (name, mandatory, outlet) = match to {
-            Address::Queue(name) => (name, true, self.outlet().await?),
-            // Delivered past the queues: the broker would call it unroutable though it arrived.
-            Address::Direct(name) => (name, false, self.direct(alone).await?),
-        };
-        if !mandatory && !outlet.listens(name).await? {
-            return Ok(Answer::Returned);
-        }
-        let channel = outlet.channel().await?;
-        let start = Instant::now();
-        let publishing = async {
-            let options = BasicPublishOptions { mandatory, ..BasicPublishOptions::default() };
-            let properties = fitting(&message.properties, outlet.link.headers_room());
-            channel
-                .basic_publish("".into(), short(name).unwrap_or_default(), options, &message.body, properties)
-                .await?
-                .await
-        };
-        let Some(confirmation) = outlet.link.ask_for_now("have a result confirmed", publishing).await? else {
-            // One queue that does not answer, of all that share this connection?
-            if !outlet.declares().await? {
-                outlet.link.give_up();
-                let broker = outlet.link.broker().to_owned();
-                self.0.cut_off.send_replace(broker.clone());
-                return Err(Error::NoMajority { broker });
+    async fn attempt(&self, message: &Message, to: &Address, care: Care) -> Result<Answer, Error> {
+        match to {
+            Address::Queue(name) if self.is_own(to) => self.attempt_own(message, name, care).await,
+            Address::Queue(name) => {
+                self.attempt_strange(self.outlet().await?, message, name, true, care.fresh).await
             }
-            tracing::warn!("a result is not confirmed in time; it is published again");
-            return Ok(Answer::Overdue);
+            Address::Direct(name) => self.attempt_direct(message, name, care).await,
+        }
+    }
+
+    /// To a queue of our own: the confirm is waited for as any other answer of the broker's.
+    async fn attempt_own(&self, message: &Message, name: &str, care: Care) -> Result<Answer, Error> {
+        let outlet = self.outlet().await?;
+        let channel = outlet.channel(care.fresh).await?;
+        let start = Instant::now();
+        let publishing = async { publishing(&outlet, &channel, message, name, true).await?.await };
+        let confirmation = match outlet.link.ask_for_now("have a result confirmed", publishing).await {
+            Ok(Some(confirmation)) => confirmation,
+            Ok(None) => {
+                // One queue that does not answer, of all that share this connection?
+                if !outlet.declares().await? {
+                    outlet.link.give_up();
+                    let broker = outlet.link.broker().to_owned();
+                    self.0.cut_off.send_replace(broker.clone());
+                    return Err(Error::NoMajority { broker });
+                }
+                tracing::warn!("a result is not confirmed in time; it is published again");
+                return Ok(Answer::Overdue);
+            }
+            Err(error) => return self.refused(error, message),
+        };
+        if matches!(confirmation, Confirmation::Ack(Some(_))) {
+            topology::ensure(&outlet.link, &channel, &self.0.config).await?;
+        }
+        Ok(self.answered(&outlet, channel, confirmation, start))
+    }
+
+    /// To an address that a stranger wrote, which may keep the confirm back for ever.
+    async fn attempt_strange(
+        &self,
+        outlet: Arc<Outlet>,
+        message: &Message,
+        name: &str,
+        mandatory: bool,
+        fresh: bool,
+    ) -> Result<Answer, Error> {
+        let what = "have a result confirmed";
+        let channel = outlet.channel(fresh).await?;
+        let start = Instant::now();
+        let mut overdue = std::pin::pin!(self.overdue(&outlet.link, name));
+        let sent = tokio::select! {
+            biased;
+            sent = publishing(&outlet, &channel, message, name, mandatory) => sent,
+            () = outlet.link.lost() => return Err(outlet.link.loss()),
+            () = &mut overdue => return Ok(Answer::Overdue),
+        };
+        let mut confirm = match sent {
+            Ok(confirm) => Box::pin(confirm),
+            Err(source) => {
+                let source = Box::new(source);
+                return self.refused(Error::Operation { what: what.into(), source }, message);
+            }
+        };
+        let confirmation = tokio::select! {
+            biased;
+            confirmation = &mut confirm => confirmation,
+            () = outlet.link.lost() => return Err(outlet.link.loss()),
+            () = &mut overdue => {
+                // It was sent, and may still arrive. That clears the address.
+                let (name, refusals, timeout) =
+                    (name.to_owned(), self.0.refusals.clone(), self.0.config.operation_timeout);
+                let outlet = outlet.clone();
+                tokio::spawn(async move {
+                    if let Ok(Ok(Confirmation::Ack(None))) = tokio::time::timeout(timeout, confirm).await {
+                        refusals.forget(&name);
+                        outlet.give_back(channel);
+                    }
+                });
+                return Ok(Answer::Overdue);
+            }
         };
         match confirmation {
+            Ok(confirmation) => Ok(self.answered(&outlet, channel, confirmation, start)),
+            Err(source) => {
+                self.refused(Error::Operation { what: what.into(), source: Box::new(source) }, message)
+            }
+        }
+    }
+
+    /// To a requester that listens on a channel of its own. The broker hands it over if there is one, and drops it if
+    /// there is none, without a word. So it is asked at the same time: it may hang over an address that names a process
+    /// of its own which is no channel.
+    async fn attempt_direct(&self, message: &Message, name: &str, care: Care) -> Result<Answer, Error> {
+        // While there is no broker no address is at fault.
+        self.outlet().await?;
+        let outlet = self.direct(care.alone).await?;
+        if self.0.refusals.has_refused(name) {
+            return self.attempt_strange(outlet, message, name, false, care.fresh).await;
+        }
+        let asking = {
+            let (outlet, name) = (outlet.clone(), name.to_owned());
+            // By itself, as it may have to be left behind.
+            tokio::spawn(async move { outlet.listens(&name).await })
+        };
+        let answer = self.attempt_strange(outlet.clone(), message, name, false, care.fresh).await?;
+        if !matches!(answer, Answer::Confirmed) {
+            return Ok(answer);
+        }
+        let mut asking = asking;
+        tokio::select! {
+            biased;
+            listens = &mut asking => match listens {
+                Ok(Ok(true)) => Ok(Answer::Confirmed),
+                Ok(Ok(false)) => Ok(Answer::Returned),
+                Ok(Err(error)) => Err(error),
+                // A panic in it was reported by the runtime.
+                Err(_) => Err(Error::Lost(None)),
+            },
+            () = self.0.pace.late(
+                &outlet.link, LEAST_DIRECT_PATIENCE, DIRECT_PATIENCE, || self.0.refusals.has_refused(name)
+            ) => {
+                outlet.hung.fetch_add(1, Ordering::Relaxed);
+                let (name, refusals) = (name.to_owned(), self.0.refusals.clone());
+                tokio::spawn(async move {
+                    // The requester is only slow: it has the result, and so has the results queue.
+                    if let Ok(Ok(true)) = asking.await {
+                        outlet.hung.fetch_sub(1, Ordering::Relaxed);
+                        refusals.forget(&name);
+                    }
+                });
+                Ok(Answer::Overdue)
+            }
+        }
+    }
+
+    /// Ends when a confirm for this address is not to be waited for any longer.
+    async fn overdue(&self, link: &Link, name: &str) {
+        let (refusals, longest) = (&self.0.refusals, self.0.config.operation_timeout);
+        // Another result for the same address has found out meanwhile. One that probes it is on its own.
+        let known = refusals.has_refused(name);
+        self.0.pace.late(link, LEAST_PATIENCE, longest, || !known && refusals.has_refused(name)).await;
+    }
+
+    /// What a confirm says, and what is to be done with its channel.
+    fn answered(
+        &self,
+        outlet: &Outlet,
+        channel: Channel,
+        confirmation: Confirmation,
+        start: Instant,
+    ) -> Answer {
+        match confirmation {
             Confirmation::Ack(None) => {
-                self.0.metrics.confirm(start.elapsed());
+                let took = start.elapsed();
+                self.0.pace.confirmed(took);
+                self.0.metrics.confirm(took);
                 outlet.give_back(channel);
-                Ok(Answer::Confirmed)
+                Answer::Confirmed
             }
             Confirmation::Ack(Some(_)) => {
-                if name == &self.0.config.results_queue || name == &self.0.config.dead_queue {
-                    topology::ensure(&outlet.link, &channel, &self.0.config).await?;
-                }
                 outlet.give_back(channel);
-                Ok(Answer::Returned)
+                Answer::Returned
             }
-            Confirmation::Nack(_) | Confirmation::NotRequested => Ok(Answer::Nacked),
+            Confirmation::Nack(_) | Confirmation::NotRequested => Answer::Nacked,
+        }
+    }
+
+    /// The broker closed the channel over this message and over nothing else; or the connection is gone.
+    fn refused(&self, error: Error, message: &Message) -> Result<Answer, Error> {
+        let Error::Operation { source, .. } = error else { return Err(error) };
+        match too_large(&source) {
+            _ if !is_refusal(&source) => {
+                Err(Error::Operation { what: "have a result confirmed".into(), source })
+            }
+            None => Ok(Answer::Refused(source)),
+            Some(most) => {
+                // Some versions count more than the body. Less each time, whatever it says.
+                let body = message.body.len();
+                let most = most.unwrap_or(body / 2).saturating_sub(ENVELOPE).min(body - body / 16);
+                tracing::warn!(bytes = body, most, "a message is larger than the broker takes");
+                self.0.largest.fetch_min(most, Ordering::Relaxed);
+                Ok(Answer::TooLarge(most))
+            }
         }
     }
 
@@ -273,16 +567,15 @@ impl Publisher {
 
     /// The connection for direct reply-to addresses, or a new one for this attempt `alone`.
     async fn direct(&self, alone: bool) -> Result<Arc<Outlet>, Error> {
-        let dial = async || {
-            let link = Arc::new(self.0.dialer.dial().await?);
-            Ok(Arc::new(Outlet { link, idle: Mutex::default() }))
-        };
+        let dial = async || Ok(Arc::new(Outlet::new(Arc::new(self.0.dialer.dial().await?))));
         if alone {
             self.0.dialer.avoid_last();
             return dial().await;
         }
         let mut direct = self.0.direct.lock().await;
-        if let Some(outlet) = direct.as_ref().filter(|outlet| !outlet.link.is_lost()) {
+        let usable =
+            |outlet: &&Arc<Outlet>| !outlet.link.is_lost() && outlet.hung.load(Ordering::Relaxed) < HUNG;
+        if let Some(outlet) = direct.as_ref().filter(usable) {
             return Ok(outlet.clone());
         }
         let outlet = dial().await?;
@@ -305,9 +598,14 @@ impl Publisher {
 }
 
 impl Outlet {
-    /// A channel in confirm mode with nothing under way.
-    async fn channel(&self) -> Result<Channel, Error> {
-        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    fn new(link: Arc<Link>) -> Self {
+        Self { link, idle: Mutex::default(), hung: AtomicUsize::default() }
+    }
+
+    /// A channel in confirm mode with nothing under way; a `fresh` one was not used before.
+    async fn channel(&self, fresh: bool) -> Result<Channel, Error> {
+        let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let idle = if fresh { None } else { idle() };
         if let Some(channel) = idle.filter(|channel| channel.status().connected()) {
             return Ok(channel);
         }
@@ -342,19 +640,66 @@ impl Outlet {
     /// Whether a requester still listens on its direct reply-to address: the broker answers a passive
     /// declaration of it, and nothing else tells.
     async fn listens(&self, address: &str) -> Result<bool, Error> {
-        let channel = self.channel().await?;
+        let channel = self.channel(false).await?;
         let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
         let declaring = channel.queue_declare(short(address)?, options, FieldTable::default());
-        match self.link.ask("look for a requester", declaring).await {
-            Ok(_) => {
+        // The connection is not to blame for an answer that never comes.
+        match self.link.ask_for_now("look for a requester", declaring).await {
+            Ok(Some(_)) => {
                 self.give_back(channel);
                 Ok(true)
             }
+            Ok(None) => Ok(false),
             // A refusal costs the channel and nothing else.
             Err(Error::Operation { source, .. }) if is_not_found(&source) => Ok(false),
             Err(error) => Err(error),
         }
     }
+}
+
+/// Hands a message to the broker; what comes back is its confirm.
+async fn publishing(
+    outlet: &Outlet,
+    channel: &Channel,
+    message: &Message,
+    name: &str,
+    mandatory: bool,
+) -> lapin::Result<lapin::PublisherConfirm> {
+    let options = BasicPublishOptions { mandatory, ..BasicPublishOptions::default() };
+    let properties = fitting(&message.properties, outlet.link.headers_room());
+    let name = short(name).unwrap_or_default();
+    channel.basic_publish("".into(), name, options, &message.body, properties).await
+}
+
+/// Whether the broker closed a channel, and nothing but that.
+fn is_refusal(error: &lapin::Error) -> bool {
+    matches!(error.kind(), ErrorKind::ProtocolError(refused) if matches!(refused.kind(), AMQPErrorKind::Soft(_)))
+}
+
+/// Whether the broker closed the connection, with a reason.
+fn is_closed_by_broker(error: &Error) -> bool {
+    let source = match error {
+        Error::Lost(Some(source)) | Error::Operation { source, .. } => source,
+        _ => return false,
+    };
+    matches!(source.kind(), ErrorKind::ProtocolError(closed) if matches!(closed.kind(), AMQPErrorKind::Hard(hard)
+        if !matches!(hard, AMQPHardError::CONNECTIONFORCED)))
+}
+
+/// Whether the broker refused a message for its size, and the largest one that it takes, if it says so.
+fn too_large(error: &lapin::Error) -> Option<Option<usize>> {
+    const PRECONDITION_FAILED: u16 = 406;
+    const CONTENT_TOO_LARGE: u16 = 311;
+    let ErrorKind::ProtocolError(refused) = error.kind() else { return None };
+    let said = refused.get_message().as_str();
+    match refused.get_id() {
+        CONTENT_TOO_LARGE => {}
+        PRECONDITION_FAILED if said.contains("larger than") => {}
+        _ => return None,
+    }
+    // "message size 6291861 is larger than configured max size 4194304"
+    let most = said.rsplit(|char: char| !char.is_ascii_digit()).find(|word| !word.is_empty());
+    Some(most.and_then(|most| most.parse().ok()))
 }
 
 pub(super) fn is_not_found(error: &lapin::Error) -> bool {
@@ -366,11 +711,14 @@ pub(super) fn is_not_found(error: &lapin::Error) -> bool {
 struct Publishing {
     outlet: watch::Sender<Option<Arc<Outlet>>>,
     closing: CancellationToken,
+    largest: Arc<AtomicUsize>,
 }
 
 impl Session for Publishing {
     async fn run(&mut self, link: &Arc<Link>, state: &State) -> Result<(), Error> {
-        self.outlet.send_replace(Some(Arc::new(Outlet { link: link.clone(), idle: Mutex::default() })));
+        // Another broker may take more.
+        self.largest.store(usize::MAX, Ordering::Relaxed);
+        self.outlet.send_replace(Some(Arc::new(Outlet::new(link.clone()))));
         state.up(link);
         let ended = tokio::select! {
             () = link.lost() => Err(link.loss()),

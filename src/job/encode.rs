@@ -8,36 +8,117 @@
 use crate::job::reply::{Encoding, Reply, ReplyArtifact};
 
 impl Reply {
-    /// The result as JSON of at most `max_bytes`. Only a room too small for the bare fields, some 1.5 KiB,
-    /// is exceeded.
-    pub fn encode(&self, max_bytes: usize) -> Vec<u8> {
-        let json = to_json(self);
-        if json.len() <= max_bytes {
-            return json;
+    /// The result as JSON of at most `max_bytes`, and never more than that in memory. Only a room too small for the
+    /// bare fields, some 1.5 KiB, is exceeded.
+    pub fn encode(self, max_bytes: usize) -> Vec<u8> {
+        self.encode_for(max_bytes, usize::MAX)
+    }
+
+    /// The same where the broker takes only `largest` bytes. If the result has to be cut for that, it says so.
+    pub fn encode_for(mut self, max_bytes: usize, largest: usize) -> Vec<u8> {
+        let room = max_bytes.min(largest);
+        if self.surely_fits(room) {
+            return to_json(&self, 1 << 10);
         }
-        let mut excess = json.len() - max_bytes;
-        drop(json);
-        let mut reply = self.clone();
-        if !reply.artifacts.is_empty() {
-            excess = drop_artifacts(&mut reply, excess, max_bytes);
+        let size = Size::of(&mut self);
+        if largest < max_bytes && size.all() > largest {
+            self.note(&format!(
+                "the result was cut to {largest} bytes, as the broker takes no larger message; ask for less output, or \
+                 have its max_message_size raised"
+            ));
+            self.cut_to(room, Size { others: size.others + 512, ..size });
+        } else if size.all() > room {
+            self.cut_to(room, size);
         }
-        if excess > 0 {
-            cut_streams(&mut reply, max_bytes);
+        to_json(&self, size.all().min(room))
+    }
+
+    /// A result that was encoded before in at most `largest` bytes. None if it has no smaller form.
+    pub fn shrink(json: &[u8], largest: usize) -> Option<Vec<u8>> {
+        let reply: Self = serde_json::from_slice(json).ok()?;
+        let smaller = reply.encode_for(usize::MAX, largest);
+        (smaller.len() < json.len()).then_some(smaller)
+    }
+
+    /// Without a look at every character: none takes more than six bytes.
+    fn surely_fits(&self, max_bytes: usize) -> bool {
+        /// What is not a stream or an artifact: 4 KiB of metadata, and what else is bounded by a few KiB.
+        const OTHERS: usize = 128 << 10;
+        let streams = self.stdout.len().saturating_add(self.stderr.len()).saturating_mul(6);
+        let artifacts =
+            self.artifacts.iter().map(|artifact| artifact.base64.len() + 6 * artifact.path.len() + 64);
+        streams.saturating_add(artifacts.sum()).saturating_add(OTHERS) <= max_bytes
+    }
+
+    fn cut_to(&mut self, max_bytes: usize, size: Size) {
+        let mut excess = size.all().saturating_sub(max_bytes);
+        if !self.artifacts.is_empty() {
+            excess = drop_artifacts(self, excess, max_bytes);
         }
-        let mut json = to_json(&reply);
-        if json.len() > max_bytes {
-            reply.metadata = None;
-            reply.blocked_syscalls.clear();
-            reply.error = reply.error.map(|error| error.chars().take(200).collect());
-            json = to_json(&reply);
+        if excess == 0 {
+            return;
         }
-        json
+        let room = cut_streams(self, max_bytes, size);
+        if room == 0 && count(self) > max_bytes {
+            self.metadata = None;
+            self.blocked_syscalls.clear();
+            self.error = self.error.take().map(|error| error.chars().take(200).collect());
+        }
+    }
+
+    /// Adds a sentence to what a person is told.
+    fn note(&mut self, note: &str) {
+        self.error = Some(match self.error.take() {
+            Some(error) => format!("{error}; {note}"),
+            None => note.to_owned(),
+        });
     }
 }
 
-fn to_json(reply: &Reply) -> Vec<u8> {
+/// What a result takes as JSON.
+#[derive(Clone, Copy)]
+struct Size {
+    stdout: usize,
+    stderr: usize,
+    others: usize,
+}
+
+impl Size {
+    fn of(reply: &mut Reply) -> Self {
+        let (stdout, stderr) = (std::mem::take(&mut reply.stdout), std::mem::take(&mut reply.stderr));
+        let size = Self { stdout: json_len(&stdout), stderr: json_len(&stderr), others: count(reply) };
+        (reply.stdout, reply.stderr) = (stdout, stderr);
+        size
+    }
+
+    fn all(self) -> usize {
+        self.stdout + self.stderr + self.others
+    }
+}
+
+fn to_json(reply: &Reply, size: usize) -> Vec<u8> {
+    let mut json = Vec::with_capacity(size);
     // Strings, numbers and maps with string keys always encode; writing into memory does not fail.
-    serde_json::to_vec(reply).unwrap_or_default()
+    let _ = serde_json::to_writer(&mut json, reply);
+    json
+}
+
+/// How many bytes it takes as JSON, which is written nowhere.
+fn count(reply: &Reply) -> usize {
+    struct Count(usize);
+    impl std::io::Write for Count {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0 += bytes.len();
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut count = Count(0);
+    // For the same reason.
+    let _ = serde_json::to_writer(&mut count, reply);
+    count.0
 }
 
 /// Drops artifacts until `excess` bytes are gone, and says so in `error`. Returns what is still too much.
@@ -62,18 +143,16 @@ fn drop_artifacts(reply: &mut Reply, excess: usize, max_bytes: usize) -> usize {
     let note = format!(
         "{count} of {before} artifacts were left out, as the result may have at most {max_bytes} bytes"
     );
-    reply.error = Some(match reply.error.take() {
-        Some(error) => format!("{error}; {note}"),
-        None => note,
-    });
+    reply.note(&note);
     excess
 }
 
-/// Cuts the streams to what room the other fields leave.
-fn cut_streams(reply: &mut Reply, max_bytes: usize) {
+/// Cuts the streams to what room the other fields leave, and returns that.
+fn cut_streams(reply: &mut Reply, max_bytes: usize, size: Size) -> usize {
     let (stdout, stderr) = (std::mem::take(&mut reply.stdout), std::mem::take(&mut reply.stderr));
-    let room = max_bytes.saturating_sub(to_json(reply).len());
-    let (out_len, err_len) = (json_len(&stdout), json_len(&stderr));
+    // Counted anew: artifacts may have gone.
+    let room = max_bytes.saturating_sub(count(reply));
+    let (out_len, err_len) = (size.stdout, size.stderr);
     let half = room / 2;
     let (out_room, err_room) = match (out_len <= half, err_len <= half) {
         (true, _) => (out_len, room - out_len),
@@ -85,21 +164,22 @@ fn cut_streams(reply: &mut Reply, max_bytes: usize) {
         cut(stdout, out_room, reply.stdout_encoding, reply.stdout_truncated);
     (reply.stderr, reply.stderr_truncated) =
         cut(stderr, err_room, reply.stderr_encoding, reply.stderr_truncated);
+    room
 }
 
 /// The longest front of `text` that takes at most `room` bytes in JSON and is still whole in its encoding.
 fn cut(mut text: String, room: usize, encoding: Encoding, truncated: bool) -> (String, bool) {
     let mut left = room;
-    let fits = text.char_indices().find_map(|(at, char)| match left.checked_sub(char_len(char)) {
+    let fits = text.bytes().position(|byte| match left.checked_sub(byte_len(byte)) {
         Some(rest) => {
             left = rest;
-            None
+            false
         }
-        None => Some(at),
+        None => true,
     });
     let Some(end) = fits else { return (text, truncated) };
     text.truncate(match encoding {
-        Encoding::Utf8 => end,
+        Encoding::Utf8 => text.floor_char_boundary(end),
         // Four characters carry three bytes.
         Encoding::Base64 => end - end % 4,
     });
@@ -107,14 +187,14 @@ fn cut(mut text: String, room: usize, encoding: Encoding, truncated: bool) -> (S
 }
 
 fn json_len(text: &str) -> usize {
-    text.chars().map(char_len).sum()
+    text.bytes().map(byte_len).sum()
 }
 
-/// What a character takes inside a JSON string, as serde_json writes it.
-fn char_len(char: char) -> usize {
-    match char {
-        '"' | '\\' | '\x08' | '\x0c' | '\n' | '\r' | '\t' => 2,
-        '\0'..='\x1f' => 6,
-        other => other.len_utf8(),
+/// What a byte takes inside a JSON string, as serde_json writes it. Those of longer characters are written as they are.
+fn byte_len(byte: u8) -> usize {
+    match byte {
+        b'"' | b'\\' | b'\x08' | b'\x0c' | b'\n' | b'\r' | b'\t' => 2,
+        b'\0'..=b'\x1f' => 6,
+        _ => 1,
     }
 }

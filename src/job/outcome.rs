@@ -149,6 +149,12 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// How many bytes of the job's own there are to be written down.
+    pub fn bytes(&self) -> usize {
+        let artifacts = self.artifacts.iter().map(|artifact| artifact.content.len());
+        self.stdout.bytes.len() + self.stderr.bytes.len() + artifacts.sum::<usize>()
+    }
+
     /// The outcome of a job that was never run.
     pub fn not_run(status: Status, error: impl Into<String>) -> Self {
         Self {

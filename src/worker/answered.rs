@@ -57,6 +57,11 @@ pub(super) struct UnderWay {
     over: CancellationToken,
 }
 
+impl Answer {
+    /// A larger body is not kept.
+    pub(super) const LARGEST: usize = BYTES;
+}
+
 impl Key {
     pub(super) fn of(delivery: &Delivery) -> Self {
         let properties = &delivery.properties;

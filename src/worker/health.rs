@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::amqp::LinkState;
+use crate::worker::outgoing::Outgoing;
 use crate::worker::running::{Running, STUCK};
 
 /// How often the runtime shows that it works.
@@ -25,6 +26,7 @@ struct Watched {
     publishing: watch::Receiver<LinkState>,
     drain: CancellationToken,
     running: Running,
+    outgoing: Outgoing,
     times: Mutex<Times>,
 }
 
@@ -54,10 +56,11 @@ impl Health {
         publishing: watch::Receiver<LinkState>,
         drain: CancellationToken,
         running: Running,
+        outgoing: Outgoing,
     ) {
         // A second worker under one health would be a mistake of the caller's; the first one is told of.
         let times = Mutex::new(Times { beat: Instant::now(), excused: Instant::now() });
-        let _ = self.0.set(Watched { consuming, publishing, drain, running, times });
+        let _ = self.0.set(Watched { consuming, publishing, drain, running, outgoing, times });
     }
 
     /// Shows that the runtime works for as long as it is polled. Does not return.
@@ -67,6 +70,7 @@ impl Health {
             beats.tick().await;
             if let Some(watched) = self.0.get() {
                 watched.times().beat = Instant::now();
+                watched.outgoing.stuck();
             }
         }
     }
@@ -100,6 +104,12 @@ impl Health {
                     ));
                 }
             }
+        }
+        if let Some(stuck) = watched.outgoing.stuck() {
+            return Err(format!(
+                "all deliveries wait for the broker to confirm their results, the first for {} s; the log says why",
+                stuck.as_secs()
+            ));
         }
         Ok(())
     }
@@ -144,7 +154,9 @@ mod tests {
         let (consuming, publishing) =
             (watch::Sender::new(LinkState::Down), watch::Sender::new(LinkState::Down));
         let drain = CancellationToken::new();
-        health.watch(consuming.subscribe(), publishing.subscribe(), drain.clone(), Running::default());
+        let outgoing = Outgoing::new(&[2], None);
+        let (consumes, publishes) = (consuming.subscribe(), publishing.subscribe());
+        health.watch(consumes, publishes, drain.clone(), Running::default(), outgoing);
         for (jobs, results, ready) in [
             (LinkState::Down, LinkState::Up, false),
             (LinkState::Up, LinkState::Down, false),
@@ -162,11 +174,30 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn not_ready_while_every_delivery_waits_for_a_confirm() {
+        let health = Health::new();
+        let (state, outgoing) = (watch::Sender::new(LinkState::Up), Outgoing::new(&[2], None));
+        let (drain, running) = (CancellationToken::new(), Running::default());
+        health.watch(state.subscribe(), state.subscribe(), drain, running, outgoing.clone());
+        let first = outgoing.enter(0);
+        tokio::time::advance(2 * STUCK).await;
+        assert_eq!(health.ready(), Ok(()), "there is room for another one");
+        let second = outgoing.enter(0);
+        assert_eq!(health.ready(), Ok(()), "for no time yet");
+        tokio::time::advance(Duration::from_secs(6)).await;
+        assert!(health.ready().is_err_and(|why| why.contains("the first for 6 s")));
+        drop(first);
+        assert_eq!(health.ready(), Ok(()));
+        drop(second);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn alive_is_a_runtime_that_works_and_jobs_that_move() {
         let health = Health::new();
         let (publishing, running) = (watch::Sender::new(LinkState::Up), Running::default());
         let state = publishing.subscribe();
-        health.watch(state.clone(), state, CancellationToken::new(), running.clone());
+        let outgoing = Outgoing::new(&[2], None);
+        health.watch(state.clone(), state, CancellationToken::new(), running.clone(), outgoing);
         let later = |time| tokio::time::advance(time);
 
         later(NO_BEAT + BEAT).await;

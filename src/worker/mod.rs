@@ -9,6 +9,7 @@ mod control;
 mod drain;
 mod health;
 mod live;
+mod outgoing;
 mod pipeline;
 mod running;
 mod slots;
@@ -34,6 +35,7 @@ use crate::ops::traces::Traces;
 use crate::sandbox::Sandbox;
 use answered::Answered;
 use control::Control;
+use outgoing::Outgoing;
 use pipeline::Pipeline;
 use running::Running;
 use slots::Slots;
@@ -60,11 +62,12 @@ pub async fn serve(
     let publisher = Publisher::start(&config.amqp, &name, metrics);
     let drain = shutdown.drain.clone();
     let prefetch = prefetch(config, once);
+    let outgoing = Outgoing::new(&prefetch, Some(metrics));
     let timeout = config.consumer_timeout();
     let mut consumer =
         Consumer::start(&config.amqp, &name, prefetch, timeout, publisher.cut_off(), metrics, drain.clone());
     let running = Running::default();
-    health.watch(consumer.state(), publisher.state(), drain.clone(), running.clone());
+    health.watch(consumer.state(), publisher.state(), drain.clone(), running.clone(), outgoing.clone());
     let pulse = tokio::spawn(health.clone().pulse());
     tracing::info!(worker = name, slots = config.worker.slots, "taking jobs");
 
@@ -93,6 +96,7 @@ pub async fn serve(
             metrics,
         ),
         running,
+        outgoing,
         sandbox: sandbox.clone(),
         publisher: publisher.clone(),
         answered: Answered::default(),

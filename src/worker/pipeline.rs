@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio_util::sync::CancellationToken;
 
-use crate::amqp::{Address, AddressError, Addresses, Delivery, Message, Properties, Publisher, Told};
+use crate::amqp::{Address, AddressError, Addresses, Delivery, Message, Properties, Publisher, Sent, Told};
 use crate::config;
 use crate::job::{self, Admission, Context, Job, Outcome, Refusal, RefusalKind, Reply, Status};
 use crate::ops::metrics::{DeadReason, Metrics};
@@ -19,6 +19,7 @@ use crate::script::Payload;
 use crate::worker::answered::{Answer, Answered, Key};
 use crate::worker::coding;
 use crate::worker::live::Live;
+use crate::worker::outgoing::Outgoing;
 use crate::worker::running::Running;
 use crate::worker::slots::Slots;
 
@@ -40,6 +41,7 @@ pub(super) struct Pipeline {
     pub(super) start_timeout: Duration,
     pub(super) slots: Slots,
     pub(super) running: Running,
+    pub(super) outgoing: Outgoing,
     pub(super) sandbox: Sandbox,
     pub(super) publisher: Publisher,
     pub(super) answered: Answered,
@@ -67,9 +69,12 @@ impl Pipeline {
     pub(super) async fn process(self: Arc<Self>, delivery: Delivery) -> bool {
         let _held = self.metrics.holding();
         let (to, mut context) = (self.address(&delivery), self.context(&delivery));
-        let job = self.parse(&delivery, &mut context);
+        let job = heavy(delivery.body.len(), || self.parse(&delivery, &mut context));
         // Without a name, two jobs of the same words are two jobs all the same: neither answers for the other.
-        let key = job.as_ref().is_ok_and(|job| job.named).then(|| Key::of(&delivery));
+        let key = job
+            .as_ref()
+            .is_ok_and(|job| job.named)
+            .then(|| heavy(delivery.body.len(), || Key::of(&delivery)));
         let before = self.answered_before(&delivery, key).await;
         if delivery.is_gone() {
             delivery.lost();
@@ -128,13 +133,27 @@ impl Pipeline {
     /// Publishes a result once more. The requester may have it already, and knows it by its message id.
     async fn answer_again(&self, delivery: Delivery, to: Address, before: &Answer) -> bool {
         tracing::info!(message_id = before.message_id, "a job that came again was answered before");
+        let _publishing = (self.outgoing.enter(delivery.queue), self.metrics.publishing());
         let message = Message::result(to, &delivery.properties, &before.message_id, before.body.clone());
-        let sent = self.kill.run_until_cancelled(self.publisher.publish(&message)).await;
+        let sent = self.publish_result(message).await;
         match sent {
-            Some(_) => delivery.ack().await,
+            Some(()) => delivery.ack().await,
             None => delivery.requeue().await,
         }
         sent.is_some()
+    }
+
+    /// Until it is confirmed, or as much of it as the broker takes. None where the time for draining was over first.
+    async fn publish_result(&self, mut message: Message) -> Option<()> {
+        loop {
+            let sent = self.kill.run_until_cancelled(self.publisher.publish(&message)).await?;
+            let Sent::TooLarge(most) = sent else { return Some(()) };
+            let Some(smaller) = heavy(message.body().len(), || Reply::shrink(message.body(), most)) else {
+                tracing::error!(most, "the broker takes no result, however small; this one is lost");
+                return Some(());
+            };
+            message = message.with_body(smaller);
+        }
     }
 
     /// The straight way: check, encode, a slot, the sandbox.
@@ -152,7 +171,7 @@ impl Pipeline {
         still_wanted(delivery, &job)?;
         let entry = self.running.enter(&job.id, &self.kill)?;
         let (limits, stream, environment) = (job.limits, job.stream, job.environment.clone());
-        let payload = Payload::encode(job);
+        let payload = heavy(delivery.body.len(), || Payload::encode(job));
         let slot = self.slots.take(delivery, entry.stop()).await?;
         entry.due_in(self.start_timeout + Duration::from_millis(limits.timeout_ms));
         let live = stream.then(|| self.live(delivery, to, context));
@@ -213,6 +232,7 @@ impl Pipeline {
         context: Context,
         outcome: Outcome,
     ) -> bool {
+        let _publishing = (self.outgoing.enter(delivery.queue), self.metrics.publishing());
         let answered = self.answer(&delivery, key, to, context, outcome).await.is_some();
         if answered {
             delivery.ack().await;
@@ -258,12 +278,14 @@ impl Pipeline {
         });
         let message_id = job::message_id(&context.id).to_string();
         let ran = outcome.started_at.is_some() && outcome.status != Status::WorkerError;
-        let body = Reply::new(context, outcome).encode(self.amqp.max_result_bytes);
+        let most = self.amqp.max_result_bytes;
+        let largest = self.publisher.largest(most);
+        let body = heavy(outcome.bytes(), || Reply::new(context, outcome).encode_for(most, largest));
         let kept = key
-            .filter(|_| ran)
+            .filter(|_| ran && body.len() <= Answer::LARGEST)
             .map(|key| (key, Answer { message_id: message_id.clone(), body: body.clone() }));
         let message = Message::result(to, &delivery.properties, &message_id, body);
-        self.kill.run_until_cancelled(self.publisher.publish(&message)).await?;
+        self.publish_result(message).await?;
         if let Some((key, answer)) = kept {
             self.answered.keep(key, answer);
         }
@@ -290,7 +312,12 @@ impl Pipeline {
         );
         let queue = &self.amqp.queues[delivery.queue].name;
         let copy = Message::dead(&delivery, &self.amqp.dead_queue, queue, &why, &self.worker);
-        let stored = self.kill.run_until_cancelled(self.publisher.publish(&copy)).await;
+        let _publishing = (self.outgoing.enter(delivery.queue), self.metrics.publishing());
+        let mut stored = self.kill.run_until_cancelled(self.publisher.publish(&copy)).await;
+        if let Some(Sent::TooLarge(most)) = stored {
+            let stub = copy.stub(delivery.body.len(), &format!("the broker takes no more than {most}"));
+            stored = self.kill.run_until_cancelled(self.publisher.publish(&stub)).await;
+        }
         if stored.is_none() || self.answer(&delivery, None, to, context, outcome).await.is_none() {
             delivery.requeue().await;
             return false;
@@ -397,6 +424,13 @@ fn still_wanted(delivery: &Delivery, job: &Job) -> Result<(), Detour> {
 /// The outcome of a job that does not run.
 pub(super) fn decided(status: Status, error: impl Into<String>) -> Detour {
     Detour::Decided(Box::new(Outcome::not_run(status, error)))
+}
+
+/// Work on so many bytes, which does not keep a thread of the runtime from other jobs.
+fn heavy<T>(bytes: usize, work: impl FnOnce() -> T) -> T {
+    /// Less is done in a fraction of a millisecond.
+    const HEAVY: usize = 256 << 10;
+    if bytes < HEAVY { work() } else { tokio::task::block_in_place(work) }
 }
 
 fn millis(duration: Duration) -> u64 {

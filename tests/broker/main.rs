@@ -15,6 +15,7 @@ mod clock;
 mod cluster;
 mod faults;
 mod fleet;
+mod neighbours;
 mod network;
 mod operators;
 mod oracle;
@@ -127,9 +128,20 @@ async fn results_find_their_way() {
     replies::a_vanished_reply_queue_is_replaced_by_the_results_queue(&node).await;
     replies::direct_reply_to_is_served_alive_and_survived_dead(&node).await;
     replies::a_hostile_reply_to_harms_nobody_else(&node).await;
-    replies::a_full_reply_queue_is_waited_for(&node).await;
-    replies::a_reply_queue_that_confirms_nothing_holds_up_nobody_else(&node).await;
+    replies::a_full_reply_queue_is_replaced_by_the_results_queue(&node).await;
     replies::a_vanished_dead_queue_is_declared_again(&node).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_reply_address_holds_up_another() {
+    let node = Node::start();
+    neighbours::a_reply_queue_that_refuses(&node).await;
+    neighbours::a_bounded_reply_queue_whose_reader_died(&node).await;
+    neighbours::a_forged_direct_address(&node).await;
+    neighbours::a_reply_queue_that_never_confirms(&node).await;
+    neighbours::a_reply_queue_that_is_deleted_under_way(&node).await;
+    neighbours::a_publisher_without_the_right_to_its_reply_queue(&node).await;
+    neighbours::a_result_that_the_broker_does_not_take(&node).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,8 +1,5 @@
 //! Where results go, and what they carry.
 
-use std::time::Duration;
-
-use futures_util::StreamExt;
 use lapin::BasicProperties;
 use lapin::options::{BasicGetOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
@@ -139,7 +136,7 @@ pub(crate) async fn a_hostile_reply_to_harms_nobody_else(node: &Node) {
     }
 }
 
-pub(crate) async fn a_full_reply_queue_is_waited_for(node: &Node) {
+pub(crate) async fn a_full_reply_queue_is_replaced_by_the_results_queue(node: &Node) {
     let queues = Queues::of("full");
     let worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let requester = Requester::connect(node.url()).await;
@@ -149,50 +146,17 @@ pub(crate) async fn a_full_reply_queue_is_waited_for(node: &Node) {
     let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
     requester.channel.queue_declare(queues.replies.as_str().into(), options, arguments).await.unwrap();
     requester.publish(&queues.replies, b"in the way", BasicProperties::default()).await;
-    requester.submit(&queues.jobs, "waits", &queues.replies).await;
-    let nacked = "sandpiper_results_published_total{outcome=\"nacked\"}";
-    eventually("the result is refused more than once", async || (worker.metric(nacked) > 1.0).then_some(()))
-        .await;
-    assert_eq!(worker.metric("sandpiper_deliveries_settled_total{action=\"acked\"}"), 0.0, "acked too early");
-    let mut replies = requester.listen(&queues.replies).await;
-    let first =
-        tokio::time::timeout(Duration::from_secs(10), replies.next()).await.unwrap().unwrap().unwrap();
-    assert_eq!(first.data, b"in the way");
-    collect(&mut replies, &["waits".into()]).await;
-}
-
-pub(crate) async fn a_reply_queue_that_confirms_nothing_holds_up_nobody_else(node: &Node) {
-    let queues = Queues::of("deaf");
-    let worker = Worker::ready(node.url(), &queues.settings(&["amqp.operation_timeout_ms=3000"])).await;
-    let requester = Requester::connect(node.url()).await;
     let mut results = requester.listen(&queues.results).await;
-    let mut replies = requester.replies(&queues.replies).await;
-    let deaf = "deaf.deaf";
-    requester.declare(deaf).await;
-    // As one without a majority: it is there, takes messages, and never says so.
-    let asleep = |asleep: bool| {
-        let what = if asleep { "suspend" } else { "resume" };
-        let queue = format!("rabbit_misc:r(<<\"/\">>, queue, <<\"{deaf}\">>)");
-        let said = node.ctl(&[
-            "eval",
-            &format!("{{ok, Q}} = rabbit_amqqueue:lookup({queue}), sys:{what}(amqqueue:get_pid(Q))."),
-        ]);
-        assert_eq!(said.trim(), "ok");
-    };
-    asleep(true);
-    requester.submit(&queues.jobs, "unheard", deaf).await;
-    let timed_out = "sandpiper_results_published_total{outcome=\"timed_out\"}";
-    eventually("the confirm is overdue more than once", async || {
-        (worker.metric(timed_out) > 1.0).then_some(())
-    })
-    .await;
-    requester.submit(&queues.jobs, "other", &queues.replies).await;
-    collect(&mut replies, &["other".into()]).await;
-    // In the end it goes where somebody can find it.
-    collect(&mut results, &["unheard".into()]).await;
-    worker.until_ready().await;
-    assert_eq!(worker.metric("sandpiper_connection_reconnects_total{role=\"publish\"}"), 0.0);
-    asleep(false);
+    requester.submit(&queues.jobs, "refused", &queues.replies).await;
+    collect(&mut results, &["refused".into()]).await;
+    let nacked = "sandpiper_results_published_total{outcome=\"nacked\"}";
+    assert_eq!(worker.metric(nacked), 2.0, "once more, by another channel, and then no more");
+    assert_eq!(worker.metric("sandpiper_results_redirected_total"), 1.0);
+    // For a minute it is not even asked.
+    requester.submit(&queues.jobs, "remembered", &queues.replies).await;
+    collect(&mut results, &["remembered".into()]).await;
+    assert_eq!(worker.metric(nacked), 2.0);
+    assert_eq!(requester.take(&queues.replies).await.data, b"in the way");
 }
 
 pub(crate) async fn a_vanished_dead_queue_is_declared_again(node: &Node) {

@@ -105,6 +105,21 @@ impl Requester {
         assert!(confirm.is_ack() && confirm.take_message().is_none(), "not stored in {queue}");
     }
 
+    /// All of them as fast as the broker takes them.
+    pub(crate) async fn publish_all(&self, queue: &str, bodies: &[Vec<u8>], properties: BasicProperties) {
+        let mut confirms = Vec::new();
+        for body in bodies {
+            let properties = properties.clone().with_delivery_mode(2);
+            let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+            let publishing = self.channel.basic_publish("".into(), queue.into(), options, body, properties);
+            confirms.push(publishing.await.unwrap());
+        }
+        for confirm in confirms {
+            let confirm = confirm.await.unwrap();
+            assert!(confirm.is_ack() && confirm.take_message().is_none(), "not stored in {queue}");
+        }
+    }
+
     /// A job that prints 1.
     pub(crate) async fn submit(&self, queue: &str, id: &str, reply_to: &str) {
         self.run(queue, id, reply_to, "print(1)").await;

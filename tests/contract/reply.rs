@@ -180,7 +180,7 @@ proptest! {
         outcome.stderr.bytes = stderr.clone().into_bytes();
         outcome.artifacts = sizes.iter().map(|&size| Artifact { path: format!("f{size}"), content: vec![1; size] }).collect();
         let full = Reply::new(context(), outcome);
-        let json = full.encode(max);
+        let json = full.clone().encode(max);
         prop_assert!(json.len() <= max, "{} > {}", json.len(), max);
         let reply = decoded(&json);
         prop_assert!(stderr.starts_with(&reply.stderr));
@@ -192,7 +192,7 @@ proptest! {
         prop_assert!(stdout.starts_with(&bytes));
         prop_assert_eq!(reply.stdout_truncated, bytes != stdout);
         prop_assert_eq!(reply.error.is_some(), reply.artifacts.len() < sizes.len());
-        if full.encode(usize::MAX).len() <= max {
+        if full.clone().encode(usize::MAX).len() <= max {
             prop_assert_eq!(reply, full);
         }
     }

@@ -64,6 +64,8 @@ label! {
         Returned => "returned",
         /// The broker refused it.
         Nacked => "nacked",
+        /// The broker closed the channel over it.
+        Refused => "refused",
         /// No confirm in time.
         TimedOut => "timed_out",
         /// Its requester no longer listens, and nobody else could read it.

@@ -48,6 +48,7 @@ impl Metrics {
     pub fn render(&self) -> String {
         self.0.oldest_running.set(self.0.runs.oldest().as_secs_f64());
         self.0.oldest_delivery.set(self.0.deliveries.oldest().as_secs_f64());
+        self.0.oldest_publish.set(self.0.publishes.oldest().as_secs_f64());
         let mut text = Vec::new();
         if let Err(error) = TextEncoder::new().encode(&self.0.registry.gather(), &mut text) {
             tracing::warn!(%error, "metrics could not be written down");
@@ -81,6 +82,16 @@ impl Metrics {
     /// A delivery is held, and keeps the broker waiting, until the guard is dropped.
     pub fn holding(&self) -> Holding {
         Holding { _age: self.0.deliveries.begin() }
+    }
+
+    /// A result waits for its confirm until the guard is dropped.
+    pub fn publishing(&self) -> Holding {
+        Holding { _age: self.0.publishes.begin() }
+    }
+
+    /// Whether every delivery that may be held waits for a confirm.
+    pub fn publishing_stuck(&self, stuck: bool) {
+        self.0.publishing_stuck.set(i64::from(stuck));
     }
 
     /// A body of so many bytes went its way.
@@ -162,7 +173,7 @@ impl Metrics {
         self.0.confirm.observe(took.as_secs_f64());
     }
 
-    /// A result went to the results queue because its own reply queue was gone.
+    /// A result went to the results queue because its own reply queue was gone or did not take it.
     pub fn redirected(&self) {
         self.0.redirected.inc();
     }

@@ -19,8 +19,11 @@ pub(super) struct Inner {
     pub(super) syscalls: Names,
     pub(super) runs: Ages,
     pub(super) deliveries: Ages,
+    pub(super) publishes: Ages,
     pub(super) oldest_running: Gauge,
     pub(super) oldest_delivery: Gauge,
+    pub(super) oldest_publish: Gauge,
+    pub(super) publishing_stuck: IntGauge,
     pub(super) ready: IntGauge,
     pub(super) stuck: IntGauge,
     pub(super) received: IntCounterVec,
@@ -201,6 +204,7 @@ pub(super) fn build(registry: Registry) -> prometheus::Result<Inner> {
         syscalls: Names::new(SYSCALLS, UNKNOWN_SYSCALL),
         runs: Ages::default(),
         deliveries: Ages::default(),
+        publishes: Ages::default(),
         oldest_running: shelf.seconds(
             "sandpiper_oldest_running_job_seconds",
             "How long the job that started first of those running has run; 0 while none runs",
@@ -208,6 +212,14 @@ pub(super) fn build(registry: Registry) -> prometheus::Result<Inner> {
         oldest_delivery: shelf.seconds(
             "sandpiper_oldest_delivery_seconds",
             "How long the oldest delivery has been held without being given back; 0 while none is held",
+        )?,
+        oldest_publish: shelf.seconds(
+            "sandpiper_oldest_publish_seconds",
+            "How long the result that came first of those not yet confirmed has waited for that; 0 while none does",
+        )?,
+        publishing_stuck: shelf.gauge(
+            "sandpiper_publishing_stuck",
+            "1 while every delivery that may be held waits for its result to be confirmed, so that no job starts",
         )?,
         ready: shelf.gauge("sandpiper_ready", "1 while the worker takes jobs, as /readyz says")?,
         stuck: shelf.gauge("sandpiper_stuck", "1 while the worker stands still, as /healthz says")?,
@@ -243,7 +255,7 @@ pub(super) fn build(registry: Registry) -> prometheus::Result<Inner> {
         )?,
         redirected: shelf.counter(
             "sandpiper_results_redirected_total",
-            "Results stored in the results queue because their reply queue was gone",
+            "Results stored in the results queue because their reply queue was gone or did not take them",
         )?,
         connection_up: shelf.gauges_of::<Role>(
             "sandpiper_connection_up",

@@ -290,7 +290,8 @@ LINK = {
                            'action="lost"}[$__rate_interval]))'}, colors={"lost": RED}),
             lines(10, "Oldest delivery held", "The broker takes back one that is held for longer than its consumer"
                   " timeout, 30 minutes by default.", "s",
-                  {"{{instance}}": f"sandpiper_oldest_delivery_seconds{W}"},
+                  {"{{instance}}": f"sandpiper_oldest_delivery_seconds{W}",
+                   "{{instance}}, result not confirmed": f"sandpiper_oldest_publish_seconds{W}"},
                   thresholds=steps(GREEN, (1200, YELLOW), (1800, RED)), width=12),
             lines(11, "Message bodies a second", "Bytes of jobs that came, and of results that went.", "Bps",
                   {"{{body}}": rate("sandpiper_message_body_bytes_sum", W, "body")}, width=12),

@@ -10,7 +10,7 @@ use lapin::options::{
     BasicCancelOptions, BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions,
 };
 use lapin::types::{AMQPValue, FieldTable, ShortString};
-use lapin::{BasicProperties, Channel, Confirmation};
+use lapin::{BasicProperties, Channel, Confirmation, ErrorKind};
 use tokio::sync::watch;
 
 use crate::amqp::connection::Dialer;
@@ -154,10 +154,24 @@ impl Client {
     }
 
     async fn command(&self, command: &Command) -> Result<(), ClientError> {
-        let properties = BasicProperties::default()
+        let anonymous = BasicProperties::default()
             .with_content_type("application/json".into())
             .with_reply_to(self.0.reply_to.clone());
-        match self.publish(topology::CONTROL, "", &command.to_body(), properties).await {
+        let body = command.to_body();
+        let send = |properties| self.publish(topology::CONTROL, "", &body, properties);
+        let user = self.0.link.user().and_then(|user| short(user).ok());
+        let sent = match user {
+            // Jobs that were published with a user are that user's business.
+            Some(user) => match send(anonymous.clone().with_user_id(user)).await {
+                // Behind OAuth the broker knows us by another name.
+                Err(ClientError::Broker(Error::Operation { source, .. })) if is_wrong_user(&source) => {
+                    send(anonymous).await
+                }
+                sent => sent,
+            },
+            None => send(anonymous).await,
+        };
+        match sent {
             Ok(Confirmation::Ack(None)) => Ok(()),
             Ok(_) => Err(ClientError::NoWorker),
             // The first worker declares the exchange.
@@ -246,6 +260,12 @@ impl Client {
         self.0.link.ask("turn confirms on", channel.confirm_select(ConfirmSelectOptions::default())).await?;
         Ok(channel)
     }
+}
+
+fn is_wrong_user(error: &lapin::Error) -> bool {
+    const PRECONDITION_FAILED: u16 = 406;
+    matches!(error.kind(), ErrorKind::ProtocolError(refused)
+        if refused.get_id() == PRECONDITION_FAILED && refused.get_message().as_str().contains("user_id"))
 }
 
 impl Answer {

@@ -13,7 +13,8 @@ use lapin::{Connection, ConnectionProperties, ErrorKind};
 
 use crate::amqp::Error;
 use crate::amqp::link::{Link, Socket};
-use crate::amqp::screen::{self, Screen};
+use crate::amqp::screen::{self, Dropped, Screen};
+use crate::amqp::signature::Signer;
 use crate::config;
 use crate::config::{Auth, Secret};
 
@@ -23,6 +24,8 @@ pub(super) struct Dialer {
     config: config::Amqp,
     name: String,
     patient: bool,
+    /// The largest body of a delivery that comes through.
+    most: Option<usize>,
     /// Which address led to the last connection.
     last: Arc<AtomicUsize>,
     /// Which address is the first to be tried.
@@ -34,7 +37,12 @@ impl Dialer {
     pub(super) fn new(config: &config::Amqp, name: String) -> Self {
         prepare_lapin();
         let (last, first) = (Arc::default(), Arc::default());
-        Self { config: config.clone(), name, patient: true, last, first }
+        Self { config: config.clone(), name, patient: true, most: None, last, first }
+    }
+
+    /// Bodies of deliveries that have more bytes than this do not come through.
+    pub(super) fn limited(self, most: usize) -> Self {
+        Self { most: Some(most), ..self }
     }
 
     /// For a person who waits: a broker that takes no messages is waited for no longer than any other answer.
@@ -47,12 +55,13 @@ impl Dialer {
         let tls = self.tls().await?;
         let mut last = Error::NoAddress;
         let urls = self.urls().await?;
+        let signer = Signer::new(&self.secret(&urls).await?);
         let first = self.first.load(Ordering::Relaxed);
         for at in (0..urls.len()).map(|at| (first + at) % urls.len()) {
             match self.connect(at + 1, &urls[at], tls.clone()).await {
                 Ok(link) => {
                     self.last.store(at, Ordering::Relaxed);
-                    return Ok(link);
+                    return Ok(link.signing(signer));
                 }
                 Err(error) => last = error,
             }
@@ -71,6 +80,16 @@ impl Dialer {
         let text = read("amqp.url_file", path).await?;
         let urls = text.split([',', '\n']).map(str::trim).filter(|url| !url.is_empty());
         Ok(urls.map(|url| Secret::new(url.to_owned())).collect())
+    }
+
+    /// What workers of one broker have in common, and publishers do not have.
+    async fn secret(&self, urls: &[Secret]) -> Result<Vec<u8>, Error> {
+        if let (Auth::External, Some((_, key))) = (self.config.auth, &self.config.identity) {
+            return Ok(read("amqp.key_file", key).await?.into_bytes());
+        }
+        let first = urls.first().and_then(|url| url.expose().parse::<AMQPUri>().ok());
+        let info = first.map(|uri| uri.authority.userinfo);
+        Ok(info.map(|info| [info.username, info.password].join("\0").into_bytes()).unwrap_or_default())
     }
 
     /// Authorities, certificate and key as they are now.
@@ -103,17 +122,22 @@ impl Dialer {
             uri.query.auth_mechanism = Some(SASLMechanism::External);
         }
         let broker = format!("{}:{}", uri.authority.host, uri.authority.port);
+        let user = match self.config.auth {
+            Auth::Plain => Some(uri.authority.userinfo.username.clone()),
+            Auth::External => None,
+        };
         let failed = failed(&broker, uri.scheme == AMQPScheme::AMQPS);
         uri.query.heartbeat = Some(u16::try_from(self.config.heartbeat.as_secs()).unwrap_or(u16::MAX));
 
         let largest_frame = uri.query.frame_max;
-        let socket = Socket::default();
+        let (socket, dropped) = (Socket::default(), Dropped::default());
         let timeout = self.config.connect_timeout;
         let connecting = Connection::connector(
             uri,
             screen::runtime(),
             {
                 let (socket, runtime) = (socket.clone(), screen::dialling());
+                let limit = self.most.map(|most| (most, dropped.clone()));
                 async move |uri: AMQPUri, _| {
                     // Here as well: this runs on a thread of lapin's that no timeout outside reaches.
                     let stream = async {
@@ -130,7 +154,11 @@ impl Dialer {
                     };
                     let in_time = tokio::time::timeout(timeout, stream).await;
                     let stream = in_time.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))?;
-                    Ok(AsyncTcpStream::Plain(Screen::new(stream, largest_frame)))
+                    let screen = Screen::new(stream, largest_frame);
+                    Ok(AsyncTcpStream::Plain(match limit.clone() {
+                        Some((most, dropped)) => screen.limited(most, dropped),
+                        None => screen,
+                    }))
                 }
             },
             self.properties(),
@@ -143,7 +171,8 @@ impl Dialer {
                 Error::Timeout { what: format!("connect to {broker}"), after: timeout }
             })?
             .map_err(&failed)?;
-        Ok(Link::new(connection, broker.clone(), socket, self.config.operation_timeout, self.patient))
+        let link = Link::new(connection, broker.clone(), socket, self.config.operation_timeout, self.patient);
+        Ok(link.noting(dropped).of_user(user))
     }
 
     fn properties(&self) -> ConnectionProperties {

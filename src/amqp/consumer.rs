@@ -63,7 +63,7 @@ impl Consumer {
         let state = State::new(Role::Consume, metrics);
         let subscription = state.subscribe();
         let supervisor = Supervisor {
-            dialer: Dialer::new(config, format!("sandpiper {name} jobs")),
+            dialer: Dialer::new(config, format!("sandpiper {name} jobs")).limited(config.max_body_bytes),
             state,
             longest_delay: config.reconnect_max,
             leave: drain.clone(),
@@ -174,11 +174,15 @@ impl Consuming {
                 job = async { (sender.reserve().await, jobs.next().await) } => match job {
                     (Ok(place), Some((tag, Some(Ok(job))))) => {
                         let config = &self.config.queues[tag.queue];
-                        self.metrics.received(&config.name, job.data.len(), job.redelivered);
+                        let dropped = link.dropped(channel.id(), job.delivery_tag);
+                        let dropped = dropped.map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
+                        let bytes = dropped.unwrap_or(job.data.len());
+                        self.metrics.received(&config.name, bytes, job.redelivered);
                         taken += 1;
                         // What came back is delivered before what is new.
                         let over = !job.redelivered || taken >= self.most();
-                        place.send(Delivery::new(tag.queue, config, job, link.clone(), self.metrics.clone()));
+                        let (through, metrics) = (link.clone(), self.metrics.clone());
+                        place.send(Delivery::new(tag.queue, config, job, dropped, through, metrics));
                         if over && prefetch == Prefetch::One {
                             self.careful = false;
                             prefetch = Prefetch::Full;

@@ -14,7 +14,8 @@ use tokio::time::Instant;
 use crate::amqp::chain;
 use crate::amqp::envelope::SUBSTITUTE;
 use crate::amqp::link::Link;
-use crate::amqp::message::DELIVERIES;
+use crate::amqp::message::{DELIVERIES, SIGNATURE, USER};
+use crate::amqp::signature::Signer;
 use crate::config::{self, QueueType};
 use crate::ops::metrics::{Metrics, Settled};
 
@@ -26,6 +27,8 @@ pub struct Delivery {
     pub queue: usize,
     /// The job, as it came.
     pub body: Vec<u8>,
+    /// How many bytes it had, if they were too many and none of them came.
+    pub dropped: Option<usize>,
     /// What its publisher wrote on the envelope.
     pub properties: Properties,
     /// Which delivery of this message it is, counted from 1, as far as the broker tells.
@@ -51,6 +54,8 @@ pub struct Properties {
     pub correlation_id: Option<String>,
     /// How the body is compressed, where it is.
     pub content_encoding: Option<String>,
+    /// Who published it, by the broker's word: it refuses a message that names another user than its publisher.
+    pub user_id: Option<String>,
     /// The job's id where its body names none.
     pub message_id: Option<String>,
     /// How long the message is worth anything.
@@ -73,6 +78,7 @@ impl Properties {
             reply_to: text(raw.reply_to()),
             correlation_id: text(raw.correlation_id()),
             content_encoding: text(raw.content_encoding()),
+            user_id: text(raw.user_id()),
             message_id: text(raw.message_id()),
             expiration: text(raw.expiration()).and_then(|ms| ms.parse().ok()).map(Duration::from_millis),
             timestamp: published(&raw),
@@ -182,6 +188,15 @@ fn number(raw: &BasicProperties, name: &str) -> Option<u32> {
     Some(count)
 }
 
+/// How often a message was delivered before this copy of it, and who published it, by a worker's word. Anybody may
+/// write such headers; without the signature they are nobody's.
+fn noted(raw: &BasicProperties, body: &[u8], link: &Link) -> Option<(u32, String)> {
+    let (deliveries, signature) = (number(raw, DELIVERIES)?, header(raw, SIGNATURE)?);
+    let user = header(raw, USER).unwrap_or_default();
+    let words = [&*deliveries.to_string(), &*user];
+    link.signer().verify(words, raw, body, &signature).then_some((deliveries, user))
+}
+
 /// Settles one delivery, once.
 #[derive(Debug)]
 struct Settler {
@@ -191,22 +206,32 @@ struct Settler {
 }
 
 impl Delivery {
-    /// From `queue`, the `at`th of the configured ones.
+    /// From `queue`, the `at`th of the configured ones; without its body, if so many bytes of it were dropped.
     pub(super) fn new(
         at: usize,
         queue: &config::Queue,
         delivery: lapin::message::Delivery,
+        dropped: Option<usize>,
         link: Arc<Link>,
         metrics: Metrics,
     ) -> Self {
-        let noted = number(&delivery.properties, DELIVERIES).unwrap_or(0);
+        let noted = noted(&delivery.properties, &delivery.data, &link);
+        let (noted, user) = noted.map_or((0, None), |(noted, user)| (noted, Some(user)));
         let counted = counted(&delivery.properties, queue.kind).filter(|_| delivery.redelivered);
         let once = u32::from(delivery.redelivered);
         let before = counted.unwrap_or(Counted { deliveries: once, failures: once });
         Self {
             queue: at,
             body: delivery.data,
-            properties: Properties::new(delivery.properties),
+            dropped,
+            properties: match user {
+                // A copy is a worker's, and its job is not.
+                Some(user) => {
+                    let user_id = Some(user).filter(|user| !user.is_empty());
+                    Properties { user_id, ..Properties::new(delivery.properties) }
+                }
+                None => Properties::new(delivery.properties),
+            },
             attempt: noted.saturating_add(before.deliveries).saturating_add(1),
             failures: noted.saturating_add(before.failures),
             redelivered: delivery.redelivered || noted > 0,
@@ -214,6 +239,11 @@ impl Delivery {
             received: Instant::now(),
             settler: Settler { acker: delivery.acker, link, metrics },
         }
+    }
+
+    /// Signs what is written on a copy of it.
+    pub(super) fn signer(&self) -> &Signer {
+        self.settler.link.signer()
     }
 
     /// Its channel is gone: the broker has given the message to somebody else, or will.

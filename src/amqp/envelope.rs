@@ -62,6 +62,13 @@ pub(super) fn header(payload: &mut [u8]) -> Option<()> {
     Some(())
 }
 
+/// The number of the delivery that a method announces, if it announces one.
+pub(super) fn delivered(payload: &[u8]) -> Option<u64> {
+    let rest = payload.strip_prefix(&[0, 60, 0, 60])?;
+    let consumer = usize::from(*rest.first()?);
+    rest.get(1 + consumer..)?.first_chunk().copied().map(u64::from_be_bytes)
+}
+
 /// Where the headers stand among the properties of a message, and their length before them.
 pub(super) fn headers(payload: &mut [u8]) -> Option<Range<usize>> {
     let all = payload.len();

@@ -12,6 +12,8 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::amqp::Error;
+use crate::amqp::screen::Dropped;
+use crate::amqp::signature::Signer;
 
 /// A handle on the socket under a connection, to end it where lapin would wait on.
 #[derive(Clone, Debug, Default)]
@@ -42,6 +44,9 @@ pub(super) struct Link {
     socket: Socket,
     timeout: Duration,
     patient: bool,
+    dropped: Dropped,
+    signer: Signer,
+    user: Option<String>,
     lost: CancellationToken,
     reason: Reason,
     blocked: watch::Receiver<bool>,
@@ -78,6 +83,9 @@ impl Link {
             socket,
             timeout,
             patient,
+            dropped: Dropped::default(),
+            signer: Signer::new(b""),
+            user: None,
             lost,
             reason,
             blocked: is_blocked,
@@ -93,6 +101,36 @@ impl Link {
     /// Ends when the connection is gone.
     pub(super) async fn lost(&self) {
         self.lost.cancelled().await;
+    }
+
+    /// The same with notes of bodies that did not come through.
+    pub(super) fn noting(self, dropped: Dropped) -> Self {
+        Self { dropped, ..self }
+    }
+
+    /// The same with what signs for the workers of this broker.
+    pub(super) fn signing(self, signer: Signer) -> Self {
+        Self { signer, ..self }
+    }
+
+    /// The same with the user that logged in, where that is known.
+    pub(super) fn of_user(self, user: Option<String>) -> Self {
+        Self { user, ..self }
+    }
+
+    /// Signs for the workers of this broker.
+    pub(super) fn signer(&self) -> &Signer {
+        &self.signer
+    }
+
+    /// The user that logged in, where that is known.
+    pub(super) fn user(&self) -> Option<&str> {
+        self.user.as_deref()
+    }
+
+    /// How large the body of a delivery was, if it was too large to come through.
+    pub(super) fn dropped(&self, channel: u16, delivery: u64) -> Option<u64> {
+        self.dropped.take(channel, delivery)
     }
 
     /// The error of whoever needed it after it was lost.

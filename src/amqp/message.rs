@@ -17,6 +17,12 @@ pub(super) const OURS: &str = "x-sandpiper-";
 /// How often a message was delivered before, where its queue does not count that.
 pub(super) const DELIVERIES: &str = "x-sandpiper-deliveries";
 
+/// Who published it, as the broker vouched for the message that the copy replaces.
+pub(super) const USER: &str = "x-sandpiper-user";
+
+/// A worker wrote these two.
+pub(super) const SIGNATURE: &str = "x-sandpiper-signature";
+
 /// How long the body of a dead message was, where it was not kept.
 const BODY_BYTES: &str = "x-sandpiper-body-bytes";
 
@@ -121,8 +127,15 @@ impl Message {
     pub fn counted(delivery: &Delivery, queue: &str) -> Self {
         let raw = &delivery.properties.raw;
         let mut headers = copied_headers(raw);
-        headers.insert(DELIVERIES.into(), AMQPValue::LongLongInt(delivery.attempt.saturating_sub(1).into()));
-        let mut properties = copied_properties(raw).with_headers(headers).with_delivery_mode(PERSISTENT);
+        let deliveries = delivery.attempt.saturating_sub(1);
+        headers.insert(DELIVERIES.into(), AMQPValue::LongLongInt(deliveries.into()));
+        let user = delivery.properties.user_id.as_deref().unwrap_or_default();
+        headers.insert(USER.into(), AMQPValue::LongString(user.into()));
+        let mut properties = copied_properties(raw).with_delivery_mode(PERSISTENT);
+        let words = [&*deliveries.to_string(), user];
+        let signature = delivery.signer().sign(words, &properties, &delivery.body);
+        headers.insert(SIGNATURE.into(), AMQPValue::LongString(signature.into()));
+        properties = properties.with_headers(headers);
         if let Some(expiration) = raw.expiration().clone() {
             properties = properties.with_expiration(expiration);
         }

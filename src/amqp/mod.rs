@@ -23,6 +23,7 @@ mod pace;
 mod publisher;
 mod refusals;
 mod screen;
+mod signature;
 mod supervisor;
 mod topology;
 

@@ -4,13 +4,16 @@
 //! where one is not; and it follows nested headers with its stack, so that some tens of kilobytes of brackets end
 //! the process. And a broker sends properties in one frame, whatever was agreed on the size of frames, where lapin
 //! gives the connection up over a larger one. Each time the message comes again, to the next worker. So frames are
-//! looked at as they come in, and changed in place; [`envelope`] knows how. Bodies pass through unseen. The broker
-//! itself is trusted: what is not AMQP at all is left for lapin to complain about.
+//! looked at as they come in, and changed in place; [`envelope`] knows how. Bodies pass through unseen, but for those
+//! that are larger than the worker reads: these are dropped as they come, and the delivery that lapin sees has none,
+//! with a note in [`Dropped`]. The broker itself is trusted: what is not AMQP at all is left for lapin to complain about.
 
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -84,6 +87,78 @@ impl Reactor for Screening {
     }
 }
 
+/// Bodies that were larger than they may be, and did not come through. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Dropped(Arc<Mutex<VecDeque<(Of, u64)>>>);
+
+/// Names a delivery: its channel and its number.
+type Of = (u16, u64);
+
+impl Dropped {
+    /// More than any prefetch. What nobody asks for, as the delivery was given back unseen, goes first.
+    const MOST: usize = 70_000;
+
+    fn note(&self, of: Of, bytes: u64) {
+        let mut notes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if notes.len() == Self::MOST {
+            notes.pop_front();
+        }
+        notes.push_back((of, bytes));
+    }
+
+    /// How large the body of this delivery was, if it was dropped.
+    pub(super) fn take(&self, channel: u16, delivery: u64) -> Option<u64> {
+        let mut notes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = notes.iter().position(|(of, _)| *of == (channel, delivery))?;
+        notes.remove(at).map(|(_, bytes)| bytes)
+    }
+}
+
+/// Which bodies do not come through.
+#[derive(Debug)]
+struct Limit {
+    /// The largest that does.
+    most: u64,
+    dropped: Dropped,
+    /// What the last method on each channel delivers.
+    delivered: HashMap<u16, u64>,
+    /// How much of a body that is dropped is still to come, by channel.
+    dropping: HashMap<u16, u64>,
+}
+
+impl Limit {
+    /// A method came: what follows is the content of a delivery, or of nothing that is limited.
+    fn method(&mut self, channel: u16, payload: &[u8]) {
+        self.dropping.remove(&channel);
+        match envelope::delivered(payload) {
+            Some(number) => self.delivered.insert(channel, number),
+            None => self.delivered.remove(&channel),
+        };
+    }
+
+    /// The header of a content came: one that is too large is made to say that no body follows.
+    fn header(&mut self, channel: u16, payload: &mut [u8]) {
+        let Some(number) = self.delivered.remove(&channel) else { return };
+        let Some(size) = payload.get_mut(4..12).and_then(|size| size.first_chunk_mut::<8>()) else { return };
+        let bytes = u64::from_be_bytes(*size);
+        if bytes > self.most {
+            *size = [0; 8];
+            self.dropping.insert(channel, bytes);
+            self.dropped.note((channel, number), bytes);
+        }
+    }
+
+    /// Whether a part of a body, of so many bytes, is dropped.
+    fn drops(&mut self, channel: u16, bytes: u32) -> bool {
+        let Some(left) = self.dropping.get_mut(&channel) else { return false };
+        *left = left.saturating_sub(bytes.into());
+        if *left == 0 {
+            self.dropping.remove(&channel);
+        }
+        true
+    }
+}
+
 /// Reads whole frames where they have to be looked at, and writes straight through.
 #[derive(Debug)]
 pub(super) struct Screen<S> {
@@ -97,6 +172,9 @@ pub(super) struct Screen<S> {
     filled: usize,
     /// and so many bytes after the clean ones need no look.
     passing: usize,
+    /// So many bytes after the clean ones are dropped.
+    skipping: usize,
+    limit: Option<Limit>,
     /// The largest frame that lapin takes.
     largest: usize,
     /// What comes is not AMQP.
@@ -113,11 +191,20 @@ impl<S> Screen<S> {
             clean: 0,
             filled: 0,
             passing: 0,
+            skipping: 0,
+            limit: None,
             largest: usize::MAX,
             blind: false,
         };
         this.agree_on(largest.unwrap_or(0));
         this
+    }
+
+    /// Drops bodies of deliveries that have more bytes than this.
+    pub(super) fn limited(mut self, most: usize, dropped: Dropped) -> Self {
+        let most = u64::try_from(most).unwrap_or(u64::MAX);
+        self.limit = Some(Limit { most, dropped, delivered: HashMap::new(), dropping: HashMap::new() });
+        self
     }
 
     /// The smaller one counts, of those that are any; and none is smaller than the protocol has it.
@@ -165,16 +252,29 @@ impl<S> Screen<S> {
                 self.clean = self.filled;
                 return;
             }
+            if self.skipping > 0 {
+                let gone = self.skipping.min(self.filled - self.clean);
+                self.buffer.copy_within(self.clean + gone..self.filled, self.clean);
+                self.filled -= gone;
+                self.skipping -= gone;
+                if self.skipping > 0 {
+                    return;
+                }
+            }
             let passing = self.passing.min(self.filled - self.clean);
             self.clean += passing;
             self.passing -= passing;
-            let Some([kind, _, _, size @ ..]) = self.buffer[self.clean..self.filled].first_chunk::<7>()
+            let Some([kind, high, low, size @ ..]) = self.buffer[self.clean..self.filled].first_chunk::<7>()
             else {
                 return;
             };
+            let channel = u16::from_be_bytes([*high, *low]);
             let (kind, size) = (*kind, u32::from_be_bytes(*size));
             let frame = usize::try_from(size).unwrap_or(usize::MAX).saturating_add(AROUND);
             match kind {
+                BODY if self.limit.as_mut().is_some_and(|limit| limit.drops(channel, size)) => {
+                    self.skipping = frame;
+                }
                 BODY | HEARTBEAT => self.passing = frame,
                 METHOD | HEADER if frame <= FRAME_MAX => {
                     let mut end = self.clean + frame;
@@ -182,6 +282,14 @@ impl<S> Screen<S> {
                         return;
                     }
                     let payload = self.clean + AROUND - 1..end - 1;
+                    if let Some(limit) = &mut self.limit {
+                        let payload = &mut self.buffer[payload.clone()];
+                        if kind == METHOD {
+                            limit.method(channel, payload)
+                        } else {
+                            limit.header(channel, payload)
+                        }
+                    }
                     if kind == HEADER && frame > self.largest {
                         end = self.without_headers(payload, end);
                     }
@@ -310,6 +418,73 @@ mod tests {
         // Another protocol altogether, whatever it looks like later on.
         let strange = [b"HTTP/1.1 400 no\r\n", &properties(1 << 10, &short(b"\xff"))[..]].concat();
         assert_eq!(screened(&strange).await, strange);
+    }
+
+    #[tokio::test]
+    async fn a_body_that_is_too_large_does_not_come_through() {
+        let deliver = |number: u64| {
+            let number = number.to_be_bytes();
+            frame(
+                1,
+                &[&[0, 60, 0, 60][..], &short(b"tag"), &number, &[0], &short(b""), &short(b"jobs")].concat(),
+            )
+        };
+        let header = |size: u64| {
+            let id = short(b"id");
+            frame(2, &[&[0, 60, 0, 0][..], &size.to_be_bytes(), &(1_u16 << 7).to_be_bytes(), &id].concat())
+        };
+        let get = frame(1, &[&[0, 60, 0, 71][..], &[0; 9], &short(b""), &short(b"jobs"), &[0; 4]].concat());
+        let body = |size: usize| frame(3, &vec![b'x'; size]);
+        let come = [
+            deliver(1),
+            header(10),
+            body(10),
+            deliver(2),
+            header(11),
+            body(7),
+            frame(8, b""),
+            body(4),
+            deliver(3),
+            header(0),
+            deliver(4),
+            header(100_000),
+            body(60_000),
+            body(40_000),
+            // What was asked for one by one is looked at by whoever asked.
+            get.clone(),
+            header(11),
+            body(11),
+            deliver(5),
+            header(1),
+            body(1),
+        ];
+        let goes = [
+            deliver(1),
+            header(10),
+            body(10),
+            deliver(2),
+            header(0),
+            frame(8, b""),
+            deliver(3),
+            header(0),
+            deliver(4),
+            header(0),
+            get,
+            header(11),
+            body(11),
+            deliver(5),
+            header(1),
+            body(1),
+        ];
+        let (come, goes) = (come.concat(), goes.concat());
+        for size in [1, 2, 3, 7, 39, 64, 1_000, 65_536, usize::MAX] {
+            let dropped = Dropped::default();
+            let (mut out, stream) = (Vec::new(), Screen::new(Bits(&come, size), None));
+            stream.limited(10, dropped.clone()).read_to_end(&mut out).await.unwrap();
+            assert!(out == goes, "read {size} bytes at a time");
+            assert_eq!((dropped.take(1, 2), dropped.take(1, 4)), (Some(11), Some(100_000)));
+            assert_eq!((dropped.take(1, 2), dropped.take(1, 1), dropped.take(2, 4)), (None, None, None));
+        }
     }
 
     #[tokio::test]

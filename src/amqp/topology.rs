@@ -5,15 +5,16 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, ErrorKind, ExchangeKind};
 
 use crate::amqp::link::Link;
-use crate::amqp::{Error, short};
+use crate::amqp::{Error, chain, short};
 use crate::config::{self, QueueType, Topology};
 
 /// Sees to it that every queue and the control exchange are there. Uses up `channel` where it fails.
 pub(super) async fn ensure(link: &Link, channel: &Channel, config: &config::Amqp) -> Result<(), Error> {
     // The dead queue first: what a queue of jobs lets go must have a place to go to.
     let dead = of_kind(config.queue_type, &[("x-delivery-limit", AMQPValue::LongLongInt(DEAD_LIMIT))]);
-    queue(link, channel, config.topology, &config.dead_queue, dead).await?;
-    queue(link, channel, config.topology, &config.results_queue, of_kind(config.queue_type, &[])).await?;
+    bounded(link, config, &config.dead_queue, dead, config.dead_max_bytes).await?;
+    let results = of_kind(config.queue_type, &[]);
+    bounded(link, config, &config.results_queue, results, config.results_max_bytes).await?;
     for jobs in &config.queues {
         queue(link, channel, config.topology, &jobs.name, arguments(jobs, config)).await?;
     }
@@ -53,6 +54,46 @@ fn of_kind(kind: QueueType, quorum: &[(&'static str, AMQPValue)]) -> FieldTable 
         }
     }
     table
+}
+
+/// Most bytes of a queue. The oldest messages make room: what nobody reads must not keep the worker from going on.
+const MAX_BYTES: &str = "x-max-length-bytes";
+
+/// A queue with a bound on its bytes. One that is there without it, or with another one, is taken as it is: it was
+/// declared by an earlier version, or its operator knows better.
+async fn bounded(
+    link: &Link,
+    config: &config::Amqp,
+    name: &str,
+    arguments: FieldTable,
+    most: u64,
+) -> Result<(), Error> {
+    let is_bound =
+        |error: &Error| matches!(error, Error::Mismatch { detail, .. } if detail.contains(MAX_BYTES));
+    // A refusal costs the channel.
+    let declare = async |topology: Topology, arguments: FieldTable| {
+        let channel = link.channel().await?;
+        queue(link, &channel, topology, name, arguments).await
+    };
+    let mut with_bound = arguments.clone();
+    if let Some(most) = i64::try_from(most).ok().filter(|most| *most > 0) {
+        with_bound.insert(MAX_BYTES.into(), AMQPValue::LongLongInt(most));
+    }
+    let refused = match declare(config.topology, with_bound).await {
+        Err(error) if is_bound(&error) => error,
+        declared => return declared,
+    };
+    match declare(config.topology, arguments.clone()).await {
+        Err(error) if is_bound(&error) => declare(Topology::Passive, arguments).await?,
+        declared => declared?,
+    }
+    tracing::warn!(
+        queue = name,
+        error = chain(&refused),
+        "the queue has another bound on its bytes than the configuration says, and is taken as it is; a policy with \
+         max-length-bytes bounds it, or delete it while it is empty"
+    );
+    Ok(())
 }
 
 async fn queue(

@@ -36,6 +36,9 @@ impl Checker {
         if let Err(error) = globset::Glob::new(&raw.reply_to_allow) {
             return self.fail("amqp.reply_to_allow", &format!("is no glob pattern: {}", error.kind()));
         }
+        if raw.operators.iter().any(|user| user.is_empty() || user.len() > 255) {
+            return self.fail("amqp.operators", "holds a name that no user has; names have 1 to 255 bytes");
+        }
         if !raw.heartbeat_ms.is_multiple_of(1_000) {
             return self.fail("amqp.heartbeat_ms", "must be whole seconds, a multiple of 1000");
         }
@@ -55,6 +58,7 @@ impl Checker {
             delivery_limit: self.range("amqp.delivery_limit", raw.delivery_limit, 2..=1_000_000)?,
             prefetch_surplus: self.range("amqp.prefetch_surplus", raw.prefetch_surplus, 0..=1_024)?,
             reply_to_allow: raw.reply_to_allow,
+            operators: raw.operators,
             heartbeat: self.duration("amqp.heartbeat_ms", raw.heartbeat_ms, 1_000..=3_600_000)?,
             connect_timeout: self.duration("amqp.connect_timeout_ms", raw.connect_timeout_ms, 1..=DAY_MS)?,
             operation_timeout: self.duration(
@@ -73,7 +77,14 @@ impl Checker {
             queues,
             results_queue: raw.results_queue,
             dead_queue: raw.dead_queue,
+            results_max_bytes: self.bound("amqp.results_max_bytes", raw.results_max_bytes)?,
+            dead_max_bytes: self.bound("amqp.dead_max_bytes", raw.dead_max_bytes)?,
         })
+    }
+
+    /// 0 for none; a queue that holds less than a few messages is a mistake.
+    fn bound(&self, key: &str, bytes: u64) -> Result<u64, ConfigError> {
+        if bytes == 0 { Ok(0) } else { self.range(key, bytes, 1 << 20..=1 << 50) }
     }
 
     /// The queues that jobs come from, and the one of them that `submit` puts them into.

@@ -170,6 +170,10 @@ pub struct Amqp {
     pub results_queue: String,
     /// What could not be handled.
     pub dead_queue: String,
+    /// Most bytes that the results queue is declared to hold; 0 for no bound.
+    pub results_max_bytes: u64,
+    /// The same for the dead queue.
+    pub dead_max_bytes: u64,
     /// Declare the queues, or only check that they are there.
     pub topology: Topology,
     /// What kind of queue to declare for results and for the dead; each of `queues` has its own.
@@ -180,6 +184,8 @@ pub struct Amqp {
     pub prefetch_surplus: u16,
     /// Glob pattern that a `reply_to` must match.
     pub reply_to_allow: String,
+    /// Users who may list and cancel every job.
+    pub operators: Vec<String>,
     /// Heartbeat interval asked of the broker.
     pub heartbeat: Duration,
     /// Around TCP connect, TLS and the AMQP handshake together.

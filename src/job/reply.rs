@@ -174,9 +174,16 @@ impl Reply {
     }
 }
 
-/// The `message_id` of a job's result: the same for every duplicate, so that readers can drop them.
-pub fn message_id(job_id: &str) -> Uuid {
-    Uuid::new_v5(&RESULTS, job_id.as_bytes())
+/// The `message_id` of a job's result: the same for every duplicate, so that readers can drop them. And no other
+/// requester's: `asked` is the message's `correlation_id`, `reply_to` and `user_id`, which the broker vouches for.
+pub fn message_id(job_id: &str, asked: [Option<&str>; 3]) -> Uuid {
+    // Each with its length before it, so that nothing can move from one into the next.
+    let mut all = Vec::with_capacity(512);
+    for part in [Some(job_id)].into_iter().chain(asked) {
+        all.extend(part.map_or(u64::MAX, |part| u64::try_from(part.len()).unwrap_or(u64::MAX)).to_be_bytes());
+        all.extend(part.unwrap_or_default().as_bytes());
+    }
+    Uuid::new_v5(&RESULTS, &all)
 }
 
 /// A stream in the form in which JSON can carry it.

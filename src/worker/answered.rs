@@ -67,11 +67,12 @@ impl Key {
         let properties = &delivery.properties;
         Self::new(
             &delivery.body,
-            [&properties.message_id, &properties.reply_to, &properties.correlation_id].map(Option::as_deref),
+            [&properties.message_id, &properties.reply_to, &properties.correlation_id, &properties.user_id]
+                .map(Option::as_deref),
         )
     }
 
-    fn new(body: &[u8], properties: [Option<&str>; 3]) -> Self {
+    fn new(body: &[u8], properties: [Option<&str>; 4]) -> Self {
         // Each with its length before it, so that nothing can move from one into the next.
         let mut all = Vec::with_capacity(body.len() + 1_024);
         for part in properties {
@@ -152,15 +153,15 @@ mod tests {
     #[test]
     fn only_the_very_message_finds_its_result() {
         let answered = Answered::default();
-        let key = Key::new(b"body", [Some("id"), Some("replies"), None]);
+        let key = Key::new(b"body", [Some("id"), Some("replies"), None, None]);
         answered.keep(key, answer(7));
         assert_eq!(answered.find(key).as_deref(), Some(&answer(7)));
         for other in [
-            Key::new(b"bodY", [Some("id"), Some("replies"), None]),
-            Key::new(b"body", [Some("id"), Some("mine"), None]),
-            Key::new(b"body", [Some("id"), Some("replies"), Some("")]),
-            Key::new(b"body", [Some("idreplies"), Some(""), None]),
-            Key::new(b"sbody", [Some("id"), Some("replie"), None]),
+            Key::new(b"bodY", [Some("id"), Some("replies"), None, None]),
+            Key::new(b"body", [Some("id"), Some("mine"), None, None]),
+            Key::new(b"body", [Some("id"), Some("replies"), Some(""), None]),
+            Key::new(b"body", [Some("idreplies"), Some(""), None, None]),
+            Key::new(b"sbody", [Some("id"), Some("replie"), None, None]),
         ] {
             assert_eq!(answered.find(other), None);
         }
@@ -169,7 +170,7 @@ mod tests {
     #[tokio::test]
     async fn a_twin_waits_for_the_one_that_is_under_way_and_for_no_other() {
         let answered = Answered::default();
-        let (key, other) = (Key::new(b"body", [None; 3]), Key::new(b"other", [None; 3]));
+        let (key, other) = (Key::new(b"body", [None; 4]), Key::new(b"other", [None; 4]));
         let _other = answered.begin(other);
         answered.until_over(key).await;
         let (one, two) = (answered.begin(key), answered.begin(key));
@@ -185,7 +186,7 @@ mod tests {
     #[test]
     fn the_oldest_give_way() {
         let answered = Answered::default();
-        let key = |at: usize| Key::new(&at.to_be_bytes(), [None; 3]);
+        let key = |at: usize| Key::new(&at.to_be_bytes(), [None; 4]);
         for at in 0..RESULTS + 10 {
             answered.keep(key(at), answer(10));
         }

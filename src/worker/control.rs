@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::amqp::{Addresses, Command, Heard, Message, Pong, Publisher};
-use crate::worker::running::Running;
+use crate::worker::running::{Asker, Running};
 
 /// Questions that are answered at one time. More are passed over: whoever asks in a flood is no operator.
 const ANSWERS: usize = 8;
@@ -25,6 +25,8 @@ pub(super) struct Control {
     pub(super) queues: Vec<String>,
     pub(super) drain: CancellationToken,
     pub(super) addresses: Addresses,
+    /// Users who may see and cancel every job.
+    pub(super) operators: Vec<String>,
     pub(super) running: Running,
     pub(super) publisher: Publisher,
 }
@@ -37,8 +39,16 @@ impl Control {
         while let Some(heard) = commands.recv().await {
             match &heard.command {
                 Command::Cancel(id) => {
-                    tracing::info!(id, "asked to end a job");
-                    self.running.cancel(id);
+                    let asker = self.asker(&heard);
+                    match self.running.cancel(id, &asker) {
+                        // In a flood of those that mean nobody's job here the others would be lost.
+                        0 => tracing::debug!(
+                            id,
+                            asker.user,
+                            "asked to end a job that is not here, or another's"
+                        ),
+                        _ => tracing::info!(id, asker.user, "asked to end a job"),
+                    }
                 }
                 // Apart, so that a broker that takes no answers delays no cancellation.
                 Command::Ping {} => {
@@ -52,6 +62,13 @@ impl Control {
                 }
             }
         }
+    }
+
+    /// Who asks, by the broker's word.
+    fn asker(&self, heard: &Heard) -> Asker {
+        let user = heard.properties.user_id.clone();
+        let operator = user.as_ref().is_some_and(|user| self.operators.contains(user));
+        Asker { user, operator }
     }
 
     async fn pong(&self, heard: Heard) {
@@ -70,7 +87,7 @@ impl Control {
             slots: self.slots,
             queues: self.queues.clone(),
             draining: self.drain.is_cancelled(),
-            jobs: self.running.list(),
+            jobs: self.running.list(&self.asker(&heard)),
         };
         // Text and numbers: nothing in it can fail to be JSON.
         let body = serde_json::to_vec(&pong).unwrap_or_default();

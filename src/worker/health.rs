@@ -207,7 +207,7 @@ mod tests {
         assert_eq!(health.alive(), Ok(()));
 
         // Without a connection jobs may wait for ever, and afterwards as long as any others.
-        let waits = running.enter("waits", &CancellationToken::new()).ok();
+        let waits = running.enter("waits", None, &CancellationToken::new()).ok();
         publishing.send_replace(LinkState::Blocked);
         tokio::time::sleep(2 * STUCK).await;
         assert_eq!(health.alive(), Ok(()));

@@ -79,6 +79,7 @@ pub async fn serve(
         queues: config.amqp.queues.iter().map(|queue| queue.name.clone()).collect(),
         drain: drain.clone(),
         addresses: Addresses::new(&config.amqp),
+        operators: config.amqp.operators.clone(),
         running: running.clone(),
         publisher: publisher.clone(),
     });

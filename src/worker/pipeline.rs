@@ -83,7 +83,7 @@ impl Pipeline {
         if let (Ok(to), Some(before)) = (&to, before) {
             return self.answer_again(delivery, to.clone(), &before).await;
         }
-        if delivery.uncounted && self.not_poison(&delivery).is_ok() {
+        if delivery.uncounted && delivery.dropped.is_none() && self.not_poison(&delivery).is_ok() {
             self.count(delivery).await;
             return false;
         }
@@ -169,7 +169,7 @@ impl Pipeline {
         let to = to.as_ref().map_err(|error| decided(Status::Rejected, error.to_string()))?;
         delivery.properties.echoable().map_err(|error| decided(Status::Rejected, error))?;
         still_wanted(delivery, &job)?;
-        let entry = self.running.enter(&job.id, &self.kill)?;
+        let entry = self.running.enter(&job.id, delivery.properties.user_id.as_deref(), &self.kill)?;
         let (limits, stream, environment) = (job.limits, job.stream, job.environment.clone());
         let payload = heavy(delivery.body.len(), || Payload::encode(job));
         let slot = self.slots.take(delivery, entry.stop()).await?;
@@ -271,12 +271,14 @@ impl Pipeline {
             correlation_id: delivery.properties.correlation_id.as_deref(),
             traceparent: delivery.properties.traceparent.as_deref(),
             tracestate: delivery.properties.tracestate.as_deref(),
-            body_bytes: delivery.body.len(),
+            body_bytes: delivery.dropped.unwrap_or(delivery.body.len()),
             attempt: context.attempt,
             received: SystemTime::now() - delivery.received.elapsed(),
             outcome: &outcome,
         });
-        let message_id = job::message_id(&context.id).to_string();
+        let asked = &delivery.properties;
+        let asked = [&asked.correlation_id, &asked.reply_to, &asked.user_id].map(Option::as_deref);
+        let message_id = job::message_id(&context.id, asked).to_string();
         let ran = outcome.started_at.is_some() && outcome.status != Status::WorkerError;
         let most = self.amqp.max_result_bytes;
         let largest = self.publisher.largest(most);
@@ -311,7 +313,11 @@ impl Pipeline {
             "a message goes to the dead queue"
         );
         let queue = &self.amqp.queues[delivery.queue].name;
-        let copy = Message::dead(&delivery, &self.amqp.dead_queue, queue, &why, &self.worker);
+        let mut copy = Message::dead(&delivery, &self.amqp.dead_queue, queue, &why, &self.worker);
+        if let Some(bytes) = delivery.dropped {
+            let most = format!("amqp.max_body_bytes is {}", self.amqp.max_body_bytes);
+            copy = copy.stub(bytes, &most);
+        }
         let _publishing = (self.outgoing.enter(delivery.queue), self.metrics.publishing());
         let mut stored = self.kill.run_until_cancelled(self.publisher.publish(&copy)).await;
         if let Some(Sent::TooLarge(most)) = stored {
@@ -350,6 +356,9 @@ impl Pipeline {
 
     /// The body as a job, or as what it lacks to be one.
     fn parse(&self, delivery: &Delivery, context: &mut Context) -> Result<Job, Detour> {
+        if let Some(bytes) = delivery.dropped {
+            return Err(self.too_large(bytes, delivery, context));
+        }
         let Properties { content_encoding, message_id, .. } = &delivery.properties;
         let encoding = content_encoding.as_deref();
         match coding::parse(&delivery.body, encoding, message_id.as_deref(), &self.admission) {
@@ -368,6 +377,18 @@ impl Pipeline {
                 })
             }
         }
+    }
+
+    /// The body is not there: what is known of the job is what stands on its envelope.
+    fn too_large(&self, bytes: usize, delivery: &Delivery, context: &mut Context) -> Detour {
+        if let Err(Refusal { id, .. }) =
+            job::parse(b"", delivery.properties.message_id.as_deref(), &self.admission)
+        {
+            context.id = id;
+        }
+        let most = self.admission.max_body_bytes;
+        let why = format!("the body has {bytes} bytes, above this worker's maximum of {most}");
+        Detour::Dead(DeadReason::TooLarge, Box::new(Outcome::not_run(Status::Rejected, why)))
     }
 
     /// After the last delivery that the broker grants it would drop the job without a word. So it is not run

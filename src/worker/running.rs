@@ -32,12 +32,38 @@ struct Jobs {
     here: BTreeMap<u64, Job>,
     /// When a job last came, started or went.
     moved: Option<Instant>,
-    cancelled: VecDeque<(Instant, String)>,
+    cancelled: VecDeque<Cancelled>,
+}
+
+/// A cancellation of jobs that may still come.
+#[derive(Debug)]
+struct Cancelled {
+    when: Instant,
+    id: String,
+    asker: Asker,
+}
+
+/// Who asks about jobs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Asker {
+    /// As the broker vouches for it; none where the message names no user.
+    pub(super) user: Option<String>,
+    /// The operator lets it see and cancel every job.
+    pub(super) operator: bool,
+}
+
+impl Asker {
+    /// Whether a job of this user is the asker's business. One without a user is anybody's who can ask at all.
+    fn may(&self, owner: Option<&str>) -> bool {
+        owner.is_none() || self.operator || self.user.as_deref() == owner
+    }
 }
 
 #[derive(Debug)]
 struct Job {
     id: String,
+    /// Who published it, as the broker vouches for it.
+    owner: Option<String>,
     stop: CancellationToken,
     since: jiff::Timestamp,
     due: Option<Instant>,
@@ -53,39 +79,54 @@ pub(super) struct Entry {
 
 impl Running {
     /// Enters a job that `kill` ends, too. Not one that was cancelled while it waited in the queue.
-    pub(super) fn enter(&self, id: &str, kill: &CancellationToken) -> Result<Entry, Detour> {
+    pub(super) fn enter(
+        &self,
+        id: &str,
+        owner: Option<&str>,
+        kill: &CancellationToken,
+    ) -> Result<Entry, Detour> {
         let stop = kill.child_token();
         let mut jobs = self.lock();
         jobs.forget();
-        if jobs.cancelled.iter().any(|(_, cancelled)| cancelled == id) {
+        if let Some(cancelled) =
+            jobs.cancelled.iter().find(|cancelled| cancelled.id == id && cancelled.asker.may(owner))
+        {
+            tracing::info!(id, cancelled.asker.user, "a job comes that was cancelled before");
             return Err(decided(Status::Cancelled, "cancelled on request, before it ran"));
         }
         let key = jobs.next;
         jobs.next += 1;
         jobs.moved = Some(Instant::now());
-        jobs.here.insert(
-            key,
-            Job { id: id.to_owned(), stop: stop.clone(), since: jiff::Timestamp::now(), due: None },
-        );
+        let job = Job {
+            id: id.to_owned(),
+            owner: owner.map(str::to_owned),
+            stop: stop.clone(),
+            since: jiff::Timestamp::now(),
+            due: None,
+        };
+        jobs.here.insert(key, job);
         Ok(Entry { running: self.clone(), key, stop })
     }
 
-    /// Ends every job of that id, now or when it comes.
-    pub(super) fn cancel(&self, id: &str) {
+    /// Ends every job of that id which is the asker's business, now or when it comes. Returns how many are here.
+    pub(super) fn cancel(&self, id: &str, asker: &Asker) -> usize {
         let mut jobs = self.lock();
-        jobs.here.values().filter(|job| job.id == id).for_each(|job| job.stop.cancel());
+        let meant = jobs.here.values().filter(|job| job.id == id && asker.may(job.owner.as_deref()));
+        let count = meant.inspect(|job| job.stop.cancel()).count();
         jobs.forget();
-        jobs.cancelled.retain(|(_, cancelled)| cancelled != id);
+        jobs.cancelled.retain(|cancelled| cancelled.id != id || cancelled.asker != *asker);
         if jobs.cancelled.len() == REMEMBERED_MAX {
             jobs.cancelled.pop_front();
         }
-        jobs.cancelled.push_back((Instant::now(), id.to_owned()));
+        jobs.cancelled.push_back(Cancelled { when: Instant::now(), id: id.to_owned(), asker: asker.clone() });
+        count
     }
 
-    /// All of them, in the order in which they came.
-    pub(super) fn list(&self) -> Vec<Held> {
+    /// Those that are the asker's business, in the order in which they came.
+    pub(super) fn list(&self, asker: &Asker) -> Vec<Held> {
         let held = |job: &Job| Held { id: job.id.clone(), since: job.since, running: job.due.is_some() };
-        self.lock().here.values().map(held).collect()
+        let jobs = self.lock();
+        jobs.here.values().filter(|job| asker.may(job.owner.as_deref())).map(held).collect()
     }
 
     /// The id of a job that should have ended long ago.
@@ -109,7 +150,7 @@ impl Running {
 
 impl Jobs {
     fn forget(&mut self) {
-        while self.cancelled.front().is_some_and(|(when, _)| when.elapsed() > REMEMBERED) {
+        while self.cancelled.front().is_some_and(|cancelled| cancelled.when.elapsed() > REMEMBERED) {
             self.cancelled.pop_front();
         }
     }
@@ -148,32 +189,57 @@ mod tests {
     #[test]
     fn a_cancelled_job_stops_here_and_does_not_start_later() {
         let (running, kill) = (Running::default(), CancellationToken::new());
-        let one = running.enter("one", &kill).unwrap();
-        let two = running.enter("two", &kill).unwrap();
+        let one = running.enter("one", None, &kill).unwrap();
+        let two = running.enter("two", None, &kill).unwrap();
         two.due_in(Duration::from_secs(1));
-        let held: Vec<_> = running.list().into_iter().map(|job| (job.id, job.running)).collect();
+        let held: Vec<_> =
+            running.list(&Asker::default()).into_iter().map(|job| (job.id, job.running)).collect();
         assert_eq!(held, [("one".to_owned(), false), ("two".to_owned(), true)]);
-        running.cancel("one");
+        assert_eq!(running.cancel("one", &Asker::default()), 1);
         assert!(one.stop().is_cancelled() && !two.stop().is_cancelled());
-        assert!(matches!(running.enter("one", &kill), Err(Detour::Decided(_))));
+        assert!(matches!(running.enter("one", None, &kill), Err(Detour::Decided(_))));
         kill.cancel();
         assert!(two.stop().is_cancelled());
+    }
+
+    #[test]
+    fn a_job_with_a_user_is_that_users_and_the_operators() {
+        let (running, kill) = (Running::default(), CancellationToken::new());
+        let user = |name: &str| Asker { user: Some(name.into()), operator: false };
+        let (nobody, operator) = (Asker::default(), Asker { operator: true, ..user("operator") });
+        let alices = running.enter("job", Some("alice"), &kill).unwrap();
+        let anybodys = running.enter("other", None, &kill).unwrap();
+        let seen = |asker: &Asker| running.list(asker).len();
+        assert_eq!(
+            [seen(&nobody), seen(&user("mallory")), seen(&user("alice")), seen(&operator)],
+            [1, 1, 2, 2]
+        );
+        for stranger in [&nobody, &user("mallory")] {
+            assert_eq!(running.cancel("job", stranger), 0);
+            assert!(!alices.stop().is_cancelled());
+            assert!(running.enter("job", Some("alice"), &kill).is_ok(), "not when it comes later, either");
+        }
+        assert_eq!(running.cancel("other", &user("mallory")), 1);
+        assert!(anybodys.stop().is_cancelled());
+        assert_eq!(running.cancel("job", &operator), 1);
+        assert!(alices.stop().is_cancelled());
+        assert!(running.enter("job", Some("alice"), &kill).is_err());
     }
 
     #[test]
     fn cancellations_are_bounded() {
         let running = Running::default();
         for at in 0..3 * REMEMBERED_MAX {
-            running.cancel(&at.to_string());
+            assert_eq!(running.cancel(&at.to_string(), &Asker::default()), 0);
         }
         assert_eq!(running.lock().cancelled.len(), REMEMBERED_MAX);
-        assert!(running.enter("0", &CancellationToken::new()).is_ok());
+        assert!(running.enter("0", None, &CancellationToken::new()).is_ok());
     }
 
     #[test]
     fn only_a_job_far_past_its_time_is_stuck_and_only_while_it_is_here() {
         let running = Running::default();
-        let entry = running.enter("slow", &CancellationToken::new()).unwrap();
+        let entry = running.enter("slow", None, &CancellationToken::new()).unwrap();
         let now = Instant::now();
         assert_eq!(running.overdue(now + Duration::from_secs(9_999)), None, "it has not started");
         entry.due_in(Duration::from_secs(5));
@@ -188,10 +254,10 @@ mod tests {
     async fn jobs_stand_still_that_wait_for_none() {
         let (running, kill) = (Running::default(), CancellationToken::new());
         assert_eq!(running.still_since(Instant::now()), None, "there are none");
-        let waits = running.enter("waits", &kill).unwrap();
+        let waits = running.enter("waits", None, &kill).unwrap();
         let came = Instant::now();
         assert_eq!(running.still_since(came), Some(came));
-        let runs = running.enter("runs", &kill).unwrap();
+        let runs = running.enter("runs", None, &kill).unwrap();
         runs.due_in(Duration::from_secs(60));
         tokio::time::advance(Duration::from_secs(59)).await;
         assert_eq!(running.still_since(Instant::now()), None, "it waits for the one that runs");

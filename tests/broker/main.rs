@@ -15,6 +15,7 @@ mod clock;
 mod cluster;
 mod faults;
 mod fleet;
+mod identity;
 mod neighbours;
 mod network;
 mod operators;
@@ -94,6 +95,7 @@ async fn jobs_come_back_once_and_what_is_none_is_kept() {
     traffic::what_is_no_job_is_dead_lettered_and_rejected(&node).await;
     traffic::what_bodies_are_wrapped_in_is_undone(&node).await;
     traffic::what_is_not_acceptable_is_rejected_and_acked(&node).await;
+    traffic::a_body_that_is_too_large_does_not_come_in(&node).await;
     traffic::poison_ends_in_the_dead_queue(&node, "quorum").await;
     traffic::poison_ends_in_the_dead_queue(&node, "classic").await;
     traffic::a_job_past_its_time_is_not_run(&node).await;
@@ -142,6 +144,15 @@ async fn no_reply_address_holds_up_another() {
     neighbours::a_reply_queue_that_is_deleted_under_way(&node).await;
     neighbours::a_publisher_without_the_right_to_its_reply_queue(&node).await;
     neighbours::a_result_that_the_broker_does_not_take(&node).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_speaks_for_another() {
+    let node = Node::start();
+    identity::a_result_is_not_taken_for_anothers(&node).await;
+    identity::nobody_else_counts_deliveries(&node).await;
+    identity::a_job_is_cancelled_by_whoever_may(&node).await;
+    identity::queues_that_nobody_reads_are_bounded(&node).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

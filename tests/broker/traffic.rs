@@ -82,7 +82,6 @@ pub(crate) async fn what_is_not_acceptable_is_rejected_and_acked(node: &Node) {
     let jobs = [
         json!({"id": "limit", "code": "print(1)", "timeout_ms": 999_999_999}),
         json!({"id": "preload", "code": "print(1)", "preload": "import os"}),
-        json!({"id": "size", "code": "x".repeat(100_000)}),
     ];
     for job in jobs {
         let properties = BasicProperties::default().with_reply_to(queues.replies.as_str().into());
@@ -92,6 +91,61 @@ pub(crate) async fn what_is_not_acceptable_is_rejected_and_acked(node: &Node) {
         assert!(!result["error"].as_str().unwrap().is_empty());
     }
     assert_eq!(requester.waiting(&queues.dead).await, 0, "a job that can be read is answered, not kept");
+}
+
+/// Sizes of a worker's memory, in bytes.
+fn memory(worker: &Worker, field: &str) -> usize {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", worker.pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+    line.trim_matches(|char: char| !char.is_ascii_digit()).parse::<usize>().unwrap() << 10
+}
+
+pub(crate) async fn a_body_that_is_too_large_does_not_come_in(node: &Node) {
+    const BYTES: usize = 40 << 20;
+    let queues = Queues::of("oversize");
+    let worker = Worker::ready(node.url(), &queues.settings(&["amqp.max_body_bytes=65536"])).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    let to = BasicProperties::default().with_reply_to(queues.replies.as_str().into());
+    // The largest that is read, and the smallest that is not.
+    let exactly = |bytes: usize| {
+        let job = |comment: &str| json!({"id": "fits", "code": format!("print(1) #{comment}")}).to_string();
+        let job = job(&"x".repeat(bytes - job("").len()));
+        assert_eq!(job.len(), bytes);
+        job.into_bytes()
+    };
+    requester.publish(&queues.jobs, &exactly(65_536), to.clone()).await;
+    assert_eq!(next(&mut replies).await.1["status"], "succeeded");
+    requester.publish(&queues.jobs, &exactly(65_537), to.clone()).await;
+    assert_eq!(next(&mut replies).await.1["status"], "rejected");
+    requester.take(&queues.dead).await;
+
+    let before = memory(&worker, "VmRSS:");
+    let large = vec![b' '; BYTES];
+    for at in 0..4 {
+        let named = to.clone().with_message_id(format!("large-{at}").into());
+        requester.publish(&queues.jobs, &large, named).await;
+    }
+    for at in 0..4 {
+        let (_, result) = next(&mut replies).await;
+        assert_eq!(result["status"], "rejected", "{result}");
+        assert!(result["id"].as_str().unwrap().starts_with("large-"), "{result}");
+        let error = result["error"].as_str().unwrap();
+        assert!(error.contains(&BYTES.to_string()) && error.contains("65536"), "{error}");
+        let stub = requester.take(&queues.dead).await;
+        assert!(stub.data.len() < 1_024 && String::from_utf8_lossy(&stub.data).contains(&BYTES.to_string()));
+        let headers = stub.properties.headers().as_ref().unwrap().inner();
+        assert_eq!(headers["x-sandpiper-body-bytes"], AMQPValue::LongLongInt(i64::try_from(BYTES).unwrap()));
+        assert!(headers.contains_key("x-sandpiper-reason"), "{at}");
+    }
+    let grown = memory(&worker, "VmHWM:").saturating_sub(before);
+    println!("4 bodies of {} MiB took {} MiB of memory", BYTES >> 20, grown >> 20);
+    assert!(grown < BYTES / 2, "{grown} bytes");
+    let counted = "sandpiper_jobs_dead_lettered_total{reason=\"too_large\"}";
+    eventually("all are counted", async || (worker.metric(counted) == 5.0).then_some(())).await;
+    requester.submit(&queues.jobs, "after", &queues.replies).await;
+    collect(&mut replies, &["after".into()]).await;
+    assert_eq!(requester.waiting(&queues.jobs).await, 0);
 }
 
 pub(crate) async fn poison_ends_in_the_dead_queue(node: &Node, kind: &str) {

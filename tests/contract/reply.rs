@@ -163,9 +163,20 @@ fn the_largest_artifacts_give_way_first_and_it_is_said() {
 
 #[test]
 fn a_duplicate_has_the_same_message_id() {
-    // Held, because results of an older worker must be recognised as duplicates too.
-    assert_eq!(message_id("job-1").to_string(), "6bf3fad1-f8e0-55b4-9ea4-cc6adcf644b7");
-    assert_ne!(message_id("job-1"), message_id("job-2"));
+    // Held, because results of another version of the worker must be recognised as duplicates too.
+    let asked = [Some("c-1"), Some("replies"), None];
+    assert_eq!(message_id("job-1", asked).to_string(), "38e1d579-380d-51a0-8506-9944c5aa3267");
+    for other in [
+        message_id("job-2", asked),
+        message_id("job-1", [None; 3]),
+        message_id("job-1", [Some("c-2"), Some("replies"), None]),
+        message_id("job-1", [Some("c-1"), Some("other"), None]),
+        message_id("job-1", [Some("c-1"), Some("replies"), Some("mallory")]),
+        message_id("job-1", [Some("c-1replies"), Some(""), None]),
+        message_id("job-1", [Some("c-1"), Some("replies"), Some("")]),
+    ] {
+        assert_ne!(message_id("job-1", asked), other);
+    }
 }
 
 proptest! {

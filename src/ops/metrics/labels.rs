@@ -50,6 +50,8 @@ label! {
     DeadReason {
         /// Not a job at all.
         Malformed => "malformed",
+        /// Larger than the worker reads.
+        TooLarge => "too_large",
         /// Delivered so often that the broker would drop it next.
         Poison => "poison",
     }

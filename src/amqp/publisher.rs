@@ -126,12 +126,32 @@ enum Answer {
     Confirmed,
     Returned,
     Nacked,
-    /// Nothing, though it answers otherwise.
-    Overdue,
+    /// Nothing, though it may answer otherwise.
+    Overdue(Late),
     /// It closed the channel over this message.
     Refused(Box<lapin::Error>),
     /// It closed the channel, as it takes no body of more than so many bytes.
     TooLarge(usize),
+}
+
+/// A result that was sent, and its confirm has not come so far.
+#[derive(Debug)]
+struct Late {
+    outlet: Arc<Outlet>,
+    /// It has come after all.
+    confirmed: CancellationToken,
+}
+
+impl Late {
+    fn new(outlet: &Arc<Outlet>) -> Self {
+        Self { outlet: outlet.clone(), confirmed: CancellationToken::new() }
+    }
+}
+
+/// Why an address did not take a result.
+struct NotTaken {
+    why: &'static str,
+    late: Option<Late>,
 }
 
 /// How an attempt is made.
@@ -204,21 +224,34 @@ impl Publisher {
         if self.is_own(&message.to) {
             return self.insist(message, &message.to).await;
         }
-        let why = match self.offer(message).await {
-            Ok(sent) => return sent,
-            Err(why) => why,
-        };
-        tracing::info!("a reply queue {why}: its result goes to the results queue");
-        self.0.metrics.redirected();
         let results = Address::Queue(self.0.config.results_queue.clone());
-        match self.insist(message, &results).await {
-            Sent::Delivered => Sent::Redirected,
-            sent => sent,
+        loop {
+            let NotTaken { why, late } = match self.offer(message).await {
+                Ok(sent) => return sent,
+                Err(not_taken) => not_taken,
+            };
+            let sent = match &late {
+                None => self.insist(message, &results).await,
+                Some(late) => tokio::select! {
+                    biased;
+                    () = late.confirmed.cancelled() => return Sent::Delivered,
+                    // It was the connection that did not answer.
+                    () = late.outlet.link.lost(), if matches!(message.to, Address::Queue(_)) => continue,
+                    sent = self.insist(message, &results) => {
+                        // The broker confirms others meanwhile: so it is the address.
+                        self.0.refusals.refused(message.to.name());
+                        sent
+                    }
+                },
+            };
+            tracing::info!("a reply queue {why}: its result went to the results queue");
+            self.0.metrics.redirected();
+            return if sent == Sent::Delivered { Sent::Redirected } else { sent };
         }
     }
 
     /// Publishes to the address of a stranger, if that takes it now; else the reason.
-    async fn offer(&self, message: &Message) -> Result<Sent, &'static str> {
+    async fn offer(&self, message: &Message) -> Result<Sent, NotTaken> {
         const ONCE_MORE: &str = "a result is published again";
         let (to, refusals) = (message.to.name(), &self.0.refusals);
         let is_direct = matches!(message.to, Address::Direct(_));
@@ -227,7 +260,7 @@ impl Publisher {
                 // It costs nobody anything: the broker drops what nobody listens for.
                 let _ = self.attempt(message, &message.to, Care::default()).await;
             }
-            return Err("took no result lately");
+            return Err(NotTaken { why: "took no result lately", late: None });
         }
         let mut delays = Delays::new(FIRST_DELAY, LONGEST_DELAY);
         let (mut care, mut faults) = (Care::default(), 0);
@@ -242,7 +275,8 @@ impl Publisher {
                 }
                 Ok(Answer::Returned) => {
                     refusals.forget(to);
-                    return if is_direct { Ok(Sent::Dropped) } else { Err("is gone") };
+                    let gone = NotTaken { why: "is gone", late: None };
+                    return if is_direct { Ok(Sent::Dropped) } else { Err(gone) };
                 }
                 Ok(Answer::TooLarge(most)) => return Ok(Sent::TooLarge(most)),
                 // A queue that elects its leader refuses on old channels, and would not on a new one.
@@ -260,7 +294,10 @@ impl Publisher {
                     tracing::warn!(error = chain(&*error), "the broker refuses a result");
                     "makes the broker refuse results"
                 }
-                Ok(Answer::Overdue) => "does not confirm results",
+                Ok(Answer::Overdue(late)) => {
+                    refusals.refused_again(to);
+                    return Err(NotTaken { why: "does not confirm results", late: Some(late) });
+                }
                 Err(error) => {
                     tracing::warn!(error = chain(&error), ONCE_MORE);
                     let ours_is_up = self.0.outlet.borrow().is_some();
@@ -279,7 +316,7 @@ impl Publisher {
                 }
             };
             refusals.refused(to);
-            return Err(why);
+            return Err(NotTaken { why, late: None });
         }
     }
 
@@ -300,7 +337,7 @@ impl Publisher {
                 // It is declared again by the next attempt.
                 Ok(Answer::Returned) => tracing::warn!("a queue of our own is gone; trying again"),
                 Ok(Answer::TooLarge(most)) => return Sent::TooLarge(most),
-                Ok(Answer::Nacked | Answer::Overdue) => refused = refused.max(1),
+                Ok(Answer::Nacked | Answer::Overdue(_)) => refused = refused.max(1),
                 Ok(Answer::Refused(error)) => {
                     tracing::warn!(
                         error = chain(&*error),
@@ -332,11 +369,11 @@ impl Publisher {
                 refusals.forget(to);
                 Told::NobodyThere
             }
-            Ok(Answer::Overdue | Answer::Refused(_)) if !self.is_own(&message.to) => {
+            Ok(Answer::Overdue(_) | Answer::Refused(_)) if !self.is_own(&message.to) => {
                 refusals.refused(to);
                 Told::NobodyThere
             }
-            Ok(Answer::Nacked | Answer::Overdue | Answer::Refused(_)) => {
+            Ok(Answer::Nacked | Answer::Overdue(_) | Answer::Refused(_)) => {
                 // A full queue may have room for the next piece; one that is probed has had its chance.
                 refusals.refused_again(to);
                 Told::Failed
@@ -365,7 +402,7 @@ impl Publisher {
             Ok(Answer::Returned) if is_direct => Published::Dropped,
             Ok(Answer::Returned) => Published::Returned,
             Ok(Answer::Nacked) => Published::Nacked,
-            Ok(Answer::Overdue) => Published::TimedOut,
+            Ok(Answer::Overdue(_)) => Published::TimedOut,
             Ok(Answer::Refused(_) | Answer::TooLarge(_)) => Published::Refused,
             Err(_) => Published::Failed,
         });
@@ -399,7 +436,7 @@ impl Publisher {
                     return Err(Error::NoMajority { broker });
                 }
                 tracing::warn!("a result is not confirmed in time; it is published again");
-                return Ok(Answer::Overdue);
+                return Ok(Answer::Overdue(Late::new(&outlet)));
             }
             Err(error) => return self.refused(error, message),
         };
@@ -426,7 +463,7 @@ impl Publisher {
             biased;
             sent = publishing(&outlet, &channel, message, name, mandatory) => sent,
             () = outlet.link.lost() => return Err(outlet.link.loss()),
-            () = &mut overdue => return Ok(Answer::Overdue),
+            () = &mut overdue => return Ok(Answer::Overdue(Late::new(&outlet))),
         };
         let mut confirm = match sent {
             Ok(confirm) => Box::pin(confirm),
@@ -443,14 +480,16 @@ impl Publisher {
                 // It was sent, and may still arrive. That clears the address.
                 let (name, refusals, timeout) =
                     (name.to_owned(), self.0.refusals.clone(), self.0.config.operation_timeout);
-                let outlet = outlet.clone();
+                let late = Late::new(&outlet);
+                let (outlet, confirmed) = (outlet.clone(), late.confirmed.clone());
                 tokio::spawn(async move {
                     if let Ok(Ok(Confirmation::Ack(None))) = tokio::time::timeout(timeout, confirm).await {
+                        confirmed.cancel();
                         refusals.forget(&name);
                         outlet.give_back(channel);
                     }
                 });
-                return Ok(Answer::Overdue);
+                return Ok(Answer::Overdue(late));
             }
         };
         match confirmation {
@@ -495,14 +534,17 @@ impl Publisher {
             ) => {
                 outlet.hung.fetch_add(1, Ordering::Relaxed);
                 let (name, refusals) = (name.to_owned(), self.0.refusals.clone());
+                let late = Late::new(&outlet);
+                let answered = late.confirmed.clone();
                 tokio::spawn(async move {
                     // The requester is only slow: it has the result, and so has the results queue.
                     if let Ok(Ok(true)) = asking.await {
                         outlet.hung.fetch_sub(1, Ordering::Relaxed);
+                        answered.cancel();
                         refusals.forget(&name);
                     }
                 });
-                Ok(Answer::Overdue)
+                Ok(Answer::Overdue(late))
             }
         }
     }

@@ -166,7 +166,7 @@ pub struct Amqp {
     pub jobs_queue: String,
     /// Where jobs come from; never empty.
     pub queues: Vec<Queue>,
-    /// The reply queue for a job without `reply_to`, and for one whose `reply_to` no longer exists.
+    /// The reply queue for a job without `reply_to`, and for one whose `reply_to` is gone or does not take it.
     pub results_queue: String,
     /// What could not be handled.
     pub dead_queue: String,

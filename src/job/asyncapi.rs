@@ -79,7 +79,7 @@ pub fn document<Command: JsonSchema, Pong: JsonSchema>(names: &Names<'_>) -> Val
                 "description": "Whatever a job or a command names in `reply_to`.",
                 "messages": references(&["output", "result", "pong"]),
             },
-            "results": queue(names.results, "Results without a reply queue, or whose reply queue is gone.", &["result"]),
+            "results": queue(names.results, "Results without a reply queue, or whose reply queue is gone or did not take them.", &["result"]),
             "dead": queue(names.dead, "What an operator has to look at.", &["dead"]),
             "control": {
                 "address": names.control,

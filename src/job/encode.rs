@@ -103,22 +103,18 @@ fn to_json(reply: &Reply, size: usize) -> Vec<u8> {
     json
 }
 
-/// How many bytes it takes as JSON, which is written nowhere.
-fn count(reply: &Reply) -> usize {
-    struct Count(usize);
-    impl std::io::Write for Count {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0 += bytes.len();
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
+/// How many bytes it takes as JSON. What is large and needs no escapes is counted and not written.
+fn count(reply: &mut Reply) -> usize {
+    let artifacts = std::mem::take(&mut reply.artifacts);
+    let mut size = to_json(reply, 1 << 10).len();
+    for artifact in &artifacts {
+        let bare =
+            ReplyArtifact { base64: String::new(), path: artifact.path.clone(), bytes: artifact.bytes };
+        // With the comma before the next one.
+        size += serde_json::to_vec(&bare).unwrap_or_default().len() + artifact.base64.len() + 1;
     }
-    let mut count = Count(0);
-    // For the same reason.
-    let _ = serde_json::to_writer(&mut count, reply);
-    count.0
+    reply.artifacts = artifacts;
+    size.saturating_sub(usize::from(!reply.artifacts.is_empty()))
 }
 
 /// Drops artifacts until `excess` bytes are gone, and says so in `error`. Returns what is still too much.

@@ -282,7 +282,7 @@ pub(crate) async fn a_passive_worker_declares_nothing(node: &Node) {
     let mut worker = Worker::start(node.url(), &passive).await;
     let missing = format!(
         "find {}: it is not there, and amqp.topology = \\\"passive\\\" declares nothing; declare it as a durable \
-         queue with the arguments x-delivery-limit=1000000000, x-queue-type=quorum",
+         queue with the arguments x-delivery-limit=1000000000, x-max-length-bytes=1073741824, x-queue-type=quorum",
         queues.dead
     );
     eventually("it says what is missing", async || worker.log().contains(&missing).then_some(())).await;

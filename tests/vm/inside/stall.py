@@ -23,7 +23,7 @@ def main():
         name = f"stall.{turn}"
         if not check(f"{name}.starts", host.start_unit(), host.state()):
             return
-        load = Load(SETTINGS["stall_jobs"], seconds=SETTINGS["stall_jobs"] * 1.5, quiet=30)
+        load = Load(SETTINGS["stall_jobs"], quiet=30)
         if not check(f"{name}.all_are_answered", load.all_are("succeeded") and not load.duplicates, load):
             show()
         # What a watchdog puts right went wrong before.

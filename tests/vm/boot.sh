@@ -29,9 +29,11 @@ bootable_root() { # SUITE uml|qemu
 
 # Prints the disk of a root, made once and again when what prepares it has changed.
 disk_of() { # ROOT
-  local root=$1 prepare disk
+  local root=$1 prepare disk lock
   prepare=${BASH_SOURCE[0]%/*}/prepare
   disk=$cache/disks/${root##*/}-$(sha256sum <"$prepare" | cut -c1-8).ext4
+  exec {lock}>>"$root.lock"
+  flock "$lock"
   if [[ ! -e $disk ]]; then
     echo "making the disk $disk" >&2
     mkdir -p "$cache/disks"
@@ -46,6 +48,7 @@ disk_of() { # ROOT
     chmod 644 "$disk.part"
     mv "$disk.part" "$disk"
   fi
+  exec {lock}>&-
   echo "$disk"
 }
 

@@ -3,7 +3,8 @@
 images made of Debian's packages (images.py).
 
     engines.py                            Docker of Debian 12 (20.10), with a sample of the attack fixtures
-    engines.py --all                      the same with every one of them
+    engines.py --all                      the same with every one of them, each cold and warm
+    engines.py --prepare                  only what these take time to make: the engine, base images, the image
     engines.py --optimised                the image as it is shipped, which takes some minutes more to build
     engines.py --engine docker-trixie     Docker of Debian 13 (26.1)
     engines.py --engine podman            Podman of Debian 12 (4.3), rootless, with the image that Docker built last
@@ -56,6 +57,9 @@ PARTS = """
 for part in behaviour files hostile; do /stage/sandbox --test-threads 2 $part:: || failed=$part; done
 test -z "$failed"
 """
+
+# How fixtures are run, and what says so to the test program.
+WAYS = {"cold": [], "warm": ["--env", "SP_TEST_WARM=1"]}
 
 
 def want(true, sentence):
@@ -178,39 +182,52 @@ def told(expected):
     return calls.union(*map(told, expected.get("any", [])))
 
 
-def fixtures(image, every):
-    """What jobs may do and what they must not, with the worker of the image, cold and warm."""
-    stage = image.place / "stage"
-    shutil.copytree(REPOSITORY / "tests/fixtures", stage / "fixtures")
-    shutil.copy(os.environ["SP_TEST_SANDBOX"], stage / "sandbox")
-    run(["chmod", "--recursive", "a+rX", stage])
+def sampled(lines, step, first=0):
+    """One in so many, with the cases that these want to be run right before them."""
+    chosen = lines[first::step]
+    before = {json.loads(line).get("after") for line in chosen}
+    return [line for line in lines if line in chosen or json.loads(line)["name"] in before]
+
+
+def staged(place, every, turn):
+    """Copies the fixtures of one way to run them, and says how many of them are there."""
+    shutil.copytree(REPOSITORY / "tests/fixtures", place)
     refused = named("SCMP_ACT_ERRNO")
     expected = 0
-    for file in sorted((stage / "fixtures").rglob("*.jsonl")):
+    for file in sorted(place.rglob("*.jsonl")):
         lines = file.read_text().splitlines()
         if file.parent.name == "hostile" and not every:
-            before = {json.loads(line).get("after") for line in lines[::SAMPLE]}
-            lines = [line for number, line in enumerate(lines)
-                     if number % SAMPLE == 0 or json.loads(line)["name"] in before]
+            lines = sampled(lines, SAMPLE)
         # The engine's filter is before ours: what it refuses is never seen there, and so cannot be told.
         lines = [line for line in lines if not refused & told(json.loads(line).get("assert", {}))]
+        if not every:
+            lines = sampled(lines, len(WAYS), turn)
         file.write_text("".join(f"{line}\n" for line in lines))
         if file.parent.name == "hostile" or file.stem in ("behaviour", "files"):
             expected += len(lines)
-    for how, setting in (("cold", []), ("warm", ["--env", "SP_TEST_WARM=1"])):
+    return expected
+
+
+def fixtures(image, every):
+    """What jobs may do and what they must not, with the worker of the image: each cold and warm, or in turn."""
+    stage = image.place / "stage"
+    expected = {way: staged(stage / way, every, turn) for turn, way in enumerate(WAYS)}
+    shutil.copy(os.environ["SP_TEST_SANDBOX"], stage / "sandbox")
+    run(["chmod", "--recursive", "a+rX", stage])
+    for way, setting in WAYS.items():
         said = image.run(["-c", PARTS], entrypoint="sh", options=[
-            *image.options, *setting, "--volume", f"{stage}:/stage:ro", "--env", "SP_TEST_FIXTURES=/stage/fixtures",
+            *image.options, *setting, "--volume", f"{stage}:/stage:ro", "--env", f"SP_TEST_FIXTURES=/stage/{way}",
             "--env", "SP_TEST_BIN=/opt/sandpiper/sandpiper",
             # What is looked for here is not how fast the image is, and this machine may be busy with other tests.
             "--env", "SP_TEST_SLOW=3"])
         passed, ignored = (sum(map(int, re.findall(rf"(\d+) {word};", said))) for word in ("passed", "ignored"))
-        want(passed + ignored == expected and passed > expected * 0.9,
-             f"{passed} fixtures passed and {ignored} were ignored, {expected} are there:\n{said}")
+        want(passed + ignored == expected[way] and passed > expected[way] * 0.9,
+             f"{passed} fixtures passed and {ignored} were ignored, {expected[way]} are there:\n{said}")
         skipped = re.findall(r"SKIPPED: .*", said)
         # A container has no control groups of its own; all else is there.
         beyond = [line for line in skipped if "there is no cgroups here" not in line]
         want(not beyond, "skipped in the container:\n" + "\n".join(beyond))
-        say(f"{how}: {passed} fixtures passed, {len(skipped)} of them for want of control groups not tried")
+        say(f"{way}: {passed} fixtures passed, {len(skipped)} of them for want of control groups not tried")
 
 
 # --- all of it
@@ -226,7 +243,7 @@ def docker_of(suite, place):
     return Docker(root, CACHE / f"docker-{suite}.data", place)
 
 
-def docker(suite, place, every, optimised):
+def docker(suite, place, every, optimised, prepare):
     with docker_of(suite, place) as engine:
         build, options = of_readme()
         say("Docker " + engine.client("version", "--format", "{{.Server.Version}}").strip() + ", Compose "
@@ -235,6 +252,8 @@ def docker(suite, place, every, optimised):
             images.provide(engine, REPOSITORY, optimised)
             say(f"building: {shlex.join(build)}")
             run(engine.inside("env", f"--chdir={place}", *build))
+        if prepare:
+            return
         image = Image(engine, place, options)
         width(engine)
         refusals(image)
@@ -262,11 +281,14 @@ def podman(place, every):
 
 
 def main():
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--engine", choices=["docker", "docker-trixie", "podman"], default="docker")
-    arguments.add_argument("--all", action="store_true", help="every attack fixture")
-    arguments.add_argument("--optimised", action="store_true", help="build the image as it is shipped")
-    arguments = arguments.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=["docker", "docker-trixie", "podman"], default="docker")
+    parser.add_argument("--all", action="store_true", help="every attack fixture, each cold and warm")
+    parser.add_argument("--prepare", action="store_true", help="make what is missing, and run nothing")
+    parser.add_argument("--optimised", action="store_true", help="build the image as it is shipped")
+    arguments = parser.parse_args()
+    if arguments.prepare and arguments.engine == "podman":
+        parser.error("--prepare is for Docker: Podman runs the image that it built")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(143))
     with the_only_one(), tempfile.TemporaryDirectory(prefix="sandpiper-engine.", dir="/var/tmp") as place:
@@ -278,8 +300,8 @@ def main():
             podman(place, arguments.all)
         else:
             suite = "trixie" if arguments.engine == "docker-trixie" else "bookworm"
-            docker(suite, place, arguments.all, arguments.optimised)
-    say("passed")
+            docker(suite, place, arguments.all, arguments.optimised, arguments.prepare)
+    say("prepared" if arguments.prepare else "passed")
 
 
 if __name__ == "__main__":

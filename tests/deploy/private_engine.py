@@ -116,7 +116,7 @@ def debian(suite):
     if root.exists():
         return root
     if not shutil.which("debootstrap"):
-        run(["apt-get", "install", "-qy", "--no-install-recommends", "debootstrap"],
+        run(["apt-get", "-o", "DPkg::Lock::Timeout=300", "install", "-qy", "--no-install-recommends", "debootstrap"],
             env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"})
     part = CACHE / f"{suite}.part"
     shutil.rmtree(part, ignore_errors=True)

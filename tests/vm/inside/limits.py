@@ -159,7 +159,7 @@ case(
     lambda r: r["stdout"] == "7\n",
     processes=8,
 )
-case("cpu_of_all", "cpu_limit", "import os\nfor i in range(3): os.fork()\nwhile True: pass", cpu_ms=int(1000 * SLOW))
+case("cpu_of_all", "cpu_limit", "import os\nfor i in range(3): os.fork()\nwhile True: pass", cpu_ms=int(500 * SLOW))
 case(
     "cpu_of_children_that_ended",
     "cpu_limit",
@@ -172,7 +172,7 @@ case(
             os._exit(0)
         os.waitpid(child, 0)
     """,
-    cpu_ms=int(1000 * SLOW),
+    cpu_ms=int(500 * SLOW),
 )
 case(
     "orphans",
@@ -215,7 +215,7 @@ def run_all(name):
         options.append("--warm")
     for each, status, program, also, limits in CASES:
         # What is to end by its timeout ends soon; anything else is given the time that a slow machine takes.
-        timeout = int(min((1500 if status == "timeout" else 60_000) * SLOW, 300_000))
+        timeout = int(min((1000 if status == "timeout" else 60_000) * SLOW, 300_000))
         job = {"code": program, "timeout_ms": timeout, "limits": {"cpu_ms": int(20_000 * SLOW), **limits}}
         command = [ALONE, "exec", "--json", "--job", json.dumps(job), *options]
         ran = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -28,8 +28,9 @@ class Load:
         for _ in range(count):
             name = str(uuid.uuid4())
             properties = pika.BasicProperties(reply_to=queue, correlation_id=name, delivery_mode=2)
-            # Of a machine's slowness a job should know nothing, up to what the worker allows.
-            job = {"id": name, "code": code, "timeout_ms": int(min(60_000 * SLOW, 300_000))}
+            # How slow the machine is, a job should notice neither by time nor by CPU time, up to what the worker allows.
+            patience = int(min(60_000 * SLOW, 300_000))
+            job = {"id": name, "code": code, "timeout_ms": patience, "limits": {"cpu_ms": patience}}
             channel.basic_publish("", "sandpiper.jobs", json.dumps(job), properties)
         beside, told = None, began
         while len(self._answered) < count and time.monotonic() - self._last < quiet * SLOW:

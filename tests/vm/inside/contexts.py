@@ -7,7 +7,7 @@ import pathlib
 import shlex
 
 import host
-from report import SETTINGS, SLOW, WORKER, check
+from report import SETTINGS, SLOW, WORKER, check, say
 
 # Five processes that have 20 MiB each at one time, under a limit of 64 MiB: an end by it only for the job as a whole.
 TOGETHER = """
@@ -120,7 +120,9 @@ def visit(name, place, expected):
     left += host.groups()
     true = status == ("memory_limit" if found["ok"] else "succeeded")
     note = f"{'there' if found['ok'] else 'not there'}: {found['detail']}; a job: {status}"
-    check(name, found["ok"] == expected and true and not left, note + (f"; LEFT BEHIND {left}" if left else ""))
+    if not check(name, found["ok"] == expected and true and not left, note + (f"; LEFT BEHIND {left}" if left else "")):
+        say(f"the job's worker ended with {ran.returncode}; the last of the journal:")
+        say(host.run("journalctl", "-n", "20", "-o", "short-monotonic", "--no-pager").stdout)
 
 
 def patience():

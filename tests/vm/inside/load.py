@@ -58,8 +58,9 @@ class Load:
         self._last = time.monotonic()
         for where, key in ((self.statuses, result["status"]), (self.workers, result["worker"])):
             where[key] = where.get(key, 0) + 1
-        if result["status"] == "worker_error":
-            self.errors[result["error"]] = self.errors.get(result["error"], 0) + 1
+        if result["status"] != "succeeded":
+            why = " ".join(each for each in (result["signal"], result["error"]) if each)
+            self.errors[why] = self.errors.get(why, 0) + 1
         self.peaks.append((result["usage"] or {}).get("memory_peak_bytes") or 0)
 
     @property

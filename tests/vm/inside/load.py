@@ -12,7 +12,7 @@ from report import SLOW, say
 class Load:
     """So many jobs of one program, published at once; waits until all are answered, or none came for long."""
 
-    def __init__(self, count, code="print(1)", quiet=60, at=None, then=None):
+    def __init__(self, count, code="print(1)", quiet=60, at=None, then=None, **limits):
         """Gives up when none came for `quiet` seconds of a real machine, however long all of them take.
 
         With `at` and `then`: when that part of them is answered, `then` is called beside.
@@ -30,7 +30,7 @@ class Load:
             properties = pika.BasicProperties(reply_to=queue, correlation_id=name, delivery_mode=2)
             # How slow the machine is, a job should notice neither by time nor by CPU time, up to what the worker allows.
             patience = int(min(60_000 * SLOW, 300_000))
-            job = {"id": name, "code": code, "timeout_ms": patience, "limits": {"cpu_ms": patience}}
+            job = {"id": name, "code": code, "timeout_ms": patience, "limits": {"cpu_ms": patience, **limits}}
             channel.basic_publish("", "sandpiper.jobs", json.dumps(job), properties)
         beside, told = None, began
         while len(self._answered) < count and time.monotonic() - self._last < quiet * SLOW:

@@ -21,3 +21,4 @@ pub mod process;
 pub mod ready;
 pub mod signal;
 pub mod userns;
+pub mod xattr;

@@ -3,6 +3,7 @@
 //! A group that hands controllers on to others may hold no processes itself. So a worker that is alone in its
 //! group steps aside into one below it, and back when the sandbox ends.
 
+use std::ffi::CStr;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -10,6 +11,7 @@ use std::sync::OnceLock;
 use super::home::{self, Home};
 use super::{CPU, CgroupError, Homes, SHARE, Setting, Version, WORKERS_SHARE, place};
 use crate::job::Limits;
+use crate::sys::xattr;
 
 /// CPU time is counted without a controller.
 const CONTROLLERS: [&str; 2] = ["memory", "pids"];
@@ -22,6 +24,10 @@ const WORKER: &str = "worker";
 
 pub(super) fn start(mounts: &str, own: &str, count: usize) -> Result<Homes, CgroupError> {
     let base = place::version_2(mounts, own)?;
+    if is_kept_by_systemd(&base) {
+        let missing = "what it has to others: systemd keeps it for itself without Delegate=yes".to_owned();
+        return Err(CgroupError::NotOffered { path: base, missing });
+    }
     let with_cpu = [&CONTROLLERS[..], &[CPU]].concat();
     // A kernel hands it on only where no process of real-time priority is in the way.
     let homes = start_at(&base, &with_cpu)
@@ -31,6 +37,14 @@ pub(super) fn start(mounts: &str, own: &str, count: usize) -> Result<Homes, Cgro
         share_the_processor(home, count)?;
     }
     Ok(homes)
+}
+
+/// Root may write to any group. But systemd takes controllers back from a unit whose groups it has not handed over, and
+/// ends the unit where the kernel has killed a job in it. It marks the others.
+fn is_kept_by_systemd(group: &Path) -> bool {
+    const MARKS: [&CStr; 2] = [c"trusted.delegate", c"user.delegate"];
+    let is_unit = group.extension().is_some_and(|kind| kind == "service" || kind == "scope");
+    is_unit && nix::unistd::geteuid().is_root() && !MARKS.iter().any(|mark| xattr::is_set(group, mark))
 }
 
 /// Each job has the share of one ordinary process, whatever it starts, and the worker itself, where it has stepped

@@ -110,6 +110,10 @@ pub(super) struct JobFlags {
     /// Bytes in the working directory and /tmp together
     #[arg(long, value_name = "BYTES", help_heading = "Limits")]
     disk_bytes: Option<u64>,
+
+    /// Processors that all processes may use together, such as 1.5
+    #[arg(long, value_name = "N", help_heading = "Limits")]
+    cpus: Option<f64>,
 }
 
 impl JobArgs {
@@ -175,7 +179,7 @@ impl JobFlags {
         if let Some(timeout_ms) = self.timeout_ms {
             job.insert("timeout_ms".into(), timeout_ms.into());
         }
-        let limits: Map<String, Value> = [
+        let mut limits: Map<String, Value> = [
             ("cpu_ms", self.cpu_ms),
             ("memory_bytes", self.memory_bytes),
             ("output_bytes", self.output_bytes),
@@ -186,6 +190,9 @@ impl JobFlags {
         .into_iter()
         .filter_map(|(name, limit)| limit.map(|limit| (name.to_owned(), limit.into())))
         .collect();
+        if let Some(cpus) = self.cpus {
+            limits.insert("cpus".into(), cpus.into());
+        }
         if !limits.is_empty() {
             job.insert("limits".into(), limits.into());
         }

@@ -40,7 +40,7 @@ pub(super) fn admit(asked: Asked, config: &Config) -> Result<Job, Box<Reply>> {
 
 /// Runs one job to its end.
 pub(super) async fn run(sandbox: &Sandbox, mut job: Job, stop: &CancellationToken) -> Reply {
-    let (limits, metadata) = (job.limits, job.metadata.take());
+    let (limits, metadata) = (sandbox.in_force(job.limits), job.metadata.take());
     let context = Context { metadata, ..context(job.id.clone(), Some(limits)) };
     Reply::new(context, sandbox.run(Payload::encode(job), &limits, stop).await)
 }

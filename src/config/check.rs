@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::layers::Origins;
-use super::raw::{Raw, RawEnvironment, RawSandbox};
+use super::raw::{CpusBound, Raw, RawEnvironment, RawSandbox};
 use super::{ACK_TIMEOUT, Config, ConfigError, Environment, Http, Log, LogFormat, Proc, Sandbox, Worker};
 use crate::job::explain::quote;
-use crate::job::{Bounds, Limits};
+use crate::job::{Bounds, Cpus, Limits};
 
 /// More concurrent jobs than any machine serves well; catches a slip of the finger.
 const SLOTS_MAX: usize = 1_024;
@@ -37,7 +37,7 @@ pub(super) fn check(raw: Raw, origins: Origins) -> Result<Config, ConfigError> {
         amqp: check.amqp(raw.amqp)?,
         worker,
         sandbox: check.sandbox(raw.sandbox, slots)?,
-        limits: check.limits(Bounds::from(&raw.limits))?,
+        limits: check.cpus(raw.limits.cpus, check.limits(Bounds::from(&raw.limits))?)?,
         environments: check.environments(raw.environments, slots)?,
         http: Http { listen: check.listen(&raw.http.listen)? },
         log: Log {
@@ -166,6 +166,27 @@ impl Checker {
             }
         }
         Ok(bounds)
+    }
+
+    /// 0 is no cap by default, and at most what the machine has.
+    fn cpus(&self, raw: CpusBound, mut bounds: Bounds) -> Result<Bounds, ConfigError> {
+        let read = |key: &str, processors: f64| match Cpus::new(processors) {
+            Some(cpus) if cpus.thousandths() == 0 => Ok(None),
+            Some(cpus) if cpus >= Cpus::MINIMUM => Ok(Some(cpus)),
+            _ => self.fail(
+                key,
+                &format!("is {processors}; it must be {} or more processors, or 0 for no cap", Cpus::MINIMUM),
+            ),
+        };
+        bounds.default.cpus = read("limits.cpus.default", raw.default)?;
+        bounds.maximum.cpus = read("limits.cpus.maximum", raw.maximum)?;
+        match (bounds.default.cpus, Cpus::less(bounds.maximum.cpus, Cpus::of_this_machine())) {
+            (Some(default), Some(maximum)) if default > maximum => self.fail(
+                "limits.cpus.default",
+                &format!("is {default}, above what a job may ask for here, {maximum}"),
+            ),
+            _ => Ok(bounds),
+        }
     }
 
     fn environments(

@@ -15,7 +15,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::job::{Admission, Bounds, Supports};
+use crate::job::{Admission, Bounds, Cpus, Supports};
 use layers::Layers;
 
 /// Why there is no configuration to work with. No message holds a secret.
@@ -83,8 +83,10 @@ impl Config {
 
     /// What jobs may ask for.
     pub fn admission(&self) -> Admission {
+        let mut bounds = self.limits;
+        bounds.maximum.cpus = Cpus::less(bounds.maximum.cpus, Cpus::of_this_machine());
         Admission {
-            bounds: self.limits,
+            bounds,
             max_body_bytes: self.amqp.max_body_bytes,
             allow_preload: self.sandbox.allow_preload,
             allow_network: self.sandbox.allow_network,

@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Auth, Config, Environment, LogFormat, Proc, Topology};
-use crate::job::{Bounds, Limits};
+use crate::job::{Bounds, Cpus, Limits};
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -107,6 +107,15 @@ pub(super) struct RawLimits {
     pub(super) processes: Bound,
     pub(super) open_files: Bound,
     pub(super) disk_bytes: Bound,
+    pub(super) cpus: CpusBound,
+}
+
+/// 0 is no cap, and as much as the machine has.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct CpusBound {
+    pub(super) default: f64,
+    pub(super) maximum: f64,
 }
 
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -248,6 +257,10 @@ impl From<Bounds> for RawLimits {
             processes: bound(|limits| limits.processes),
             open_files: bound(|limits| limits.open_files),
             disk_bytes: bound(|limits| limits.disk_bytes),
+            cpus: CpusBound {
+                default: bounds.default.cpus.map_or(0.0, Cpus::processors),
+                maximum: bounds.maximum.cpus.map_or(0.0, Cpus::processors),
+            },
         }
     }
 }
@@ -262,6 +275,8 @@ impl From<&RawLimits> for Bounds {
             processes: of(&raw.processes),
             open_files: of(&raw.open_files),
             disk_bytes: of(&raw.disk_bytes),
+            // Checked by themselves.
+            cpus: None,
         };
         Self { default: limits(|bound| bound.default), maximum: limits(|bound| bound.maximum) }
     }

@@ -13,7 +13,7 @@ use super::raw::{
 };
 use super::request::{Admission, InputFile, Job};
 use super::whole::Whole;
-use crate::job::Limits;
+use crate::job::{Cpus, Limits};
 
 /// Bytes of `code`, and of `preload`.
 pub(super) const CODE_MAX: usize = 1 << 20;
@@ -137,6 +137,17 @@ fn check_limits(
         processes: bounded("limits.processes", limits.processes, |limits| limits.processes)?,
         open_files: bounded("limits.open_files", limits.open_files, |limits| limits.open_files)?,
         disk_bytes: bounded("limits.disk_bytes", limits.disk_bytes, |limits| limits.disk_bytes)?,
+        cpus: match (limits.cpus, admission.bounds.maximum.cpus) {
+            (None, _) => admission.bounds.default.cpus,
+            (Some(asked), _) if asked < Cpus::MINIMUM => {
+                let minimum = Cpus::MINIMUM;
+                return Err(format!("`limits.cpus` is {asked}; it must be {minimum} or more processors"));
+            }
+            (Some(asked), Some(maximum)) if asked > maximum => {
+                return Err(format!("`limits.cpus` is {asked}, above this worker's maximum of {maximum}"));
+            }
+            (asked, _) => asked,
+        },
     })
 }
 

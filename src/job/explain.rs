@@ -98,6 +98,7 @@ fn wanted(want: &str) -> &str {
     match want {
         "u8" | "u16" | "u32" | "u64" | "usize" => "a whole number, 0 or more",
         "i32" | "i64" => "a whole number",
+        "f64" => "a number",
         "a string" | "a borrowed string" => "text",
         "a boolean" => "true or false",
         "a sequence" => "a list",

@@ -3,6 +3,70 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+/// Processors that a job may use together: 1.5 is one and a half of them all the time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Cpus {
+    thousandths: u32,
+}
+
+impl Cpus {
+    /// The kernel's least: 1 ms of each 100.
+    pub const MINIMUM: Self = Self { thousandths: 10 };
+
+    /// None where it is no number of processors.
+    pub fn new(processors: f64) -> Option<Self> {
+        let thousandths = (processors * 1000.0).round();
+        // A cast of what is in range is exact.
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked right here")]
+        (0.0..=f64::from(u32::MAX)).contains(&thousandths).then_some(Self { thousandths: thousandths as u32 })
+    }
+
+    /// All that there are here, if the system tells.
+    pub fn of_this_machine() -> Option<Self> {
+        let number = std::thread::available_parallelism().ok()?.get();
+        Self::new(f64::from(u32::try_from(number).ok()?))
+    }
+
+    /// The lower of two caps, of which each may be none.
+    pub fn less(one: Option<Self>, other: Option<Self>) -> Option<Self> {
+        one.into_iter().chain(other).min()
+    }
+
+    /// In thousandths of one.
+    pub fn thousandths(self) -> u32 {
+        self.thousandths
+    }
+
+    /// As it is written in JSON.
+    pub fn processors(self) -> f64 {
+        f64::from(self.thousandths) / 1000.0
+    }
+}
+
+impl std::fmt::Display for Cpus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.processors().fmt(f)
+    }
+}
+
+impl Serialize for Cpus {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.processors().serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Cpus {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let processors = f64::deserialize(deserializer)?;
+        Self::new(processors).ok_or_else(|| {
+            serde::de::Error::invalid_value(
+                serde::de::Unexpected::Float(processors),
+                &"a number of processors",
+            )
+        })
+    }
+}
+
 /// The limits in force for one job. Every one is enforced from outside the job's process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
@@ -21,6 +85,11 @@ pub struct Limits {
     pub open_files: u64,
     /// Bytes in the working directory and `/tmp` together.
     pub disk_bytes: u64,
+    /// Processors that all processes of the job may use together; absent where nothing caps them, or where the worker
+    /// has no control group that could.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<f64>")]
+    pub cpus: Option<Cpus>,
 }
 
 impl Limits {
@@ -35,6 +104,7 @@ impl Limits {
         processes: 1,
         open_files: 16,
         disk_bytes: 1,
+        cpus: None,
     };
 }
 
@@ -59,6 +129,7 @@ impl Default for Bounds {
                 processes: 32,
                 open_files: 256,
                 disk_bytes: 64 * MIB,
+                cpus: None,
             },
             maximum: Limits {
                 timeout_ms: 300_000,
@@ -68,7 +139,26 @@ impl Default for Bounds {
                 processes: 128,
                 open_files: 1_024,
                 disk_bytes: 512 * MIB,
+                cpus: None,
             },
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processors_come_back_as_they_were_written() {
+        for text in ["0.01", "1.0", "1.5", "0.333", "64.0"] {
+            let cpus: Cpus = serde_json::from_str(text).unwrap();
+            assert_eq!(serde_json::to_string(&cpus).unwrap(), text);
+        }
+        assert_eq!(serde_json::from_str::<Cpus>("2").unwrap().thousandths(), 2000);
+        for text in ["-1", "1e10", "\"1\"", "null"] {
+            assert!(serde_json::from_str::<Cpus>(text).is_err(), "{text}");
         }
     }
 }

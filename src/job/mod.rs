@@ -19,7 +19,7 @@ mod whole;
 
 pub use check::is_id;
 pub(crate) use json::Members;
-pub use limits::{Bounds, Limits};
+pub use limits::{Bounds, Cpus, Limits};
 pub use metadata::Metadata;
 pub use outcome::{Artifact, BlockedSyscall, Captured, Outcome, Status, Usage};
 pub use output::{Chunk, Stream, incomplete_end};

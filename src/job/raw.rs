@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use super::explain::{explain, quote};
 use super::json::{Fault, Members};
+use super::limits::Cpus;
 use super::metadata::{Metadata, Written};
 use super::whole::Whole;
 
@@ -110,6 +111,11 @@ pub(super) struct RawLimits {
     /// At most 512 MiB unless the operator has set another maximum.
     #[schemars(with = "Option<u64>", range(min = 1), extend("default" = 67108864))]
     pub(super) disk_bytes: Option<Whole>,
+    /// Processors that all processes may use together, such as 1.5; no cap by default.
+    /// At most the processors of the worker's machine unless the operator has set less. A worker without control groups
+    /// that share the processor caps nothing, and the result's `limits` have no `cpus` then.
+    #[schemars(with = "Option<f64>", range(min = 0.01))]
+    pub(super) cpus: Option<Cpus>,
 }
 
 /// A file for the working directory: its path, and its content either as text or as base64.
@@ -257,7 +263,7 @@ impl<'de> Deserialize<'de> for Strings {
 }
 
 /// Fields that a publisher may have put at the wrong level.
-const ELSEWHERE: [&str; 7] = [
+const ELSEWHERE: [&str; 8] = [
     "timeout_ms",
     "limits.cpu_ms",
     "limits.memory_bytes",
@@ -265,6 +271,7 @@ const ELSEWHERE: [&str; 7] = [
     "limits.processes",
     "limits.open_files",
     "limits.disk_bytes",
+    "limits.cpus",
 ];
 
 /// Reads a body as a job, or says in one sentence why it is none.

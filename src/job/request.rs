@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::check;
 use super::metadata::Written;
 use super::raw::{self, Salvage};
-use crate::job::{Bounds, Limits, Metadata};
+use crate::job::{Bounds, Cpus, Limits, Metadata};
 
 /// A job that passed every check: defaults filled in, limits inside the operator's maxima.
 #[derive(Clone, Debug, PartialEq)]
@@ -93,8 +93,10 @@ impl Default for Supports {
 impl Default for Admission {
     /// What the default configuration allows.
     fn default() -> Self {
+        let mut bounds = Bounds::default();
+        bounds.maximum.cpus = Cpus::of_this_machine();
         Self {
-            bounds: Bounds::default(),
+            bounds,
             max_body_bytes: 8 << 20,
             allow_preload: false,
             allow_network: false,

@@ -80,6 +80,8 @@ struct Shared {
     launcher: Launcher,
     start_timeout: Duration,
     default_limits: Limits,
+    /// Control groups give each job its share of the processor, and can cap it.
+    shares_the_processor: bool,
     /// In which zygotes run where the worker may choose uids.
     zygote_namespace: Option<OwnedFd>,
     proxies: Vec<(&'static str, String)>,
@@ -179,6 +181,7 @@ impl Sandbox {
                 launcher: Launcher::start(init_program)?,
                 start_timeout: settings.start_timeout,
                 default_limits: config.limits.default,
+                shares_the_processor: machine.cpu_group,
                 zygote_namespace,
                 oom_kills,
                 trace,
@@ -236,6 +239,11 @@ impl Sandbox {
                 zygote.end(&self.shared.default_limits).await;
             }
         }
+    }
+
+    /// These limits without what nothing here could keep: results tell what was in force.
+    pub fn in_force(&self, limits: Limits) -> Limits {
+        Limits { cpus: limits.cpus.filter(|_| self.shared.shares_the_processor), ..limits }
     }
 
     /// Runs one job to its end. When this returns, nothing of it is alive.

@@ -364,7 +364,7 @@ impl Pipeline {
         match coding::parse(&delivery.body, encoding, message_id.as_deref(), &self.admission) {
             Ok(job) => {
                 context.id.clone_from(&job.id);
-                context.limits = Some(job.limits);
+                context.limits = Some(self.sandbox.in_force(job.limits));
                 context.metadata.clone_from(&job.metadata);
                 Ok(job)
             }

@@ -37,7 +37,9 @@ fn the_defaults_are_those_of_the_configuration() {
     };
     expected.remove("timeout_ms");
     let least = serde_json::to_value(Limits::MINIMUM).unwrap();
-    assert_eq!(limits.len(), expected.len());
+    // Processors are capped by nobody unless somebody says so.
+    assert!(limits["cpus"].get("default").is_none());
+    assert_eq!(limits.len(), expected.len() + 1);
     for (name, value) in expected {
         assert_eq!(limits[&name]["default"], value, "{name}");
         assert_eq!(limits[&name]["minimum"], least[&name], "{name}");

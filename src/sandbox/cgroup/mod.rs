@@ -59,6 +59,14 @@ enum Version {
 const CPU: &str = "cpu";
 /// The share of a process that is in no group, on version 1.
 const SHARE: u64 = 1024;
+/// Processor time for a group is dealt out for each period of so many microseconds, the kernel's default.
+const PERIOD_US: u64 = 100_000;
+
+/// Microseconds of each [period](PERIOD_US) for a group; none without a cap.
+fn quota(limits: &Limits) -> Option<u64> {
+    limits.cpus.map(|cpus| u64::from(cpus.thousandths()) * (PERIOD_US / 1000))
+}
+
 /// So that the worker is heard whatever its jobs do: it keeps their time.
 const WORKERS_SHARE: u64 = 10 * SHARE;
 
@@ -110,10 +118,11 @@ impl Homes {
 
     /// Writes the limits of the group `name`.
     fn limit(&self, name: &str, limits: &Limits) -> Result<(), CgroupError> {
-        let settings = match self.version {
+        let mut settings = match self.version {
             Version::One => v1::settings(limits),
             Version::Two => v2::settings(limits),
         };
+        settings.retain(|setting| setting.controller != CPU || self.of(CPU).is_ok());
         for setting in settings {
             let path = self.of(setting.controller)?.join(name).join(setting.file);
             let written = home::write(&path, &setting.value);
@@ -169,8 +178,8 @@ pub(super) struct Group {
     doors: Arc<[OwnedFd]>,
     entry: Entry,
     counters: Counters,
-    /// Memory and processes, as the kernel has them.
-    set: Option<[u64; 2]>,
+    /// Memory, processes and processors, as the kernel has them.
+    set: Option<[u64; 3]>,
     /// The counters when the present job began.
     began: Reading,
 }
@@ -249,8 +258,9 @@ impl Group {
         self.began = self.counters.read();
     }
 
-    fn kept_by_the_kernel(limits: &Limits) -> [u64; 2] {
-        [limits.memory_bytes, limits.processes]
+    fn kept_by_the_kernel(limits: &Limits) -> [u64; 3] {
+        let cpus = limits.cpus.map_or(u64::MAX, |cpus| cpus.thousandths().into());
+        [limits.memory_bytes, limits.processes, cpus]
     }
 
     async fn apply(&mut self, limits: &Limits) -> Result<(), CgroupError> {
@@ -350,9 +360,10 @@ impl Group {
     /// For a person.
     pub(super) fn describe(&self) -> String {
         let place = self.homes.list.first().and_then(|home| home.path().parent()).unwrap_or(Path::new(""));
+        let cpu = if self.shares_the_processor() { "" } else { "; without cpu: limits.cpus caps nothing" };
         match self.homes.version {
-            Version::One => format!("version 1, memory at {}", place.display()),
-            Version::Two => format!("version 2 at {}", place.display()),
+            Version::One => format!("version 1, memory at {}{cpu}", place.display()),
+            Version::Two => format!("version 2 at {}{cpu}", place.display()),
         }
     }
 }

@@ -73,6 +73,24 @@ async fn a_kill_for_memory_is_seen_and_forgotten() {
     assert!(group.used().memory_peak < 64 * MIB, "{:?}", group.used());
 }
 
+#[tokio::test]
+async fn a_cap_on_processors_is_set_and_taken_away() {
+    let Some(mut group) = group(&limits(64 * MIB)) else { return };
+    if !group.shares_the_processor() {
+        return skip(&"the controller cpu is not to be had");
+    }
+    let directory = group.homes.of(CPU).unwrap().join(&group.name);
+    let quota = |name: &str| fs::read_to_string(directory.join(name)).map(|text| text.trim().to_owned());
+    let quota = || quota("cpu.cfs_quota_us").or_else(|_| quota("cpu.max")).unwrap();
+    let free = quota();
+    assert!(["-1", "max 100000"].contains(&free.as_str()), "{free}");
+    let capped = Limits { cpus: crate::job::Cpus::new(1.5), ..limits(64 * MIB) };
+    group.begin(&capped).await.unwrap();
+    assert!(["150000", "150000 100000"].contains(&quota().as_str()), "{}", quota());
+    group.begin(&limits(64 * MIB)).await.unwrap();
+    assert_eq!(quota(), free);
+}
+
 #[test]
 fn processes_are_counted_together() {
     let limits = Limits { processes: 3, ..limits(64 * MIB) };
@@ -120,7 +138,7 @@ async fn limits_are_written_in_an_order_that_the_kernel_takes() {
     let Some(mut group) = group(&limits(64 * MIB)) else { return };
     for memory in [512 * MIB, 16 * MIB, 128 * MIB] {
         group.begin(&limits(memory)).await.unwrap();
-        assert_eq!(group.set, Some([memory, 32]));
+        assert_eq!(group.set, Some([memory, 32, u64::MAX]));
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use super::home::{self, Home};
-use super::{Aside, CPU, CgroupError, Homes, SHARE, Setting, Version, WORKERS_SHARE, place};
+use super::{Aside, CPU, CgroupError, Homes, SHARE, Setting, Version, WORKERS_SHARE, place, quota};
 use crate::job::Limits;
 
 const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpuacct"];
@@ -84,5 +84,11 @@ pub(super) fn settings(limits: &Limits) -> Vec<Setting> {
         Setting::new("memory", "memory.limit_in_bytes", limits.memory_bytes),
         Setting::new("memory", "memory.memsw.limit_in_bytes", limits.memory_bytes).optional(),
         Setting::new("pids", "pids.max", limits.processes),
+        Setting::new(
+            CPU,
+            "cpu.cfs_quota_us",
+            quota(limits).map_or("-1".to_owned(), |quota| quota.to_string()),
+        )
+        .optional(),
     ]
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use super::home::{self, Home};
-use super::{CPU, CgroupError, Homes, SHARE, Setting, Version, WORKERS_SHARE, place};
+use super::{CPU, CgroupError, Homes, SHARE, Setting, Version, WORKERS_SHARE, place, quota};
 use crate::job::Limits;
 use crate::sys::xattr;
 
@@ -145,6 +145,8 @@ pub(super) fn settings(limits: &Limits) -> Vec<Setting> {
         // One process that is killed for memory takes the whole job with it.
         Setting::new("memory", "memory.oom.group", "1").optional(),
         Setting::new("pids", "pids.max", limits.processes),
+        Setting::new(CPU, "cpu.max", quota(limits).map_or("max".to_owned(), |quota| quota.to_string()))
+            .optional(),
     ]
 }
 

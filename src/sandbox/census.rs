@@ -5,7 +5,7 @@ use std::io::Read;
 
 /// Record locks of files that a job may hold. The kernel keeps them in memory that is on nobody's account, and in
 /// lists that each who closes the file has to walk. Programs hold a few.
-pub(super) const LOCKS: u64 = 1_024;
+pub(super) const LOCKS: u64 = 128;
 
 /// A job's processes: its main one, what that started, and what came to the first process of their pid namespace when
 /// its parents had ended, but not that one itself, which is ours.
@@ -68,7 +68,7 @@ pub(super) fn has_too_many_locks(roots: [i32; 2]) -> bool {
     false
 }
 
-/// More than a line about a lock has, of which a thousand may stand in one file.
+/// More than a line about a lock has.
 const LINE: u64 = 128;
 
 /// Lines such as `lock: 1: POSIX  ADVISORY  READ 3568 fd:00:2531452 4 4`.

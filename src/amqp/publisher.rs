@@ -26,7 +26,7 @@ use crate::amqp::connection::Dialer;
 use crate::amqp::link::Link;
 use crate::amqp::message::fitting;
 use crate::amqp::pace::Pace;
-use crate::amqp::refusals::Refusals;
+use crate::amqp::refusals::{Refusals, Try};
 use crate::amqp::supervisor::{LinkState, Session, State, Supervisor};
 use crate::amqp::{Address, Error, Message, chain, short, topology};
 use crate::config;
@@ -148,6 +148,9 @@ impl Late {
     }
 }
 
+/// Of an address that took no result lately.
+const NOT_WAITED_FOR: &str = "took no result lately";
+
 /// Why an address did not take a result.
 struct NotTaken {
     why: &'static str,
@@ -159,6 +162,8 @@ struct NotTaken {
 struct Care {
     /// By a channel that nothing was published on before: after a nack an older one may be past help.
     fresh: bool,
+    /// Without waiting for the confirm.
+    unawaited: bool,
     /// By a connection of its own, for a direct address, so that innocents share no second fault.
     alone: bool,
 }
@@ -239,7 +244,9 @@ impl Publisher {
                     () = late.outlet.link.lost(), if matches!(message.to, Address::Queue(_)) => continue,
                     sent = self.insist(message, &results) => {
                         // The broker confirms others meanwhile: so it is the address.
-                        self.0.refusals.refused(message.to.name());
+                        if why != NOT_WAITED_FOR {
+                            self.0.refusals.slow(message.to.name());
+                        }
                         sent
                     }
                 },
@@ -255,12 +262,25 @@ impl Publisher {
         const ONCE_MORE: &str = "a result is published again";
         let (to, refusals) = (message.to.name(), &self.0.refusals);
         let is_direct = matches!(message.to, Address::Direct(_));
-        if !refusals.may_try(to) {
-            if is_direct {
-                // It costs nobody anything: the broker drops what nobody listens for.
-                let _ = self.attempt(message, &message.to, Care::default()).await;
-            }
-            return Err(NotTaken { why: "took no result lately", late: None });
+        let tried = refusals.may_try(to);
+        if tried == Try::Unawaited || (tried == Try::Not && is_direct) {
+            // A direct address costs nobody anything: the broker drops what nobody listens for.
+            let care = Care { unawaited: tried == Try::Unawaited, ..Care::default() };
+            let late = match self.attempt(message, &message.to, care).await {
+                Ok(Answer::Confirmed) if tried == Try::Unawaited => {
+                    refusals.forget(to);
+                    return Ok(Sent::Delivered);
+                }
+                Ok(Answer::Overdue(late)) if tried == Try::Unawaited => Some(late),
+                _ => {
+                    refusals.given_up(to);
+                    None
+                }
+            };
+            return Err(NotTaken { why: NOT_WAITED_FOR, late });
+        }
+        if tried == Try::Not {
+            return Err(NotTaken { why: NOT_WAITED_FOR, late: None });
         }
         let mut delays = Delays::new(FIRST_DELAY, LONGEST_DELAY);
         let (mut care, mut faults) = (Care::default(), 0);
@@ -357,10 +377,14 @@ impl Publisher {
     /// Publishes once, for what is worth nothing later or is said again in the result. Never to another queue.
     pub async fn tell(&self, message: &Message) -> Told {
         let (to, refusals) = (message.to.name(), &self.0.refusals);
-        if !refusals.may_try(to) {
+        let tried = refusals.may_try(to);
+        if tried == Try::Not {
             return Told::NobodyThere;
         }
-        match self.attempt(message, &message.to, Care::default()).await {
+        let care = Care { unawaited: tried == Try::Unawaited, ..Care::default() };
+        match self.attempt(message, &message.to, care).await {
+            // It may be only slow.
+            Ok(Answer::Overdue(_)) if tried == Try::Unawaited => Told::Failed,
             Ok(Answer::Confirmed) => {
                 refusals.forget(to);
                 Told::Heard
@@ -369,7 +393,11 @@ impl Publisher {
                 refusals.forget(to);
                 Told::NobodyThere
             }
-            Ok(Answer::Overdue(_) | Answer::Refused(_)) if !self.is_own(&message.to) => {
+            Ok(Answer::Overdue(_)) if !self.is_own(&message.to) => {
+                refusals.slow(to);
+                Told::Failed
+            }
+            Ok(Answer::Refused(_)) if !self.is_own(&message.to) => {
                 refusals.refused(to);
                 Told::NobodyThere
             }
@@ -413,7 +441,7 @@ impl Publisher {
         match to {
             Address::Queue(name) if self.is_own(to) => self.attempt_own(message, name, care).await,
             Address::Queue(name) => {
-                self.attempt_strange(self.outlet().await?, message, name, true, care.fresh).await
+                self.attempt_strange(self.outlet().await?, message, name, true, care).await
             }
             Address::Direct(name) => self.attempt_direct(message, name, care).await,
         }
@@ -453,18 +481,22 @@ impl Publisher {
         message: &Message,
         name: &str,
         mandatory: bool,
-        fresh: bool,
+        care: Care,
     ) -> Result<Answer, Error> {
         let what = "have a result confirmed";
-        let channel = outlet.channel(fresh).await?;
+        let channel = outlet.channel(care.fresh).await?;
         let start = Instant::now();
-        let mut overdue = std::pin::pin!(self.overdue(&outlet.link, name));
+        // That it is not sent yet is no fault of the address.
         let sent = tokio::select! {
             biased;
             sent = publishing(&outlet, &channel, message, name, mandatory) => sent,
             () = outlet.link.lost() => return Err(outlet.link.loss()),
-            () = &mut overdue => return Ok(Answer::Overdue(Late::new(&outlet))),
         };
+        let mut overdue = std::pin::pin!(async {
+            if !care.unawaited {
+                self.overdue(&outlet.link, name).await;
+            }
+        });
         let mut confirm = match sent {
             Ok(confirm) => Box::pin(confirm),
             Err(source) => {
@@ -487,6 +519,8 @@ impl Publisher {
                         confirmed.cancel();
                         refusals.forget(&name);
                         outlet.give_back(channel);
+                    } else {
+                        refusals.given_up(&name);
                     }
                 });
                 return Ok(Answer::Overdue(late));
@@ -508,14 +542,14 @@ impl Publisher {
         self.outlet().await?;
         let outlet = self.direct(care.alone).await?;
         if self.0.refusals.has_refused(name) {
-            return self.attempt_strange(outlet, message, name, false, care.fresh).await;
+            return self.attempt_strange(outlet, message, name, false, care).await;
         }
         let asking = {
             let (outlet, name) = (outlet.clone(), name.to_owned());
             // By itself, as it may have to be left behind.
             tokio::spawn(async move { outlet.listens(&name).await })
         };
-        let answer = self.attempt_strange(outlet.clone(), message, name, false, care.fresh).await?;
+        let answer = self.attempt_strange(outlet.clone(), message, name, false, care).await?;
         if !matches!(answer, Answer::Confirmed) {
             return Ok(answer);
         }

@@ -1,7 +1,8 @@
 //! Reply addresses that did not take a result lately, so that the next ones for them hold up nobody.
 //!
 //! For a minute theirs go to the results queue at once. Then one result probes the address while the others still do;
-//! a confirm, even a late one, clears it.
+//! a confirm, even a late one, clears it. What an address that is only slow would take is published there as well, and
+//! nobody waits for it.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -15,6 +16,20 @@ const AVOIDED: Duration = Duration::from_secs(60);
 /// Most addresses that are remembered: publishers choose them. The oldest goes first.
 const MOST: usize = 1_024;
 
+/// Results for a slow address that may be under way there without a confirm. Each holds a channel.
+const UNCONFIRMED: usize = 8;
+
+/// What is to be done with a result for an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Try {
+    /// Publish it there, and wait for the confirm.
+    Usual,
+    /// Publish it there, and do not wait.
+    Unawaited,
+    /// Publish it elsewhere.
+    Not,
+}
+
 /// All of them.
 #[derive(Debug, Default)]
 pub(super) struct Refusals(Mutex<HashMap<String, Refused>>);
@@ -25,20 +40,40 @@ struct Refused {
     at: Instant,
     /// When a result last began to probe it, after its time was over.
     probed: Option<Instant>,
+    /// It refused nothing, and confirms nothing: so many results are under way.
+    slow: Option<usize>,
 }
 
 impl Refusals {
     /// Whether a result may be published to this address. After its time that is said to one of those that ask.
-    pub(super) fn may_try(&self, address: &str) -> bool {
+    pub(super) fn may_try(&self, address: &str) -> Try {
         let mut known = self.lock();
-        let Some(refused) = known.get_mut(address) else { return true };
+        let Some(refused) = known.get_mut(address) else { return Try::Usual };
         // A probe whose end nobody reported, as its job was killed, is forgotten in its turn.
         let since = refused.probed.unwrap_or(refused.at);
-        if since.elapsed() < AVOIDED {
-            return false;
+        if since.elapsed() >= AVOIDED {
+            refused.probed = Some(Instant::now());
+            return Try::Usual;
         }
-        refused.probed = Some(Instant::now());
-        true
+        match &mut refused.slow {
+            Some(unconfirmed) if *unconfirmed < UNCONFIRMED => {
+                *unconfirmed += 1;
+                Try::Unawaited
+            }
+            _ => Try::Not,
+        }
+    }
+
+    /// It has not confirmed a result so far, though others were.
+    pub(super) fn slow(&self, address: &str) {
+        self.insert(address, Refused { at: Instant::now(), probed: None, slow: Some(0) });
+    }
+
+    /// One that was not waited for has no confirm, and will have none.
+    pub(super) fn given_up(&self, address: &str) {
+        if let Some(Refused { slow: Some(unconfirmed), .. }) = self.lock().get_mut(address) {
+            *unconfirmed = unconfirmed.saturating_sub(1);
+        }
     }
 
     /// Whether it refused lately; asking does not probe.
@@ -48,18 +83,22 @@ impl Refusals {
 
     /// It took nothing just now.
     pub(super) fn refused(&self, address: &str) {
+        self.insert(address, Refused { at: Instant::now(), probed: None, slow: None });
+    }
+
+    fn insert(&self, address: &str, refused: Refused) {
         let mut known = self.lock();
         if known.len() >= MOST && !known.contains_key(address) {
             let oldest = known.iter().min_by_key(|(_, refused)| refused.at).map(|(name, _)| name.clone());
             oldest.and_then(|oldest| known.remove(&oldest));
         }
-        known.insert(address.to_owned(), Refused { at: Instant::now(), probed: None });
+        known.insert(address.to_owned(), refused);
     }
 
     /// The same for an address that is known already, and nothing for any other.
     pub(super) fn refused_again(&self, address: &str) {
         if let Some(refused) = self.lock().get_mut(address) {
-            *refused = Refused { at: Instant::now(), probed: None };
+            *refused = Refused { at: Instant::now(), probed: None, slow: refused.slow };
         }
     }
 
@@ -80,21 +119,38 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_address_is_avoided_for_a_minute_then_probed_by_one() {
         let refusals = Refusals::default();
-        assert!(refusals.may_try("evil"));
+        assert_eq!(refusals.may_try("evil"), Try::Usual);
         refusals.refused("evil");
-        assert!(!refusals.may_try("evil") && refusals.may_try("other"));
+        assert_eq!([refusals.may_try("evil"), refusals.may_try("other")], [Try::Not, Try::Usual]);
         tokio::time::advance(AVOIDED).await;
-        assert!(refusals.may_try("evil"), "one probes it");
-        assert!(!refusals.may_try("evil"), "and no other meanwhile");
+        assert_eq!(refusals.may_try("evil"), Try::Usual, "one probes it");
+        assert_eq!(refusals.may_try("evil"), Try::Not, "and no other meanwhile");
         refusals.refused("evil");
         tokio::time::advance(AVOIDED).await;
-        assert!(refusals.may_try("evil"));
+        assert_eq!(refusals.may_try("evil"), Try::Usual);
         tokio::time::advance(AVOIDED).await;
-        assert!(refusals.may_try("evil"), "the first probe came to no end");
+        assert_eq!(refusals.may_try("evil"), Try::Usual, "the first probe came to no end");
         refusals.forget("evil");
-        assert!(refusals.may_try("evil") && refusals.may_try("evil"));
+        assert_eq!([refusals.may_try("evil"), refusals.may_try("evil")], [Try::Usual; 2]);
         refusals.refused_again("evil");
         assert!(!refusals.has_refused("evil"), "it was not known");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_address_gets_its_results_as_well_up_to_a_bound() {
+        let refusals = Refusals::default();
+        refusals.slow("slow");
+        let tries: Vec<Try> = (0..=UNCONFIRMED).map(|_| refusals.may_try("slow")).collect();
+        assert!(tries[..UNCONFIRMED].iter().all(|one| *one == Try::Unawaited));
+        assert_eq!(tries[UNCONFIRMED], Try::Not);
+        refusals.given_up("slow");
+        assert_eq!([refusals.may_try("slow"), refusals.may_try("slow")], [Try::Unawaited, Try::Not]);
+        refusals.forget("slow");
+        assert_eq!(refusals.may_try("slow"), Try::Usual);
+        tokio::time::advance(AVOIDED).await;
+        refusals.slow("slow");
+        tokio::time::advance(AVOIDED).await;
+        assert_eq!(refusals.may_try("slow"), Try::Usual, "and is waited for after its time");
     }
 
     #[tokio::test(start_paused = true)]
@@ -105,6 +161,6 @@ mod tests {
             tokio::time::advance(Duration::from_millis(1)).await;
         }
         assert_eq!(refusals.lock().len(), MOST);
-        assert!(refusals.may_try("0") && !refusals.may_try("1"));
+        assert_eq!([refusals.may_try("0"), refusals.may_try("1")], [Try::Usual, Try::Not]);
     }
 }

@@ -124,13 +124,15 @@ pub(crate) async fn envelopes_that_no_library_writes(node: &Node) {
     assert_eq!((&result["id"], &result["status"]), (&json!("reply"), &json!("rejected")), "{result}");
     assert!(result["error"].as_str().unwrap().contains("reply_to"), "{result}");
 
-    // What nobody needs: content type and encoding, message id, type, application, cluster; names of headers; and
+    // What nobody needs: content type, message id, type, application, cluster; names of headers; and
     // more brackets than lapin's stack has room for.
     for flag in [1 << 15, 1 << 14, MESSAGE_ID, 1 << 5, 1 << 3, 1 << 2] {
         let words =
             if flag < REPLY_TO { [reply_to.clone(), short(BAD)] } else { [short(BAD), reply_to.clone()] };
         stranger.publish(b"", jobs, (REPLY_TO | flag, words.concat()), &job("word"));
-        assert_eq!(next(&mut replies).await.1["status"], "succeeded", "{flag:b}");
+        // What would say how to read the body cannot be left aside.
+        let status = if flag == 1 << 14 { "rejected" } else { "succeeded" };
+        assert_eq!(next(&mut replies).await.1["status"], status, "{flag:b}");
     }
     let field = [short(BAD), vec![b'F'], long(&[short(BAD), vec![b't', 1]].concat())].concat();
     for (what, headers) in [("names", long(&field)), ("depth", nested(20_000))] {

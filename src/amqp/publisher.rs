@@ -245,7 +245,7 @@ impl Publisher {
                     sent = self.insist(message, &results) => {
                         // The broker confirms others meanwhile: so it is the address.
                         if why != NOT_WAITED_FOR {
-                            self.0.refusals.slow(message.to.name());
+                            self.is_late(&message.to);
                         }
                         sent
                     }
@@ -340,6 +340,15 @@ impl Publisher {
         }
     }
 
+    /// An address has not confirmed in time what others of the broker's have.
+    fn is_late(&self, address: &Address) {
+        match address {
+            Address::Queue(name) => self.0.refusals.slow(name),
+            // Here a confirm says nothing: what is late is the answer whether anybody listens.
+            Address::Direct(name) => self.0.refusals.refused(name),
+        }
+    }
+
     /// Publishes to a queue of our own, for as long as it takes.
     async fn insist(&self, message: &Message, to: &Address) -> Sent {
         let mut delays = Delays::new(FIRST_DELAY, LONGEST_DELAY);
@@ -394,7 +403,7 @@ impl Publisher {
                 Told::NobodyThere
             }
             Ok(Answer::Overdue(_)) if !self.is_own(&message.to) => {
-                refusals.slow(to);
+                self.is_late(&message.to);
                 Told::Failed
             }
             Ok(Answer::Refused(_)) if !self.is_own(&message.to) => {

@@ -156,8 +156,8 @@ const OPENAT2: Layer = Layer::needed(
 
 const CGROUPS: Layer = Layer::welcome(
     "cgroups",
-    "a job's memory is counted twenty times a second instead of held: in between each process can have eight times \
-     the limit, and what lies in pipes and sockets (up to 416 KiB for each open file) is not counted; CPU time is limited \
+    "a job's memory is counted twenty times a second instead of held: in between each process can have twice the \
+     limit, and what lies in pipes and sockets (up to 416 KiB for each open file) is not counted; CPU time is limited \
      for each process alone, and jobs with many processes get more of the processor",
     "version 2: a group with memory and pids that is delegated to the worker, in which it is alone. From a shell: \
      systemd-run --scope -p Delegate=yes sandpiper … (as an ordinary user: systemd-run --user --scope …); a service: \

@@ -299,25 +299,19 @@ fn start_python(plan: &mut Plan, descriptors: &Descriptors<'_>, first_closed: i3
     plan.push(&Step::CloseFrom { first: flag(first_closed) });
 }
 
-/// Address space for each process: so many times the memory limit, and this much at least.
-struct Space {
-    times: u64,
-    at_least: u64,
+/// Address space of each process, and what of it is private and can be written to. Allocators and WebAssembly reserve
+/// gigabytes that they never touch.
+fn reserved(memory_bytes: u64) -> [u64; 2] {
+    [memory_bytes.saturating_mul(64).max(16 << 30); 2]
 }
 
-impl Space {
-    fn of(&self, memory_bytes: u64) -> u64 {
-        memory_bytes.saturating_mul(self.times).max(self.at_least)
-    }
+/// Where nothing but a look now and then keeps the limit: stacks of threads and buffers of BLAS are private and
+/// writable, mostly not touched, and more of them where there are more processors.
+fn reserved_without_cgroup(memory_bytes: u64) -> [u64; 2] {
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
+    let buffers = processors.saturating_mul(64 << 20);
+    [memory_bytes.saturating_mul(32).max(1 << 30), memory_bytes.saturating_mul(2).saturating_add(buffers)]
 }
-
-/// All of it, and what is private and can be written to. Allocators and WebAssembly reserve gigabytes that they never
-/// touch.
-const RESERVED: [Space; 2] =
-    [Space { times: 64, at_least: 16 << 30 }, Space { times: 64, at_least: 16 << 30 }];
-/// Stacks of threads and buffers of BLAS are private and writable, and mostly not touched.
-const RESERVED_WITHOUT_CGROUP: [Space; 2] =
-    [Space { times: 32, at_least: 1 << 30 }, Space { times: 8, at_least: 256 << 20 }];
 
 /// What a job's processes stand behind the worker by, where no cgroup shares the processor: about a third of its share.
 const BEHIND_THE_WORKER: u64 = 5;
@@ -341,9 +335,10 @@ fn resources(plan: &mut Plan, job: &Job<'_>, besides: u64) {
     ];
     // Address space is promised, not used. Where the kernel keeps its promises (`vm.overcommit_memory` of 2), or where
     // nothing but a look now and then keeps the limit, there is an end to it all the same.
-    let [reserved, writable] = if job.memory_by_cgroup { RESERVED } else { RESERVED_WITHOUT_CGROUP };
-    values.push((libc::RLIMIT_AS, reserved.of(limits.memory_bytes)));
-    values.push((libc::RLIMIT_DATA, writable.of(limits.memory_bytes)));
+    let reserved = if job.memory_by_cgroup { reserved } else { reserved_without_cgroup };
+    let [all, writable] = reserved(limits.memory_bytes);
+    values.push((libc::RLIMIT_AS, all));
+    values.push((libc::RLIMIT_DATA, writable));
     for (resource, value) in values {
         plan.push(&Step::Rlimit { resource: resource.into(), soft: value, hard: value });
     }

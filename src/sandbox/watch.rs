@@ -33,7 +33,7 @@ use crate::sys::ready;
 const PROMPT_REFUSALS: u64 = 1_000;
 /// Slows a flood of refused calls down to what costs the worker nothing.
 const REFUSAL_DELAY: Duration = Duration::from_millis(10);
-/// Never look at the CPU clock more often than this.
+/// Never look at the CPU clock, or at memory, more often than this.
 const CPU_CHECK_MIN: Duration = Duration::from_millis(10);
 /// Asked once: the answer is put together from files of the kernel's.
 static PROCESSORS: LazyLock<u32> = LazyLock::new(|| {
@@ -44,7 +44,7 @@ static PROCESSORS: LazyLock<u32> = LazyLock::new(|| {
 /// within this.
 const MEMORY_CHECK: Duration = Duration::from_millis(50);
 /// Counting what a job holds takes no more than one part in so many of the time.
-const COUNTING_SHARE: u32 = 50;
+const COUNTING_SHARE: u32 = 10;
 
 /// What ended a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -143,6 +143,8 @@ pub(super) struct Watch {
     /// Where no group tells: what counts the kernel's kills around the job, and how many there had been.
     kills: Option<(OomKills, u64)>,
     count_again: Instant,
+    /// It had more than half of its memory when it was last counted.
+    comes_near: bool,
     /// The most memory that all of its processes were seen with, where no group tells.
     counted_peak: u64,
     exit: Option<(Exit, Resources)>,
@@ -169,6 +171,7 @@ impl Watch {
             handed_over: None,
             kills: None,
             count_again: Instant::now(),
+            comes_near: false,
             counted_peak: 0,
             exit: None,
             refused: BTreeMap::new(),
@@ -270,7 +273,7 @@ impl Watch {
                     if left.is_zero() {
                         return Ok(Cause::CpuLimit);
                     }
-                    look = Instant::now() + pause(left);
+                    look = Instant::now() + if self.comes_near { CPU_CHECK_MIN } else { pause(left) };
                 }
                 () = at(self.waiting.map(|(_, _, when)| when)) => self.answer(),
                 question = asked(&self.listener), if self.waiting.is_none() => {
@@ -297,17 +300,21 @@ impl Watch {
     /// Counts what its processes hold together, where it is time to. On a thread for such things: the kernel may have to
     /// walk its pages.
     async fn count(&mut self, limits: &Limits, memory: bool) -> Option<Cause> {
-        let begun = Instant::now();
-        if begun < self.count_again {
+        if Instant::now() < self.count_again {
             return None;
         }
         let roots = [self.init.get_ref().pid()?, self.job.get_ref().pid()?];
         let (files, limit) = (self.place.as_ref().map_or(0, Place::used), limits.memory_bytes);
-        let count =
-            move || (census::has_too_many_locks(roots), memory.then(|| census::memory(roots, files, limit)));
-        let (locks, memory) = tokio::task::spawn_blocking(count).await.ok()?;
+        let count = move || {
+            // How long it takes, and not how long it waits for a thread.
+            let begun = Instant::now();
+            let locks = census::has_too_many_locks(roots);
+            (locks, memory.then(|| census::memory(roots, files, limit)), begun.elapsed())
+        };
+        let (locks, memory, took) = tokio::task::spawn_blocking(count).await.ok()?;
         let memory = memory.unwrap_or_default();
-        self.count_again = Instant::now() + begun.elapsed() * COUNTING_SHARE;
+        self.count_again = Instant::now() + took * COUNTING_SHARE;
+        self.comes_near = memory > limit / 2;
         self.counted_peak = self.counted_peak.max(memory);
         if locks { Some(Cause::TooManyLocks) } else { (memory > limit).then_some(Cause::MemoryLimit) }
     }

@@ -189,6 +189,10 @@ def sampled(lines, step, first=0):
     return [line for line in lines if line in chosen or json.loads(line)["name"] in before]
 
 
+# `socket` by another ABI: the engine's filter refuses all but four families there as well.
+BY_FAMILY = {"x32_41"}
+
+
 def staged(place, every, turn):
     """Copies the fixtures of one way to run them, and says how many of them are there."""
     shutil.copytree(REPOSITORY / "tests/fixtures", place)
@@ -199,7 +203,8 @@ def staged(place, every, turn):
         if file.parent.name == "hostile" and not every:
             lines = sampled(lines, SAMPLE)
         # The engine's filter is before ours: what it refuses is never seen there, and so cannot be told.
-        lines = [line for line in lines if not refused & told(json.loads(line).get("assert", {}))]
+        lines = [line for line in lines if not refused & told(json.loads(line).get("assert", {}))
+                 and json.loads(line)["name"] not in BY_FAMILY]
         if not every:
             lines = sampled(lines, len(WAYS), turn)
         file.write_text("".join(f"{line}\n" for line in lines))

@@ -43,6 +43,8 @@ static PROCESSORS: LazyLock<u32> = LazyLock::new(|| {
 /// A job that lost a process to its memory limit, or holds too much of what no limit of the kernel's counts, is noticed
 /// within this.
 const MEMORY_CHECK: Duration = Duration::from_millis(50);
+/// So long a job's memory is looked at more often where no group counts it.
+const COUNTED_CLOSELY: Duration = Duration::from_millis(300);
 /// Counting what a job holds takes no more than one part in so many of the time.
 const COUNTING_SHARE: u32 = 10;
 
@@ -143,7 +145,8 @@ pub(super) struct Watch {
     /// Where no group tells: what counts the kernel's kills around the job, and how many there had been.
     kills: Option<(OomKills, u64)>,
     count_again: Instant,
-    /// It had more than half of its memory when it was last counted.
+    /// Bytes when they were last counted, and whether they may be over the limit soon.
+    counted: u64,
     comes_near: bool,
     /// The most memory that all of its processes were seen with, where no group tells.
     counted_peak: u64,
@@ -171,6 +174,7 @@ impl Watch {
             handed_over: None,
             kills: None,
             count_again: Instant::now(),
+            counted: 0,
             comes_near: false,
             counted_peak: 0,
             exit: None,
@@ -250,7 +254,9 @@ impl Watch {
         let mut stdin = Input::new(stdin, terms.stdin)?;
         let deadline = start + Duration::from_millis(limits.timeout_ms);
         let cpu_limit = Duration::from_millis(limits.cpu_ms);
-        let mut look = start + pause(cpu_limit);
+        // Where memory is only counted, what a job takes at once is taken at its beginning.
+        let beginning = start + if group.is_none() { COUNTED_CLOSELY } else { Duration::ZERO };
+        let mut look = start + if group.is_none() { CPU_CHECK_MIN } else { pause(cpu_limit) };
         loop {
             // In this order: no flood of output or of calls delays what ends the job.
             tokio::select! {
@@ -273,7 +279,8 @@ impl Watch {
                     if left.is_zero() {
                         return Ok(Cause::CpuLimit);
                     }
-                    look = Instant::now() + if self.comes_near { CPU_CHECK_MIN } else { pause(left) };
+                    let closely = self.comes_near || Instant::now() < beginning;
+                    look = Instant::now() + if closely { CPU_CHECK_MIN } else { pause(left) };
                 }
                 () = at(self.waiting.map(|(_, _, when)| when)) => self.answer(),
                 question = asked(&self.listener), if self.waiting.is_none() => {
@@ -314,7 +321,8 @@ impl Watch {
         let (locks, memory, took) = tokio::task::spawn_blocking(count).await.ok()?;
         let memory = memory.unwrap_or_default();
         self.count_again = Instant::now() + took * COUNTING_SHARE;
-        self.comes_near = memory > limit / 2;
+        let grown = memory.saturating_sub(std::mem::replace(&mut self.counted, memory));
+        self.comes_near = memory > limit / 2 || grown > limit / 8;
         self.counted_peak = self.counted_peak.max(memory);
         if locks { Some(Cause::TooManyLocks) } else { (memory > limit).then_some(Cause::MemoryLimit) }
     }

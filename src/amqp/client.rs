@@ -10,14 +10,13 @@ use lapin::options::{
     BasicCancelOptions, BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions,
 };
 use lapin::types::{AMQPValue, FieldTable, ShortString};
-use lapin::{BasicProperties, Channel, Confirmation, ErrorKind};
+use lapin::{BasicProperties, Channel, Confirmation};
 use tokio::sync::watch;
 
 use crate::amqp::connection::Dialer;
 use crate::amqp::link::Link;
 use crate::amqp::message::now;
-use crate::amqp::publisher::is_not_found;
-use crate::amqp::{Command, Error, chain, short, topology};
+use crate::amqp::{Command, Error, chain, faults, short, topology};
 use crate::config;
 
 /// Why a job could not be published, or its result not be read.
@@ -164,7 +163,9 @@ impl Client {
             // Jobs that were published with a user are that user's business.
             Some(user) => match send(anonymous.clone().with_user_id(user)).await {
                 // Behind OAuth the broker knows us by another name.
-                Err(ClientError::Broker(Error::Operation { source, .. })) if is_wrong_user(&source) => {
+                Err(ClientError::Broker(Error::Operation { source, .. }))
+                    if faults::is_wrong_user(&source) =>
+                {
                     send(anonymous).await
                 }
                 sent => sent,
@@ -175,7 +176,7 @@ impl Client {
             Ok(Confirmation::Ack(None)) => Ok(()),
             Ok(_) => Err(ClientError::NoWorker),
             // The first worker declares the exchange.
-            Err(ClientError::Broker(Error::Operation { source, .. })) if is_not_found(&source) => {
+            Err(ClientError::Broker(Error::Operation { source, .. })) if faults::is_not_found(&source) => {
                 Err(ClientError::NoWorker)
             }
             Err(error) => Err(error),
@@ -260,12 +261,6 @@ impl Client {
         self.0.link.ask("turn confirms on", channel.confirm_select(ConfirmSelectOptions::default())).await?;
         Ok(channel)
     }
-}
-
-fn is_wrong_user(error: &lapin::Error) -> bool {
-    const PRECONDITION_FAILED: u16 = 406;
-    matches!(error.kind(), ErrorKind::ProtocolError(refused)
-        if refused.get_id() == PRECONDITION_FAILED && refused.get_message().as_str().contains("user_id"))
 }
 
 impl Answer {

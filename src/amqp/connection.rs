@@ -13,7 +13,8 @@ use lapin::{Connection, ConnectionProperties, ErrorKind};
 
 use crate::amqp::Error;
 use crate::amqp::link::{Link, Socket};
-use crate::amqp::screen::{self, Dropped, Screen};
+use crate::amqp::oversize::Dropped;
+use crate::amqp::screen::{self, Screen};
 use crate::amqp::signature::Signer;
 use crate::config;
 use crate::config::{Auth, Secret};

@@ -21,8 +21,7 @@ use crate::amqp::client::ClientError;
 use crate::amqp::connection::Dialer;
 use crate::amqp::link::Link;
 use crate::amqp::message::revived;
-use crate::amqp::publisher::is_not_found;
-use crate::amqp::{Error, short};
+use crate::amqp::{Error, faults, short};
 use crate::config;
 
 /// Namespace of the keys of dead messages: a random UUID, chosen once.
@@ -79,7 +78,7 @@ impl Dead {
         let link = dialer.impatient().dial().await?;
         let channel = link.channel().await?;
         let left = match count(&link, &channel, &config.dead_queue).await {
-            Err(Error::Operation { source, .. }) if is_not_found(&source) => {
+            Err(Error::Operation { source, .. }) if faults::is_not_found(&source) => {
                 return Err(ClientError::NoDeadQueue { queue: config.dead_queue.clone() });
             }
             found => found?,

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::amqp::Error;
-use crate::amqp::screen::Dropped;
+use crate::amqp::oversize::Dropped;
 use crate::amqp::signature::Signer;
 
 /// A handle on the socket under a connection, to end it where lapin would wait on.

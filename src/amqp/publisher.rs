@@ -9,29 +9,27 @@
 //! time, breaks its channel or its connection, or is gone loses that result to the results queue, and is avoided for a
 //! minute ([`Refusals`]). What is in time depends on who waits: [`Pace`].
 
+mod attempt;
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions};
-use lapin::protocol::{AMQPErrorKind, AMQPHardError};
-use lapin::types::FieldTable;
-use lapin::{Channel, Confirmation, ErrorKind};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::amqp::connection::Dialer;
 use crate::amqp::link::Link;
-use crate::amqp::message::fitting;
+use crate::amqp::outlet::Outlet;
 use crate::amqp::pace::Pace;
 use crate::amqp::refusals::{Refusals, Try};
 use crate::amqp::supervisor::{LinkState, Session, State, Supervisor};
-use crate::amqp::{Address, Error, Message, chain, short, topology};
+use crate::amqp::{Address, Error, Message, chain, faults};
 use crate::config;
 use crate::ops::metrics::{Body, Metrics, Published, Role};
 use crate::retry::Delays;
+use attempt::{Answer, Care, Late};
 
 /// The first pause between two attempts; it grows up to [`LONGEST_DELAY`].
 const FIRST_DELAY: Duration = Duration::from_millis(100);
@@ -45,21 +43,6 @@ const FAULTS: u32 = 3;
 
 /// Refusals of one message for a queue of our own, after which it is published without what else came with it.
 const REFUSALS: u32 = 3;
-
-/// No confirm is late before this, even where the usual one takes far less.
-const LEAST_PATIENCE: Duration = Duration::from_millis(50);
-
-/// No direct reply-to address is slow to answer for before this. Waiting for it only decides how that is counted.
-const LEAST_DIRECT_PATIENCE: Duration = Duration::from_millis(10);
-
-/// So long a direct reply-to address is given where nobody waits for the place.
-const DIRECT_PATIENCE: Duration = Duration::from_secs(1);
-
-/// Channels of a direct connection on which the broker hangs, before another one is dialled.
-const HUNG: usize = 64;
-
-/// What a message takes beside its body where the broker counts that as well.
-const ENVELOPE: usize = 4_096;
 
 /// What became of a message that was published.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,43 +94,6 @@ struct Inner {
     largest: Arc<AtomicUsize>,
 }
 
-/// A connection with its idle channels.
-#[derive(Debug)]
-struct Outlet {
-    link: Arc<Link>,
-    idle: Mutex<Vec<Channel>>,
-    /// Channels on which the broker hangs.
-    hung: AtomicUsize,
-}
-
-/// What the broker said to one attempt.
-#[derive(Debug)]
-enum Answer {
-    Confirmed,
-    Returned,
-    Nacked,
-    /// Nothing, though it may answer otherwise.
-    Overdue(Late),
-    /// It closed the channel over this message.
-    Refused(Box<lapin::Error>),
-    /// It closed the channel, as it takes no body of more than so many bytes.
-    TooLarge(usize),
-}
-
-/// A result that was sent, and its confirm has not come so far.
-#[derive(Debug)]
-struct Late {
-    outlet: Arc<Outlet>,
-    /// It has come after all.
-    confirmed: CancellationToken,
-}
-
-impl Late {
-    fn new(outlet: &Arc<Outlet>) -> Self {
-        Self { outlet: outlet.clone(), confirmed: CancellationToken::new() }
-    }
-}
-
 /// Of an address that took no result lately.
 const NOT_WAITED_FOR: &str = "took no result lately";
 
@@ -155,17 +101,6 @@ const NOT_WAITED_FOR: &str = "took no result lately";
 struct NotTaken {
     why: &'static str,
     late: Option<Late>,
-}
-
-/// How an attempt is made.
-#[derive(Clone, Copy, Debug, Default)]
-struct Care {
-    /// By a channel that nothing was published on before: after a nack an older one may be past help.
-    fresh: bool,
-    /// Without waiting for the confirm.
-    unawaited: bool,
-    /// By a connection of its own, for a direct address, so that innocents share no second fault.
-    alone: bool,
 }
 
 impl Publisher {
@@ -321,7 +256,7 @@ impl Publisher {
                 Err(error) => {
                     tracing::warn!(error = chain(&error), ONCE_MORE);
                     let ours_is_up = self.0.outlet.borrow().is_some();
-                    let blamed = is_closed_by_broker(&error) || (is_direct && ours_is_up);
+                    let blamed = faults::is_closed_by_broker(&error) || (is_direct && ours_is_up);
                     faults += u32::from(blamed);
                     care.alone = true;
                     match faults {
@@ -391,7 +326,11 @@ impl Publisher {
             return Told::NobodyThere;
         }
         let care = Care { unawaited: tried == Try::Unawaited, ..Care::default() };
-        match self.attempt(message, &message.to, care).await {
+        let answer = self.attempt(message, &message.to, care).await;
+        if care.unawaited && !matches!(answer, Ok(Answer::Overdue(_))) {
+            refusals.given_up(to);
+        }
+        match answer {
             // It may be only slow.
             Ok(Answer::Overdue(_)) if tried == Try::Unawaited => Told::Failed,
             Ok(Answer::Confirmed) => {
@@ -445,204 +384,6 @@ impl Publisher {
         });
     }
 
-    /// One attempt, on a channel that has nothing else under way.
-    async fn attempt(&self, message: &Message, to: &Address, care: Care) -> Result<Answer, Error> {
-        match to {
-            Address::Queue(name) if self.is_own(to) => self.attempt_own(message, name, care).await,
-            Address::Queue(name) => {
-                self.attempt_strange(self.outlet().await?, message, name, true, care).await
-            }
-            Address::Direct(name) => self.attempt_direct(message, name, care).await,
-        }
-    }
-
-    /// To a queue of our own: the confirm is waited for as any other answer of the broker's.
-    async fn attempt_own(&self, message: &Message, name: &str, care: Care) -> Result<Answer, Error> {
-        let outlet = self.outlet().await?;
-        let channel = outlet.channel(care.fresh).await?;
-        let start = Instant::now();
-        let publishing = async { publishing(&outlet, &channel, message, name, true).await?.await };
-        let confirmation = match outlet.link.ask_for_now("have a result confirmed", publishing).await {
-            Ok(Some(confirmation)) => confirmation,
-            Ok(None) => {
-                // One queue that does not answer, of all that share this connection?
-                if !outlet.declares().await? {
-                    outlet.link.give_up();
-                    let broker = outlet.link.broker().to_owned();
-                    self.0.cut_off.send_replace(broker.clone());
-                    return Err(Error::NoMajority { broker });
-                }
-                tracing::warn!("a result is not confirmed in time; it is published again");
-                return Ok(Answer::Overdue(Late::new(&outlet)));
-            }
-            Err(error) => return self.refused(error, message),
-        };
-        if matches!(confirmation, Confirmation::Ack(Some(_))) {
-            topology::ensure(&outlet.link, &channel, &self.0.config).await?;
-        }
-        Ok(self.answered(&outlet, channel, confirmation, start))
-    }
-
-    /// To an address that a stranger wrote, which may keep the confirm back for ever.
-    async fn attempt_strange(
-        &self,
-        outlet: Arc<Outlet>,
-        message: &Message,
-        name: &str,
-        mandatory: bool,
-        care: Care,
-    ) -> Result<Answer, Error> {
-        let what = "have a result confirmed";
-        let channel = outlet.channel(care.fresh).await?;
-        let start = Instant::now();
-        // That it is not sent yet is no fault of the address.
-        let sent = tokio::select! {
-            biased;
-            sent = publishing(&outlet, &channel, message, name, mandatory) => sent,
-            () = outlet.link.lost() => return Err(outlet.link.loss()),
-        };
-        let mut overdue = std::pin::pin!(async {
-            if !care.unawaited {
-                self.overdue(&outlet.link, name).await;
-            }
-        });
-        let mut confirm = match sent {
-            Ok(confirm) => Box::pin(confirm),
-            Err(source) => {
-                let source = Box::new(source);
-                return self.refused(Error::Operation { what: what.into(), source }, message);
-            }
-        };
-        let confirmation = tokio::select! {
-            biased;
-            confirmation = &mut confirm => confirmation,
-            () = outlet.link.lost() => return Err(outlet.link.loss()),
-            () = &mut overdue => {
-                // It was sent, and may still arrive. That clears the address.
-                let (name, refusals, timeout) =
-                    (name.to_owned(), self.0.refusals.clone(), self.0.config.operation_timeout);
-                let late = Late::new(&outlet);
-                let (outlet, confirmed) = (outlet.clone(), late.confirmed.clone());
-                tokio::spawn(async move {
-                    if let Ok(Ok(Confirmation::Ack(None))) = tokio::time::timeout(timeout, confirm).await {
-                        confirmed.cancel();
-                        refusals.forget(&name);
-                        outlet.give_back(channel);
-                    } else {
-                        refusals.given_up(&name);
-                    }
-                });
-                return Ok(Answer::Overdue(late));
-            }
-        };
-        match confirmation {
-            Ok(confirmation) => Ok(self.answered(&outlet, channel, confirmation, start)),
-            Err(source) => {
-                self.refused(Error::Operation { what: what.into(), source: Box::new(source) }, message)
-            }
-        }
-    }
-
-    /// To a requester that listens on a channel of its own. The broker hands it over if there is one, and drops it if
-    /// there is none, without a word. So it is asked at the same time: it may hang over an address that names a process
-    /// of its own which is no channel.
-    async fn attempt_direct(&self, message: &Message, name: &str, care: Care) -> Result<Answer, Error> {
-        // While there is no broker no address is at fault.
-        self.outlet().await?;
-        let outlet = self.direct(care.alone).await?;
-        if self.0.refusals.has_refused(name) {
-            return self.attempt_strange(outlet, message, name, false, care).await;
-        }
-        let asking = {
-            let (outlet, name) = (outlet.clone(), name.to_owned());
-            // By itself, as it may have to be left behind.
-            tokio::spawn(async move { outlet.listens(&name).await })
-        };
-        let answer = self.attempt_strange(outlet.clone(), message, name, false, care).await?;
-        if !matches!(answer, Answer::Confirmed) {
-            return Ok(answer);
-        }
-        let mut asking = asking;
-        tokio::select! {
-            biased;
-            listens = &mut asking => match listens {
-                Ok(Ok(true)) => Ok(Answer::Confirmed),
-                Ok(Ok(false)) => Ok(Answer::Returned),
-                Ok(Err(error)) => Err(error),
-                // A panic in it was reported by the runtime.
-                Err(_) => Err(Error::Lost(None)),
-            },
-            () = self.0.pace.late(
-                &outlet.link, LEAST_DIRECT_PATIENCE, DIRECT_PATIENCE, || self.0.refusals.has_refused(name)
-            ) => {
-                outlet.hung.fetch_add(1, Ordering::Relaxed);
-                let (name, refusals) = (name.to_owned(), self.0.refusals.clone());
-                let late = Late::new(&outlet);
-                let answered = late.confirmed.clone();
-                tokio::spawn(async move {
-                    // The requester is only slow: it has the result, and so has the results queue.
-                    if let Ok(Ok(true)) = asking.await {
-                        outlet.hung.fetch_sub(1, Ordering::Relaxed);
-                        answered.cancel();
-                        refusals.forget(&name);
-                    }
-                });
-                Ok(Answer::Overdue(late))
-            }
-        }
-    }
-
-    /// Ends when a confirm for this address is not to be waited for any longer.
-    async fn overdue(&self, link: &Link, name: &str) {
-        let (refusals, longest) = (&self.0.refusals, self.0.config.operation_timeout);
-        // Another result for the same address has found out meanwhile. One that probes it is on its own.
-        let known = refusals.has_refused(name);
-        self.0.pace.late(link, LEAST_PATIENCE, longest, || !known && refusals.has_refused(name)).await;
-    }
-
-    /// What a confirm says, and what is to be done with its channel.
-    fn answered(
-        &self,
-        outlet: &Outlet,
-        channel: Channel,
-        confirmation: Confirmation,
-        start: Instant,
-    ) -> Answer {
-        match confirmation {
-            Confirmation::Ack(None) => {
-                let took = start.elapsed();
-                self.0.pace.confirmed(took);
-                self.0.metrics.confirm(took);
-                outlet.give_back(channel);
-                Answer::Confirmed
-            }
-            Confirmation::Ack(Some(_)) => {
-                outlet.give_back(channel);
-                Answer::Returned
-            }
-            Confirmation::Nack(_) | Confirmation::NotRequested => Answer::Nacked,
-        }
-    }
-
-    /// The broker closed the channel over this message and over nothing else; or the connection is gone.
-    fn refused(&self, error: Error, message: &Message) -> Result<Answer, Error> {
-        let Error::Operation { source, .. } = error else { return Err(error) };
-        match too_large(&source) {
-            _ if !is_refusal(&source) => {
-                Err(Error::Operation { what: "have a result confirmed".into(), source })
-            }
-            None => Ok(Answer::Refused(source)),
-            Some(most) => {
-                // Some versions count more than the body. Less each time, whatever it says.
-                let body = message.body.len();
-                let most = most.unwrap_or(body / 2).saturating_sub(ENVELOPE).min(body - body / 16);
-                tracing::warn!(bytes = body, most, "a message is larger than the broker takes");
-                self.0.largest.fetch_min(most, Ordering::Relaxed);
-                Ok(Answer::TooLarge(most))
-            }
-        }
-    }
-
     /// The connection that is up, as soon as there is one.
     async fn outlet(&self) -> Result<Arc<Outlet>, Error> {
         let mut outlet = self.0.outlet.clone();
@@ -658,9 +399,7 @@ impl Publisher {
             return dial().await;
         }
         let mut direct = self.0.direct.lock().await;
-        let usable =
-            |outlet: &&Arc<Outlet>| !outlet.link.is_lost() && outlet.hung.load(Ordering::Relaxed) < HUNG;
-        if let Some(outlet) = direct.as_ref().filter(usable) {
+        if let Some(outlet) = direct.as_ref().filter(|outlet| outlet.is_usable()) {
             return Ok(outlet.clone());
         }
         let outlet = dial().await?;
@@ -680,116 +419,6 @@ impl Publisher {
             outlet.link.close().await;
         }
     }
-}
-
-impl Outlet {
-    fn new(link: Arc<Link>) -> Self {
-        Self { link, idle: Mutex::default(), hung: AtomicUsize::default() }
-    }
-
-    /// A channel in confirm mode with nothing under way; a `fresh` one was not used before.
-    async fn channel(&self, fresh: bool) -> Result<Channel, Error> {
-        let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let idle = if fresh { None } else { idle() };
-        if let Some(channel) = idle.filter(|channel| channel.status().connected()) {
-            return Ok(channel);
-        }
-        let channel = self.link.channel().await?;
-        let selecting = channel.confirm_select(ConfirmSelectOptions::default());
-        self.link.ask("turn confirms on", selecting).await?;
-        Ok(channel)
-    }
-
-    fn give_back(&self, channel: Channel) {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(channel);
-    }
-
-    /// Whether the broker declares a queue at once. One that has lost the majority of its cluster goes on answering what
-    /// it need not agree on with others, since RabbitMQ 4.3, which does not pause it.
-    async fn declares(&self) -> Result<bool, Error> {
-        let channel = self.link.channel().await?;
-        let options =
-            QueueDeclareOptions { exclusive: true, auto_delete: true, ..QueueDeclareOptions::default() };
-        let declaring = async {
-            let queue = channel.queue_declare("".into(), options, FieldTable::default()).await?;
-            channel.queue_delete(queue.name().clone(), QueueDeleteOptions::default()).await
-        };
-        match self.link.ask_for_now("declare a queue", declaring).await {
-            Ok(answer) => Ok(answer.is_some()),
-            // Not allowed, for one: an answer all the same.
-            Err(Error::Operation { .. }) if !self.link.is_lost() => Ok(true),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Whether a requester still listens on its direct reply-to address: the broker answers a passive
-    /// declaration of it, and nothing else tells.
-    async fn listens(&self, address: &str) -> Result<bool, Error> {
-        let channel = self.channel(false).await?;
-        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        let declaring = channel.queue_declare(short(address)?, options, FieldTable::default());
-        // The connection is not to blame for an answer that never comes.
-        match self.link.ask_for_now("look for a requester", declaring).await {
-            Ok(Some(_)) => {
-                self.give_back(channel);
-                Ok(true)
-            }
-            Ok(None) => Ok(false),
-            // A refusal costs the channel and nothing else.
-            Err(Error::Operation { source, .. }) if is_not_found(&source) => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
-}
-
-/// Hands a message to the broker; what comes back is its confirm.
-async fn publishing(
-    outlet: &Outlet,
-    channel: &Channel,
-    message: &Message,
-    name: &str,
-    mandatory: bool,
-) -> lapin::Result<lapin::PublisherConfirm> {
-    let options = BasicPublishOptions { mandatory, ..BasicPublishOptions::default() };
-    let properties = fitting(&message.properties, outlet.link.headers_room());
-    let name = short(name).unwrap_or_default();
-    channel.basic_publish("".into(), name, options, &message.body, properties).await
-}
-
-/// Whether the broker closed a channel, and nothing but that.
-fn is_refusal(error: &lapin::Error) -> bool {
-    matches!(error.kind(), ErrorKind::ProtocolError(refused) if matches!(refused.kind(), AMQPErrorKind::Soft(_)))
-}
-
-/// Whether the broker closed the connection, with a reason.
-fn is_closed_by_broker(error: &Error) -> bool {
-    let source = match error {
-        Error::Lost(Some(source)) | Error::Operation { source, .. } => source,
-        _ => return false,
-    };
-    matches!(source.kind(), ErrorKind::ProtocolError(closed) if matches!(closed.kind(), AMQPErrorKind::Hard(hard)
-        if !matches!(hard, AMQPHardError::CONNECTIONFORCED)))
-}
-
-/// Whether the broker refused a message for its size, and the largest one that it takes, if it says so.
-fn too_large(error: &lapin::Error) -> Option<Option<usize>> {
-    const PRECONDITION_FAILED: u16 = 406;
-    const CONTENT_TOO_LARGE: u16 = 311;
-    let ErrorKind::ProtocolError(refused) = error.kind() else { return None };
-    let said = refused.get_message().as_str();
-    match refused.get_id() {
-        CONTENT_TOO_LARGE => {}
-        PRECONDITION_FAILED if said.contains("larger than") => {}
-        _ => return None,
-    }
-    // "message size 6291861 is larger than configured max size 4194304"
-    let most = said.rsplit(|char: char| !char.is_ascii_digit()).find(|word| !word.is_empty());
-    Some(most.and_then(|most| most.parse().ok()))
-}
-
-pub(super) fn is_not_found(error: &lapin::Error) -> bool {
-    const NOT_FOUND: u16 = 404;
-    matches!(error.kind(), ErrorKind::ProtocolError(refused) if refused.get_id() == NOT_FOUND)
 }
 
 /// What the publisher does with a connection: lend it to whoever has something to say.

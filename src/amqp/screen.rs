@@ -8,12 +8,10 @@
 //! that are larger than the worker reads: these are dropped as they come, and the delivery that lapin sees has none,
 //! with a note in [`Dropped`]. The broker itself is trusted: what is not AMQP at all is left for lapin to complain about.
 
-use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -24,6 +22,7 @@ use futures_util::{AsyncRead, AsyncWrite, Stream};
 use lapin::tcp::AsyncTcpStream;
 
 use crate::amqp::envelope;
+use crate::amqp::oversize::{Dropped, Limit};
 
 /// A frame that is looked at is kept until all of it is there. No broker sends larger ones: it would have to be
 /// asked for them.
@@ -87,78 +86,6 @@ impl Reactor for Screening {
     }
 }
 
-/// Bodies that were larger than they may be, and did not come through. Cheap to clone.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Dropped(Arc<Mutex<VecDeque<(Of, u64)>>>);
-
-/// Names a delivery: its channel and its number.
-type Of = (u16, u64);
-
-impl Dropped {
-    /// More than any prefetch. What nobody asks for, as the delivery was given back unseen, goes first.
-    const MOST: usize = 70_000;
-
-    fn note(&self, of: Of, bytes: u64) {
-        let mut notes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if notes.len() == Self::MOST {
-            notes.pop_front();
-        }
-        notes.push_back((of, bytes));
-    }
-
-    /// How large the body of this delivery was, if it was dropped.
-    pub(super) fn take(&self, channel: u16, delivery: u64) -> Option<u64> {
-        let mut notes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = notes.iter().position(|(of, _)| *of == (channel, delivery))?;
-        notes.remove(at).map(|(_, bytes)| bytes)
-    }
-}
-
-/// Which bodies do not come through.
-#[derive(Debug)]
-struct Limit {
-    /// The largest that does.
-    most: u64,
-    dropped: Dropped,
-    /// What the last method on each channel delivers.
-    delivered: HashMap<u16, u64>,
-    /// How much of a body that is dropped is still to come, by channel.
-    dropping: HashMap<u16, u64>,
-}
-
-impl Limit {
-    /// A method came: what follows is the content of a delivery, or of nothing that is limited.
-    fn method(&mut self, channel: u16, payload: &[u8]) {
-        self.dropping.remove(&channel);
-        match envelope::delivered(payload) {
-            Some(number) => self.delivered.insert(channel, number),
-            None => self.delivered.remove(&channel),
-        };
-    }
-
-    /// The header of a content came: one that is too large is made to say that no body follows.
-    fn header(&mut self, channel: u16, payload: &mut [u8]) {
-        let Some(number) = self.delivered.remove(&channel) else { return };
-        let Some(size) = payload.get_mut(4..12).and_then(|size| size.first_chunk_mut::<8>()) else { return };
-        let bytes = u64::from_be_bytes(*size);
-        if bytes > self.most {
-            *size = [0; 8];
-            self.dropping.insert(channel, bytes);
-            self.dropped.note((channel, number), bytes);
-        }
-    }
-
-    /// Whether a part of a body, of so many bytes, is dropped.
-    fn drops(&mut self, channel: u16, bytes: u32) -> bool {
-        let Some(left) = self.dropping.get_mut(&channel) else { return false };
-        *left = left.saturating_sub(bytes.into());
-        if *left == 0 {
-            self.dropping.remove(&channel);
-        }
-        true
-    }
-}
-
 /// Reads whole frames where they have to be looked at, and writes straight through.
 #[derive(Debug)]
 pub(super) struct Screen<S> {
@@ -202,8 +129,7 @@ impl<S> Screen<S> {
 
     /// Drops bodies of deliveries that have more bytes than this.
     pub(super) fn limited(mut self, most: usize, dropped: Dropped) -> Self {
-        let most = u64::try_from(most).unwrap_or(u64::MAX);
-        self.limit = Some(Limit { most, dropped, delivered: HashMap::new(), dropping: HashMap::new() });
+        self.limit = Some(Limit::new(most, dropped));
         self
     }
 

@@ -2,10 +2,80 @@
 
 use std::fs;
 use std::io::Read;
+use std::path::PathBuf;
+use std::time::Instant;
 
 /// Record locks of files that a job may hold. The kernel keeps them in memory that is on nobody's account, and in
 /// lists that each who closes the file has to walk. Programs hold a few.
 pub(super) const LOCKS: u64 = 128;
+
+/// Counting takes no more than one part in so many of the time; of record locks alone, which few programs have.
+const SHARE: u32 = 10;
+const SHARE_OF_LOCKS: u32 = 50;
+
+/// What a job was found to hold too much of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Excess {
+    Locks,
+    Memory,
+}
+
+/// Memory that is counted because no control group does.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Counted {
+    /// Bytes that the job keeps in files.
+    pub(super) files: u64,
+    pub(super) limit: u64,
+}
+
+/// What one job was found to hold so far.
+#[derive(Debug)]
+pub(super) struct Census {
+    /// Not before this.
+    again: Instant,
+    /// Bytes when they were last counted.
+    last: u64,
+    comes_near: bool,
+    peak: u64,
+}
+
+impl Census {
+    pub(super) fn new() -> Self {
+        Self { again: Instant::now(), last: 0, comes_near: false, peak: 0 }
+    }
+
+    /// Counts once more, where it is time to. On a thread for such things: the kernel may have to walk all pages.
+    /// `roots` are the first process of the job's pid namespace and its main one.
+    pub(super) async fn take(&mut self, roots: [i32; 2], memory: Option<Counted>) -> Option<Excess> {
+        if Instant::now() < self.again {
+            return None;
+        }
+        let count = move || {
+            // How long it takes, and not how long it waits for a thread.
+            let begun = Instant::now();
+            let processes = processes(roots);
+            let bytes = memory.map(|counted| bytes(&processes, counted));
+            (has_too_many_locks(&processes), bytes.unwrap_or_default(), begun.elapsed())
+        };
+        let (locks, bytes, took) = tokio::task::spawn_blocking(count).await.ok()?;
+        self.again = Instant::now() + took * if memory.is_some() { SHARE } else { SHARE_OF_LOCKS };
+        let grown = bytes.saturating_sub(std::mem::replace(&mut self.last, bytes));
+        self.peak = self.peak.max(bytes);
+        let limit = memory.map_or(u64::MAX, |counted| counted.limit);
+        self.comes_near = bytes > limit / 2 || grown > limit / 8;
+        if locks { Some(Excess::Locks) } else { (bytes > limit).then_some(Excess::Memory) }
+    }
+
+    /// It had more than half of its memory when it was last counted, or grows fast.
+    pub(super) fn comes_near(&self) -> bool {
+        self.comes_near
+    }
+
+    /// The most bytes that were counted.
+    pub(super) fn peak(&self) -> u64 {
+        self.peak
+    }
+}
 
 /// A job's processes: its main one, what that started, and what came to the first process of their pid namespace when
 /// its parents had ended, but not that one itself, which is ours.
@@ -22,13 +92,12 @@ fn processes([init, job]: [i32; 2]) -> Vec<i32> {
     found.split_off(1)
 }
 
-/// Bytes that a job's processes have to themselves, without what they share with a zygote or with other jobs.
-/// `files` is what they keep in files, which they may have mapped as well.
+/// Bytes that processes have to themselves, without what they share with a zygote or with other jobs. What they keep in
+/// files they may have mapped as well.
 ///
 /// Exact figures make the kernel walk all pages. They are asked for only where the coarse ones, which count a page for
-/// each process that has it, are above `limit`.
-pub(super) fn memory(roots: [i32; 2], files: u64, limit: u64) -> u64 {
-    let processes = processes(roots);
+/// each process that has it, are above the limit.
+fn bytes(processes: &[i32], Counted { files, limit }: Counted) -> u64 {
     let sum = |file: &str, fields: [&str; 2]| -> u64 {
         let [private, shared] = fields.map(|field| {
             let of = |pid: &i32| kibibytes(&fs::read_to_string(format!("/proc/{pid}/{file}")).ok()?, field);
@@ -45,14 +114,13 @@ fn kibibytes(text: &str, field: &str) -> Option<u64> {
     rest.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// Whether a job's processes hold more record locks than a job may. `roots` are the first process of its pid namespace
-/// and its main one.
+/// Whether processes hold more record locks than a job may.
 ///
 /// From what the kernel tells of each descriptor: for `/proc/locks` it would hold up whoever takes a lock anywhere on
 /// the machine.
-pub(super) fn has_too_many_locks(roots: [i32; 2]) -> bool {
+fn has_too_many_locks(processes: &[i32]) -> bool {
     let mut left = LOCKS;
-    for pid in processes(roots) {
+    for pid in processes {
         for entry in fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten() {
             let Ok(file) = fs::File::open(entry.path()) else { continue };
             // One that is over the limit by itself need not be read to its end.
@@ -79,13 +147,13 @@ fn count_locks(text: &str) -> u64 {
 
 /// Kills by the OOM killer that may have met a job without a control group of its own.
 #[derive(Clone, Debug)]
-pub(super) struct OomKills(std::path::PathBuf);
+pub(super) struct OomKills(PathBuf);
 
 impl OomKills {
     /// The counter of the worker's own control group, else that of the machine; none where neither can be read.
     pub(super) fn find() -> Option<Self> {
         let own = super::cgroup::own_oom_counters().into_iter();
-        let counters = own.chain([std::path::PathBuf::from("/proc/vmstat")]).map(Self);
+        let counters = own.chain([PathBuf::from("/proc/vmstat")]).map(Self);
         counters.into_iter().find(|counter| counter.count().is_some())
     }
 
@@ -139,7 +207,8 @@ mod tests {
         for root in [own, pid] {
             assert!(processes([root, root]).contains(&sleeper));
         }
-        assert!(memory([pid, pid], 0, u64::MAX) > 0 && !has_too_many_locks([pid, pid]));
+        let counted = Counted { files: 0, limit: u64::MAX };
+        assert!(bytes(&[pid, sleeper], counted) > 0 && !has_too_many_locks(&[pid, sleeper]));
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(sleeper), nix::sys::signal::Signal::SIGKILL)
             .unwrap();
         shell.wait().unwrap();

@@ -2,11 +2,19 @@
 //!
 //! Some of it is tried in children that are waited for, so no value of this is made while jobs run.
 
+use std::sync::LazyLock;
+
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::identity::Privilege;
 use super::{landlock, plan};
 use crate::sys::{launch, probe};
+
+/// Asked once: the answer is put together from files of the kernel's.
+pub(super) static PROCESSORS: LazyLock<u32> = LazyLock::new(|| {
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    u32::try_from(processors).unwrap_or(u32::MAX)
+});
 
 /// What every plan depends on, whichever job it is for.
 #[derive(Clone, Copy, Debug)]

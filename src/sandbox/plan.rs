@@ -11,7 +11,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use sandpiper_shim::abi;
 use sandpiper_shim::plan::Step;
 
-use super::host::Host;
+use super::host::{Host, PROCESSORS};
 use super::identity::{INSIDE, Privilege, Seat};
 use super::landlock;
 use super::mounts::{DEVICES, Layer, WORK, WRITABLE, file_system, layers_of, mount_proc, writable};
@@ -76,9 +76,7 @@ fn origin_as(host: &Host, inside: u32, score: &[u8]) -> Plan {
         goes_first(&mut plan, score);
     }
     if host.privilege == Privilege::None {
-        let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
-        plan.push(&Step::Chdir { path: c"/proc" });
-        own_user_namespace(&mut plan, inside, [uid, gid]);
+        worker_as(&mut plan, inside);
         if host.watches {
             watches(&mut plan);
         }
@@ -167,9 +165,7 @@ pub(super) fn prepared_root(host: &Host, root: &Root) -> Plan {
 pub(super) fn layers_trial(host: &Host, layers: &[Layer]) -> Plan {
     let mut plan = Plan::default();
     if host.privilege == Privilege::None {
-        let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
-        plan.push(&Step::Chdir { path: c"/proc" });
-        own_user_namespace(&mut plan, INSIDE, [uid, gid]);
+        worker_as(&mut plan, INSIDE);
     }
     plan.push(&Step::Unshare { flags: flag(libc::CLONE_NEWNS) });
     file_system(&mut plan, host, &layers_of(layers), None);
@@ -248,6 +244,13 @@ fn join(plan: &mut Plan, namespace: Option<BorrowedFd<'_>>, kind: i32) {
     }
 }
 
+/// A user namespace in which the worker's own user is `inside`.
+fn worker_as(plan: &mut Plan, inside: u32) {
+    let ids = [nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw()];
+    plan.push(&Step::Chdir { path: c"/proc" });
+    own_user_namespace(plan, inside, ids);
+}
+
 /// A user namespace of the process's own with one user in it, `inside`, who is `uid` and `gid` outside. The
 /// working directory must be a `/proc`.
 fn own_user_namespace(plan: &mut Plan, inside: u32, [uid, gid]: [u32; 2]) {
@@ -308,8 +311,7 @@ fn reserved(memory_bytes: u64) -> [u64; 2] {
 /// Where nothing but a look now and then keeps the limit: stacks of threads and buffers of BLAS are private and
 /// writable, mostly not touched, and more of them where there are more processors.
 fn reserved_without_cgroup(memory_bytes: u64) -> [u64; 2] {
-    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
-    let buffers = processors.saturating_mul(64 << 20);
+    let buffers = u64::from(*PROCESSORS) * (64 << 20);
     [memory_bytes.saturating_mul(32).max(1 << 30), memory_bytes.saturating_mul(2).saturating_add(buffers)]
 }
 

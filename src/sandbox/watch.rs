@@ -6,7 +6,6 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::LazyLock;
 use std::time::{Duration, SystemTime};
 
 use sandpiper_shim::abi::Report;
@@ -14,10 +13,11 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use super::census::{self, OomKills};
+use super::census::{Census, Counted, Excess, OomKills};
 use super::cgroup::Group;
 use super::events::{asked, at, ended, read_report, receive};
 use super::files::{self, Unlaid};
+use super::host::PROCESSORS;
 use super::policy::{Judgement, Policy};
 use super::streams::{Input, Output};
 use super::tap::Tap;
@@ -35,18 +35,11 @@ const PROMPT_REFUSALS: u64 = 1_000;
 const REFUSAL_DELAY: Duration = Duration::from_millis(10);
 /// Never look at the CPU clock, or at memory, more often than this.
 const CPU_CHECK_MIN: Duration = Duration::from_millis(10);
-/// Asked once: the answer is put together from files of the kernel's.
-static PROCESSORS: LazyLock<u32> = LazyLock::new(|| {
-    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    u32::try_from(processors).unwrap_or(u32::MAX)
-});
 /// A job that lost a process to its memory limit, or holds too much of what no limit of the kernel's counts, is noticed
 /// within this.
 const MEMORY_CHECK: Duration = Duration::from_millis(50);
 /// So long a job's memory is looked at more often where no group counts it.
 const COUNTED_CLOSELY: Duration = Duration::from_millis(300);
-/// Counting what a job holds takes no more than one part in so many of the time.
-const COUNTING_SHARE: u32 = 10;
 
 /// What ended a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -144,12 +137,8 @@ pub(super) struct Watch {
     handed_over: Option<(Instant, SystemTime)>,
     /// Where no group tells: what counts the kernel's kills around the job, and how many there had been.
     kills: Option<(OomKills, u64)>,
-    count_again: Instant,
-    /// Bytes when they were last counted, and whether they may be over the limit soon.
-    counted: u64,
-    comes_near: bool,
-    /// The most memory that all of its processes were seen with, where no group tells.
-    counted_peak: u64,
+    /// Of what no group counts.
+    census: Census,
     exit: Option<(Exit, Resources)>,
     refused: BTreeMap<String, u64>,
     refusals: u64,
@@ -173,10 +162,7 @@ impl Watch {
             place: None,
             handed_over: None,
             kills: None,
-            count_again: Instant::now(),
-            counted: 0,
-            comes_near: false,
-            counted_peak: 0,
+            census: Census::new(),
             exit: None,
             refused: BTreeMap::new(),
             refusals: 0,
@@ -271,7 +257,7 @@ impl Watch {
                     if group.is_some_and(Group::killed_for_memory) {
                         return Ok(Cause::MemoryLimit);
                     }
-                    if let Some(cause) = self.count(limits, group.is_none()).await {
+                    if let Some(cause) = self.count(limits, group.is_some()).await {
                         return Ok(cause);
                     }
                     let used = group.and_then(Group::cpu_time).or_else(|| self.job.get_ref().cpu_time());
@@ -279,7 +265,7 @@ impl Watch {
                     if left.is_zero() {
                         return Ok(Cause::CpuLimit);
                     }
-                    let closely = self.comes_near || Instant::now() < beginning;
+                    let closely = self.census.comes_near() || Instant::now() < beginning;
                     look = Instant::now() + if closely { CPU_CHECK_MIN } else { pause(left) };
                 }
                 () = at(self.waiting.map(|(_, _, when)| when)) => self.answer(),
@@ -304,27 +290,17 @@ impl Watch {
         }
     }
 
-    /// Counts what its processes hold together, where it is time to. On a thread for such things: the kernel may have to
-    /// walk its pages.
-    async fn count(&mut self, limits: &Limits, memory: bool) -> Option<Cause> {
-        if Instant::now() < self.count_again {
-            return None;
-        }
+    /// Counts what its processes hold together, where it is time to.
+    async fn count(&mut self, limits: &Limits, grouped: bool) -> Option<Cause> {
         let roots = [self.init.get_ref().pid()?, self.job.get_ref().pid()?];
-        let (files, limit) = (self.place.as_ref().map_or(0, Place::used), limits.memory_bytes);
-        let count = move || {
-            // How long it takes, and not how long it waits for a thread.
-            let begun = Instant::now();
-            let locks = census::has_too_many_locks(roots);
-            (locks, memory.then(|| census::memory(roots, files, limit)), begun.elapsed())
-        };
-        let (locks, memory, took) = tokio::task::spawn_blocking(count).await.ok()?;
-        let memory = memory.unwrap_or_default();
-        self.count_again = Instant::now() + took * COUNTING_SHARE;
-        let grown = memory.saturating_sub(std::mem::replace(&mut self.counted, memory));
-        self.comes_near = memory > limit / 2 || grown > limit / 8;
-        self.counted_peak = self.counted_peak.max(memory);
-        if locks { Some(Cause::TooManyLocks) } else { (memory > limit).then_some(Cause::MemoryLimit) }
+        let memory = (!grouped).then(|| Counted {
+            files: self.place.as_ref().map_or(0, Place::used),
+            limit: limits.memory_bytes,
+        });
+        match self.census.take(roots, memory).await? {
+            Excess::Locks => Some(Cause::TooManyLocks),
+            Excess::Memory => Some(Cause::MemoryLimit),
+        }
     }
 
     /// Kills what is left, and tells what was seen once the last of it is gone.
@@ -354,7 +330,7 @@ impl Watch {
             let peak = resources.peak_resident.max(used.memory_peak);
             resources.peak_resident = peak.min(limits.memory_bytes);
         } else {
-            resources.peak_resident = resources.peak_resident.max(self.counted_peak);
+            resources.peak_resident = resources.peak_resident.max(self.census.peak());
         }
         let cause = match cause {
             // Its end may have come before anyone looked; and where its start failed, that is why.

@@ -75,6 +75,15 @@ fn remove(path: &Path) {
     }
 }
 
+/// The processes of a group, one number a line; what writes `0` to it is in.
+pub(super) const PROCESSES: &str = "cgroup.procs";
+
+/// Moves this process into a group.
+pub(super) fn enter(group: &Path) -> Result<(), CgroupError> {
+    let path = group.join(PROCESSES);
+    write(&path, "0").map_err(CgroupError::file("write to", path))
+}
+
 /// Writes to a file that the kernel made. Never makes one.
 pub(super) fn write(path: &Path, value: &str) -> io::Result<()> {
     fs::OpenOptions::new().write(true).open(path)?.write_all(value.as_bytes())

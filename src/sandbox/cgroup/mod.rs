@@ -215,7 +215,7 @@ impl Group {
             let directory = home.path().join(&name);
             unless(io::ErrorKind::AlreadyExists, fs::create_dir(&directory))
                 .map_err(CgroupError::file("make", &directory))?;
-            let door = directory.join("cgroup.procs");
+            let door = directory.join(home::PROCESSES);
             let opened = fs::OpenOptions::new().write(true).open(&door).and_then(fd::out_of_the_way);
             doors.push(opened.map_err(CgroupError::file("open", &door))?);
             directories.push(directory);

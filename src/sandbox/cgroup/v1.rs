@@ -8,7 +8,6 @@ use super::{Aside, CPU, CgroupError, Homes, SHARE, Setting, Version, WORKERS_SHA
 use crate::job::Limits;
 
 const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpuacct"];
-const PROCESSES: &str = "cgroup.procs";
 
 pub(super) fn start(mounts: &str, own: &str, count: usize) -> Result<Homes, CgroupError> {
     let mut bases: Vec<(PathBuf, Vec<&'static str>)> = Vec::new();
@@ -51,8 +50,7 @@ fn share_the_processor(
     let group = home.join("worker");
     std::fs::create_dir(&group).map_err(CgroupError::file("make", &group))?;
     set_share(&group, WORKERS_SHARE)?;
-    let path = group.join(PROCESSES);
-    home::write(&path, "0").map_err(CgroupError::file("write to", path))?;
+    home::enter(&group)?;
     list[at].controllers.push(CPU);
     Ok(Stepped { base })
 }
@@ -71,7 +69,7 @@ pub(super) struct Stepped {
 
 impl Drop for Stepped {
     fn drop(&mut self) {
-        if let Err(error) = home::write(&self.base.join(PROCESSES), "0") {
+        if let Err(error) = home::enter(&self.base) {
             tracing::debug!(%error, "the worker stays in its own cgroup");
         }
     }

@@ -18,7 +18,6 @@ const CONTROLLERS: [&str; 2] = ["memory", "pids"];
 
 const OFFERED: &str = "cgroup.controllers";
 const HANDED_ON: &str = "cgroup.subtree_control";
-const PROCESSES: &str = "cgroup.procs";
 /// The group that a worker steps aside into.
 const WORKER: &str = "worker";
 
@@ -112,8 +111,7 @@ impl Aside {
     fn step(base: &Path, home: &Path, controllers: &[&'static str]) -> Result<Self, CgroupError> {
         let group = home.join(WORKER);
         std::fs::create_dir(&group).map_err(CgroupError::file("make", &group))?;
-        let path = group.join(PROCESSES);
-        home::write(&path, "0").map_err(CgroupError::file("write to", path))?;
+        home::enter(&group)?;
         let (base, home) = (base.to_owned(), home.to_owned());
         Ok(Self { base, home, controllers: controllers.to_vec(), handed_on: false })
     }
@@ -130,8 +128,7 @@ impl Drop for Aside {
         if self.handed_on {
             done = done.and_then(|()| hand_on(&self.base, '-', &self.controllers));
         }
-        let path = self.base.join(PROCESSES);
-        let done = done.and_then(|()| home::write(&path, "0").map_err(CgroupError::file("write to", path)));
+        let done = done.and_then(|()| home::enter(&self.base));
         if let Err(error) = done {
             tracing::debug!(%error, "the worker stays in its own cgroup");
         }
@@ -202,8 +199,7 @@ mod tests {
         }
 
         fn enter(&self, group: &Path) -> Result<(), CgroupError> {
-            let path = group.join(PROCESSES);
-            home::write(&path, "0").map_err(CgroupError::file("write to", path))
+            home::enter(group)
         }
     }
 
@@ -220,7 +216,7 @@ mod tests {
 
     fn is_in(group: &Path) -> bool {
         let own = std::process::id().to_string();
-        fs::read_to_string(group.join(PROCESSES)).unwrap().lines().any(|pid| pid == own)
+        fs::read_to_string(group.join(home::PROCESSES)).unwrap().lines().any(|pid| pid == own)
     }
 
     #[test]

@@ -69,7 +69,12 @@ impl Pipeline {
     pub(super) async fn process(self: Arc<Self>, delivery: Delivery) -> bool {
         let _held = self.metrics.holding();
         let (to, mut context) = (self.address(&delivery), self.context(&delivery));
-        let job = heavy(delivery.body.len(), || self.parse(&delivery, &mut context));
+        // A compressed body can become as large as any.
+        let size = match delivery.properties.content_encoding {
+            Some(_) => self.admission.max_body_bytes,
+            None => delivery.body.len(),
+        };
+        let job = heavy(size, || self.parse(&delivery, &mut context));
         // Without a name, two jobs of the same words are two jobs all the same: neither answers for the other.
         let key = job
             .as_ref()
@@ -171,7 +176,7 @@ impl Pipeline {
         still_wanted(delivery, &job)?;
         let entry = self.running.enter(&job.id, delivery.properties.user_id.as_deref(), &self.kill)?;
         let (limits, stream, environment) = (job.limits, job.stream, job.environment.clone());
-        let payload = heavy(delivery.body.len(), || Payload::encode(job));
+        let payload = heavy(job.code.len(), || Payload::encode(job));
         let slot = self.slots.take(delivery, entry.stop()).await?;
         entry.due_in(self.start_timeout + Duration::from_millis(limits.timeout_ms));
         let live = stream.then(|| self.live(delivery, to, context));

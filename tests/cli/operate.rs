@@ -3,13 +3,12 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::Stdio;
-use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::broker::Node;
 use crate::submit::{Worker, with};
-use crate::support::{Ran, command, run};
+use crate::support::{PATIENCE, Ran, command, run};
 
 /// A queue other than the dead one, looked at like it.
 const AS_DEAD: [&str; 4] =
@@ -73,7 +72,7 @@ fn until_it_runs(url: &str, id: &str) {
         if pongs[0]["jobs"].as_array().unwrap().iter().any(|job| job["id"] == id && job["running"] == true) {
             return;
         }
-        assert!(begin.elapsed() < Duration::from_secs(30), "it never ran: {pongs}");
+        assert!(begin.elapsed() < PATIENCE, "it never ran: {pongs}");
     }
 }
 
@@ -171,7 +170,7 @@ fn eventually(url: &str, queue: &str, count: usize) -> Vec<String> {
             names.sort();
             return names;
         }
-        assert!(begin.elapsed() < Duration::from_secs(30), "{queue} never held {count}: {found:?}");
+        assert!(begin.elapsed() < PATIENCE, "{queue} never held {count}: {found:?}");
     }
 }
 

@@ -66,9 +66,13 @@ pub(crate) fn finish(mut command: Command, stdin: &[u8]) -> Ran {
     }
 }
 
+/// So long a test waits for what will come: minutes, because a busy machine gives jobs, which stand behind
+/// everything else, little of itself.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+
 /// Waits for what tells nobody of itself: asks again and again, but not for ever.
 pub(crate) fn eventually(what: &str, holds: impl FnMut() -> bool) {
-    eventually_within(Duration::from_secs(30), what, holds);
+    eventually_within(PATIENCE, what, holds);
 }
 
 /// The same for what takes its time.

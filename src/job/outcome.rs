@@ -109,7 +109,8 @@ pub struct Usage {
     pub cpu_user_ms: u64,
     /// CPU time in the kernel.
     pub cpu_system_ms: u64,
-    /// The most memory in use at one time.
+    /// The most memory in use at one time, without page cache. From the job's control group if it has one, else from
+    /// samples.
     pub memory_peak_bytes: u64,
 }
 

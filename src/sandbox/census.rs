@@ -5,6 +5,8 @@ use std::io::Read;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use super::cgroup::Group;
+
 /// Record locks of files that a job may hold. The kernel keeps them in memory that is on nobody's account, and in
 /// lists that each who closes the file has to walk. Programs hold a few.
 pub(super) const LOCKS: u64 = 128;
@@ -37,11 +39,13 @@ pub(super) struct Census {
     last: u64,
     comes_near: bool,
     peak: u64,
+    /// The most bytes of mapped files that one of its processes had.
+    mapped: u64,
 }
 
 impl Census {
     pub(super) fn new() -> Self {
-        Self { again: Instant::now(), last: 0, comes_near: false, peak: 0 }
+        Self { again: Instant::now(), last: 0, comes_near: false, peak: 0, mapped: 0 }
     }
 
     /// Counts once more, where it is time to. On a thread for such things: the kernel may have to walk all pages.
@@ -54,13 +58,14 @@ impl Census {
             // How long it takes, and not how long it waits for a thread.
             let begun = Instant::now();
             let processes = processes(roots);
-            let bytes = memory.map(|counted| bytes(&processes, counted));
+            let bytes = memory.map(|counted| (bytes(&processes, counted), mapped_files(&processes)));
             (has_too_many_locks(&processes), bytes.unwrap_or_default(), begun.elapsed())
         };
-        let (locks, bytes, took) = tokio::task::spawn_blocking(count).await.ok()?;
+        let (locks, (bytes, mapped), took) = tokio::task::spawn_blocking(count).await.ok()?;
         self.again = Instant::now() + took * if memory.is_some() { SHARE } else { SHARE_OF_LOCKS };
         let grown = bytes.saturating_sub(std::mem::replace(&mut self.last, bytes));
         self.peak = self.peak.max(bytes);
+        self.mapped = self.mapped.max(mapped);
         let limit = memory.map_or(u64::MAX, |counted| counted.limit);
         self.comes_near = bytes > limit / 2 || grown > limit / 8;
         if locks { Some(Excess::Locks) } else { (bytes > limit).then_some(Excess::Memory) }
@@ -71,9 +76,17 @@ impl Census {
         self.comes_near
     }
 
-    /// The most bytes that were counted.
-    pub(super) fn peak(&self) -> u64 {
-        self.peak
+    /// Notes what a control group tells between two counts.
+    pub(super) fn sample(&mut self, group: &Group, main: i32) {
+        self.peak = self.peak.max(group.memory());
+        self.mapped = self.mapped.max(mapped_files(&[main]));
+    }
+
+    /// The most bytes at one time, without files of others: by samples, by the group if there is one, and by `resident`,
+    /// what the kernel kept as the peak of the main process with the files that it had mapped.
+    pub(super) fn peak(&self, resident: u64, group: Option<&Group>) -> u64 {
+        let resident = resident.saturating_sub(self.mapped);
+        self.peak.max(group.map_or(resident, |group| group.memory_peak(resident)))
     }
 }
 
@@ -107,6 +120,12 @@ fn bytes(processes: &[i32], Counted { files, limit }: Counted) -> u64 {
     };
     let coarse = sum("status", ["RssAnon:", "RssShmem:"]);
     if coarse <= limit { coarse } else { sum("smaps_rollup", ["Pss_Anon:", "Pss_Shmem:"]) }
+}
+
+/// The most bytes of files that one of the processes has mapped and touched.
+fn mapped_files(processes: &[i32]) -> u64 {
+    let of = |pid: &i32| kibibytes(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?, "RssFile:");
+    processes.iter().filter_map(of).max().unwrap_or_default()
 }
 
 fn kibibytes(text: &str, field: &str) -> Option<u64> {

@@ -254,6 +254,9 @@ impl Watch {
                 () = stop.cancelled() => return Ok(Cause::Cancelled),
                 () = sleep_until(deadline) => return Ok(Cause::Timeout),
                 () = sleep_until(look) => {
+                    if let (Some(group), Some(main)) = (group, self.job.get_ref().pid()) {
+                        self.census.sample(group, main);
+                    }
                     if group.is_some_and(Group::killed_for_memory) {
                         return Ok(Cause::MemoryLimit);
                     }
@@ -324,14 +327,12 @@ impl Watch {
         if let Some(group) = group {
             let used = group.used();
             // Each has seen something that the other has not: the group all processes, though with coarser times;
-            // the main process what it did before it entered, and shared memory that is on nobody's account.
+            // the main process what it did before it entered.
             resources.user = resources.user.max(used.user);
             resources.system = resources.system.max(used.system);
-            let peak = resources.peak_resident.max(used.memory_peak);
-            resources.peak_resident = peak.min(limits.memory_bytes);
-        } else {
-            resources.peak_resident = resources.peak_resident.max(self.census.peak());
         }
+        let peak = self.census.peak(resources.peak_resident, group);
+        resources.peak_resident = if group.is_some() { peak.min(limits.memory_bytes) } else { peak };
         let cause = match cause {
             // Its end may have come before anyone looked; and where its start failed, that is why.
             Cause::Ended | Cause::StartFailed(_) | Cause::MemoryLimit

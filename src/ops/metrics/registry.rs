@@ -331,7 +331,7 @@ pub(super) fn build(registry: Registry) -> prometheus::Result<Inner> {
         )?,
         memory_peak: shelf.histogram(
             "sandpiper_job_memory_peak_bytes",
-            "Peak memory of a job",
+            "Peak memory of a job, without page cache",
             MEMORY_BYTES,
         )?,
         registry,

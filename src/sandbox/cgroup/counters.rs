@@ -10,6 +10,8 @@ use super::{CgroupError, Homes, Version};
 
 /// More than any of the files holds of what is read here.
 const BUFFER: usize = 1024;
+/// Memory that is not worth asking for its kinds, which costs more than all other counters together.
+const SMALL: u64 = 4 << 20;
 /// `cpuacct.stat` counts in these: USER_HZ is 100 wherever this runs.
 const TICK_MS: u64 = 10;
 
@@ -20,6 +22,7 @@ pub(super) struct Reading {
     pub(super) cpu: Duration,
     /// In user mode, and in the kernel.
     pub(super) times: [Duration; 2],
+    /// Bytes without page cache.
     pub(super) memory: u64,
 }
 
@@ -33,6 +36,8 @@ pub(super) struct Counters {
     /// `cpuacct.stat` or `cpu.stat`
     times: File,
     memory: File,
+    /// `memory.stat`: memory by kinds.
+    kinds: File,
     peak: Peak,
 }
 
@@ -63,6 +68,7 @@ impl Counters {
                 cpu: open("cpuacct", "cpuacct.usage")?,
                 times: open("cpuacct", "cpuacct.stat")?,
                 memory: open("memory", "memory.usage_in_bytes")?,
+                kinds: open("memory", "memory.stat")?,
                 peak: Peak::open(&path("memory", "memory.max_usage_in_bytes")?),
             },
             Version::Two => Self {
@@ -71,6 +77,7 @@ impl Counters {
                 cpu: open("memory", "cpu.stat")?,
                 times: open("memory", "cpu.stat")?,
                 memory: open("memory", "memory.current")?,
+                kinds: open("memory", "memory.stat")?,
                 peak: Peak::open(&path("memory", "memory.peak")?),
             },
         })
@@ -98,8 +105,23 @@ impl Counters {
             kills: self.kills().unwrap_or_default(),
             cpu: self.cpu_time().unwrap_or_default(),
             times: self.times(),
-            memory: with_text(&self.memory, number).unwrap_or_default(),
+            memory: self.without_page_cache(self.memory()),
         }
+    }
+
+    /// Bytes that are charged to the group.
+    pub(super) fn memory(&self) -> u64 {
+        with_text(&self.memory, number).unwrap_or_default()
+    }
+
+    /// What is left of `bytes` of the group without its page cache: files of disks, which the kernel drops when memory
+    /// is short. A few MiB are left as they are.
+    pub(super) fn without_page_cache(&self, bytes: u64) -> u64 {
+        if bytes <= SMALL {
+            return bytes;
+        }
+        let page_cache = with_text(&self.kinds, |text| page_cache(self.version, text));
+        bytes.saturating_sub(page_cache.unwrap_or_default())
     }
 
     pub(super) fn peak(&self) -> Option<u64> {
@@ -173,6 +195,15 @@ fn times(version: Version, text: &str) -> Option<[Duration; 2]> {
     })
 }
 
+/// Both versions count a job's own files in memory as cache, too.
+fn page_cache(version: Version, text: &str) -> Option<u64> {
+    let cache = match version {
+        Version::One => "cache",
+        Version::Two => "file",
+    };
+    Some(field(text, cache)?.saturating_sub(field(text, "shmem")?))
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test that cannot set itself up has failed")]
@@ -210,6 +241,15 @@ throttled_usec 0
         assert_eq!(times(Version::Two, CPU_STAT), Some([micros(3_912_018), micros(117_136)]));
         assert_eq!(times(Version::One, CPUACCT_STAT), Some([micros(1_080_000), micros(70_000)]));
         assert_eq!(times(Version::Two, CPUACCT_STAT), None);
+    }
+
+    #[test]
+    fn files_in_memory_are_no_page_cache() {
+        let one = "cache 9000\nrss 10\nrss_huge 0\nshmem 4000\nmapped_file 70\ntotal_cache 1\n";
+        let two = "anon 10\nfile 9000\nkernel 5\nshmem 4000\nfile_mapped 70\nshmem_thp 1\n";
+        assert_eq!(page_cache(Version::One, one), Some(5000));
+        assert_eq!(page_cache(Version::Two, two), Some(5000));
+        assert_eq!(page_cache(Version::One, two), None);
     }
 
     #[test]

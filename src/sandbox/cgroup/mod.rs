@@ -203,8 +203,6 @@ pub(super) struct Used {
     pub(super) user: Duration,
     /// CPU time in the kernel.
     pub(super) system: Duration,
-    /// The most memory at one time, in bytes; 0 where the kernel does not tell.
-    pub(super) memory_peak: u64,
 }
 
 impl Group {
@@ -344,12 +342,23 @@ impl Group {
     /// All that was used since [`begin`](Self::begin).
     pub(super) fn used(&self) -> Used {
         let ([user, system], [user_before, system_before]) = (self.counters.times(), self.began.times);
-        Used {
-            user: user.saturating_sub(user_before),
-            system: system.saturating_sub(system_before),
-            // What was there before is not the job's: files that an earlier one made the kernel cache.
-            memory_peak: self.counters.peak().unwrap_or_default().saturating_sub(self.began.memory),
-        }
+        Used { user: user.saturating_sub(user_before), system: system.saturating_sub(system_before) }
+    }
+
+    /// The most bytes that its processes had at one time since [`begin`](Self::begin), without page cache. `resident` is
+    /// what is known of one of them.
+    ///
+    /// The kernel keeps the peak of all memory together, and tells of page cache only how much there is now, which may
+    /// have been less at the peak.
+    pub(super) fn memory_peak(&self, resident: u64) -> u64 {
+        let Some(peak) = self.counters.peak() else { return resident };
+        // What was there before is not the job's, such as look-ups that an earlier one made the kernel cache.
+        self.counters.without_page_cache(peak).max(resident.min(peak)).saturating_sub(self.began.memory)
+    }
+
+    /// Bytes that its processes have now, without page cache.
+    pub(super) fn memory(&self) -> u64 {
+        self.counters.without_page_cache(self.counters.memory()).saturating_sub(self.began.memory)
     }
 
     /// The job has its share of the processor, however many processes and sessions it has.

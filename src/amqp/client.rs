@@ -2,6 +2,7 @@
 //!
 //! One connection, no second try: a person waits, and wants to hear of a fault at once.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures_util::{FutureExt, StreamExt};
@@ -79,6 +80,8 @@ struct Inner {
     /// Channels in confirm mode that carry nothing: one message at a time on each, see the publisher.
     idle: Mutex<Vec<Channel>>,
     answers: tokio::sync::Mutex<lapin::Consumer>,
+    /// The broker refused a message with the name of the connection's user.
+    is_known_otherwise: AtomicBool,
 }
 
 impl Client {
@@ -105,6 +108,7 @@ impl Client {
             listening: channel,
             idle: Mutex::default(),
             answers: tokio::sync::Mutex::new(answers),
+            is_known_otherwise: AtomicBool::new(false),
             link,
         })))
     }
@@ -127,7 +131,7 @@ impl Client {
     }
 
     async fn hand_over(&self, body: Vec<u8>, properties: BasicProperties) -> Result<(), ClientError> {
-        match self.publish("", &self.0.queue, &body, properties).await? {
+        match self.publish_as_user("", &self.0.queue, &body, properties).await? {
             Confirmation::Ack(None) => Ok(()),
             Confirmation::Ack(Some(_)) => Err(ClientError::NoQueue { queue: self.0.queue.clone() }),
             Confirmation::Nack(_) | Confirmation::NotRequested => {
@@ -153,25 +157,11 @@ impl Client {
     }
 
     async fn command(&self, command: &Command) -> Result<(), ClientError> {
-        let anonymous = BasicProperties::default()
+        let properties = BasicProperties::default()
             .with_content_type("application/json".into())
             .with_reply_to(self.0.reply_to.clone());
         let body = command.to_body();
-        let send = |properties| self.publish(topology::CONTROL, "", &body, properties);
-        let user = self.0.link.user().and_then(|user| short(user).ok());
-        let sent = match user {
-            // Jobs that were published with a user are that user's business.
-            Some(user) => match send(anonymous.clone().with_user_id(user)).await {
-                // Behind OAuth the broker knows us by another name.
-                Err(ClientError::Broker(Error::Operation { source, .. }))
-                    if faults::is_wrong_user(&source) =>
-                {
-                    send(anonymous).await
-                }
-                sent => sent,
-            },
-            None => send(anonymous).await,
-        };
+        let sent = self.publish_as_user(topology::CONTROL, "", &body, properties).await;
         match sent {
             Ok(Confirmation::Ack(None)) => Ok(()),
             Ok(_) => Err(ClientError::NoWorker),
@@ -233,6 +223,36 @@ impl Client {
     /// Says goodbye.
     pub async fn close(&self) {
         self.0.link.close().await;
+    }
+
+    /// Publishes under the name of the connection's user, which the broker vouches for: a job is that user's, and so is a
+    /// command. A broker that knows the user by another name, as behind OAuth, gets messages without one.
+    async fn publish_as_user(
+        &self,
+        exchange: &str,
+        key: &str,
+        body: &[u8],
+        properties: BasicProperties,
+    ) -> Result<Confirmation, ClientError> {
+        if let Some(user) = self.user() {
+            let named = properties.clone().with_user_id(user);
+            match self.publish(exchange, key, body, named).await {
+                Err(ClientError::Broker(Error::Operation { source, .. }))
+                    if faults::is_wrong_user(&source) =>
+                {
+                    self.0.is_known_otherwise.store(true, Ordering::Relaxed);
+                }
+                sent => return sent,
+            }
+        }
+        self.publish(exchange, key, body, properties).await
+    }
+
+    fn user(&self) -> Option<ShortString> {
+        if self.0.is_known_otherwise.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.0.link.user().and_then(|user| short(user).ok())
     }
 
     async fn publish(

@@ -28,7 +28,7 @@ fn workers_and_queues_can_be_asked_and_told() {
     nobody_is_there(url);
     let worker = Worker::start(url);
     a_worker_says_who_it_is(url);
-    a_running_job_is_cancelled(url);
+    a_running_job_is_cancelled(&node);
     output_is_shown_while_the_job_runs(url);
     the_dead_are_listed_shown_and_purged(url);
     the_dead_are_jobs_again(url);
@@ -76,10 +76,19 @@ fn until_it_runs(url: &str, id: &str) {
     }
 }
 
-fn a_running_job_is_cancelled(url: &str) {
+fn a_running_job_is_cancelled(node: &Node) {
+    let url = node.url();
     let mut submit = command(["submit", "--json", "--job"]);
     submit.arg(r#"{"id": "long", "code": "import time; time.sleep(50)", "timeout_ms": 60000}"#);
     let submit = submit.env("SANDPIPER_AMQP__URL", url).spawn().unwrap();
+    until_it_runs(url, "long");
+    // The broker vouches for who submitted it, so it is no other user's to end or to see.
+    node.ctl(&["add_user", "stranger", "stranger"]);
+    node.ctl(&["set_permissions", "stranger", ".*", ".*", ".*"]);
+    let stranger = url.replacen("guest:guest", "stranger:stranger", 1);
+    assert_ne!(stranger, url);
+    assert_eq!(with(&stranger, &["cancel", "long"], "").code, 0);
+    assert_eq!(pongs(&stranger)[0]["jobs"], Value::Array(vec![]));
     until_it_runs(url, "long");
     let cancel = with(url, &["cancel", "long", "another"], "");
     assert_eq!((cancel.code, cancel.stderr.as_str()), (0, ""));

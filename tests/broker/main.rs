@@ -144,6 +144,7 @@ async fn no_reply_address_holds_up_another() {
     neighbours::a_reply_queue_that_is_deleted_under_way(&node).await;
     neighbours::a_publisher_without_the_right_to_its_reply_queue(&node).await;
     neighbours::a_result_that_the_broker_does_not_take(&node).await;
+    neighbours::results_that_grow_as_they_are_encoded(&node).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -356,3 +356,22 @@ pub(crate) async fn a_result_that_the_broker_does_not_take(node: &Node) {
     let text = usual.trim().trim_start_matches("{ok,").trim_end_matches('}').to_owned();
     limit(text.parse().unwrap());
 }
+
+/// What takes six times its bytes as JSON, is cut, and is encoded once more.
+pub(crate) async fn results_that_grow_as_they_are_encoded(node: &Node) {
+    const BYTES: usize = 8 << 20;
+    let both = |char: &str| {
+        let code = format!("import sys\nfor s in sys.stdout, sys.stderr: s.write('{char}' * {BYTES})");
+        json!({"code": code, "limits": {"output_bytes": BYTES}}).to_string().into_bytes()
+    };
+    let mut scene = Scene::with_ordinary(node, "nul", &both("x"), 1).await;
+    let own = scene.queues.replies.clone() + ".own";
+    let mut replies = scene.requester.replies(&own).await;
+    let took = scene.measure("stranger", &vec![both("\\0"); JOBS], &own).await;
+    for _ in 0..JOBS {
+        let (_, result) = next(&mut replies).await;
+        assert_eq!((&result["status"], &result["stdout_truncated"]), (&"succeeded".into(), &true.into()));
+    }
+    scene.judge("results that grow as they are encoded", vec![took]);
+    scene.unharmed().await;
+}

@@ -6,7 +6,7 @@
 use std::io::Write as _;
 use std::process::Command;
 
-use sandpiper::sandbox::policy::{Options, Policy};
+use sandpiper::sandbox::inner_wall::{Options, Policy};
 
 const STRICT: Options<'_> = Options { memory_group: true, cpu_group: true, ..Options::CLOSED };
 

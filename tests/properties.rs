@@ -9,7 +9,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use proptest::prelude::*;
 use sandpiper::config::Config;
 use sandpiper::job::{self, Job};
-use sandpiper::sandbox::policy::{Arch, Judgement, Options, Policy};
+use sandpiper::sandbox::inner_wall::{Arch, Judgement, Options, Policy};
 use sandpiper::script::{Payload, Prescript};
 use sandpiper_shim::abi::{REPORT_LEN, Report, Stage};
 use sandpiper_shim::plan::{Step, Steps};

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::cli::args::ConfigArgs;
 use crate::cli::{End, output};
-use crate::sandbox::policy::{Arch, Entry, Options, describe};
+use crate::sandbox::inner_wall::{Arch, Entry, Options, describe};
 
 const EXAMPLES: &str = "\
 Examples:

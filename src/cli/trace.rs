@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::job::Reply;
 use crate::sandbox::Trace;
-use crate::sandbox::policy::Remedy;
+use crate::sandbox::inner_wall::Remedy;
 
 /// One call, as it was made.
 #[derive(Debug, Serialize)]

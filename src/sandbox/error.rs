@@ -4,8 +4,8 @@ use std::error::Error;
 use std::io;
 use std::path::PathBuf;
 
-use super::policy;
-use super::root::RootError;
+use super::environment::RootError;
+use super::inner_wall;
 
 /// Why the sandbox could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -29,7 +29,7 @@ pub enum StartError {
     },
     /// The policy does not compile.
     #[error("compile the system call policy: {0}")]
-    Policy(#[from] policy::PolicyError),
+    Policy(#[from] inner_wall::PolicyError),
     /// A layer that the operator requires is not there.
     #[error("sandbox.require: {name} is not there: {detail}; `sandpiper doctor` says how to get it")]
     Required {

@@ -87,8 +87,8 @@ fn only_main_knows_exit_codes() {
 fn only_exec_can_take_the_inner_wall_away() {
     // Each name, and the files that may say it.
     let fences: [(&str, &[&str]); 4] = [
-        ("let_through", &["src/sys/notify.rs", "src/sandbox/trace.rs"]),
-        ("compile_for_tracing", &["src/sandbox/policy/mod.rs", "src/sandbox/environment.rs"]),
+        ("let_through", &["src/sys/notify.rs", "src/sandbox/supervise/syscall_trace.rs"]),
+        ("compile_for_tracing", &["src/sandbox/inner_wall/mod.rs", "src/sandbox/environment/mod.rs"]),
         ("start_tracing", &["src/sandbox/mod.rs", "src/cli/exec.rs"]),
         ("CONTINUE", &["src/sys/notify.rs"]),
     ];

@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use std::time::{Instant, SystemTime};
 
 use libtest_mimic::{Failed, Trial};
-use sandpiper::sandbox::policy::{Arch, Options, describe};
+use sandpiper::sandbox::inner_wall::{Arch, Options, describe};
 use serde_json::json;
 
 use crate::case::Case;

@@ -21,8 +21,8 @@ use std::time::Duration;
 use counters::{Counters, Reading};
 use home::Home;
 
-use super::plan;
 use crate::job::Limits;
+use crate::sandbox::outer_wall::{cold, trials};
 use crate::sys::{fd, launch, probe};
 
 /// Why there are no control groups to be had.
@@ -102,10 +102,10 @@ impl Homes {
     fn entry(&self, directories: &[PathBuf], doors: &[OwnedFd]) -> Entry {
         let quickly = |trial: &dyn Fn() -> bool| *self.entered_quickly.get_or_init(trial);
         let entry = match self.version {
-            Version::One => launch::namespace("cgroup", plan::cgroup_namespace(doors).bytes())
+            Version::One => launch::namespace("cgroup", cold::cgroup_namespace(doors).bytes())
                 .and_then(fd::out_of_the_way)
                 .map(|namespace| {
-                    let join = plan::joining(&namespace, libc::CLONE_NEWCGROUP);
+                    let join = trials::joining(&namespace, libc::CLONE_NEWCGROUP);
                     quickly(&|| launch::can(0, join.bytes())).then_some(Entry::Admission(namespace))
                 }),
             Version::Two => fs::File::open(&directories[0]).and_then(fd::out_of_the_way).map(|directory| {

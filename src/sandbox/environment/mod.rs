@@ -1,0 +1,179 @@
+//! A named interpreter, prepared: its root, its policies, and how it is started.
+
+mod interpreter;
+mod rootfs;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use sandpiper_shim::abi::{POLICY_MAGIC, SHIM_PATH};
+
+use crate::config;
+use crate::sandbox::StartError;
+use crate::sandbox::host::{Host, Privilege};
+use crate::sandbox::inner_wall::{Options, Policy, PolicyError, Program as Filter};
+use crate::sandbox::outer_wall::rootfs::Root;
+use crate::sandbox::outer_wall::{INSIDE, cold, layers, trials};
+use crate::script::Prescript;
+use crate::sys::fd;
+use crate::sys::launch::{self, Program};
+use interpreter::{find_shim, prescript, program};
+
+pub use rootfs::RootError;
+
+/// Everything of an environment that its jobs share.
+#[derive(Debug)]
+pub(super) struct Environment {
+    pub(super) name: String,
+    pub(super) program: Arc<Program>,
+    pub(super) zygote_program: Arc<Program>,
+    /// What its cold processes read.
+    pub(super) prescript: Prescript,
+    /// What a zygote imports.
+    pub(super) imports: Vec<String>,
+    /// Children that are to stand by.
+    pub(super) standby: usize,
+    offline: Variant,
+    online: Variant,
+}
+
+/// What differs with the network.
+#[derive(Debug)]
+pub(super) struct Variant {
+    pub(super) root: Root,
+    /// The root as it stands, for cold jobs to join; none where they have to build their own.
+    pub(super) prepared: Option<OwnedFd>,
+    pub(super) policy: Policy,
+    /// The compiled policy as the shim maps it.
+    pub(super) policy_file: OwnedFd,
+    pub(super) coarse: Vec<u8>,
+    pub(super) coarse_zygote: Vec<u8>,
+}
+
+/// Why an environment could not be prepared.
+#[derive(Debug)]
+pub(super) enum PrepareError {
+    Root(RootError),
+    Policy(PolicyError),
+    Shim { path: PathBuf, source: io::Error },
+    Io(io::Error),
+}
+
+impl PrepareError {
+    /// With the environment's name, where that matters.
+    pub(super) fn of(self, name: &str) -> StartError {
+        match self {
+            Self::Root(source) => StartError::Environment { name: name.to_owned(), source },
+            Self::Policy(source) => source.into(),
+            Self::Shim { path, source } => StartError::Shim { path, source },
+            Self::Io(source) => source.into(),
+        }
+    }
+}
+
+impl Environment {
+    pub(super) fn prepare(
+        name: &str,
+        environment: &config::Environment,
+        sandbox: &config::Sandbox,
+        machine: &Machine,
+    ) -> Result<Self, PrepareError> {
+        let shim = find_shim(sandbox.shim.as_deref())?;
+        let variant = |network| {
+            let mut root =
+                Root::of(environment, network, INSIDE..INSIDE + machine.seats).map_err(PrepareError::Root)?;
+            root.place(Path::new(SHIM_PATH), &shim);
+            if !machine.host.proc || environment.proc == config::Proc::None {
+                root.without_proc();
+            }
+            let open = layers::add(&mut root, &machine.host);
+            if !network && !open.is_empty() {
+                let paths: Vec<String> = open.iter().map(|path| path.display().to_string()).collect();
+                tracing::warn!(
+                    environment = name,
+                    paths = paths.join(" "),
+                    "jobs can put locks on files of the host and flush its disks there: no overlay lies between"
+                );
+            }
+            let options = Options {
+                network,
+                exec: environment.allow_exec,
+                memory_group: machine.memory_group,
+                cpu_group: machine.cpu_group,
+                extra: &sandbox.allow_syscalls,
+            };
+            let compile = if machine.traces { Policy::compile_for_tracing } else { Policy::compile };
+            let policy = compile(&options).map_err(PrepareError::Policy)?;
+            let file = policy_file(&policy, network, machine.host.privilege).map_err(PrepareError::Io)?;
+            let coarse = policy.coarse().bytes();
+            let coarse_zygote = policy.coarse_before_wall().bytes();
+            let prepared = prepare(&root, &machine.host);
+            Ok(Variant { root, prepared, policy, policy_file: file, coarse, coarse_zygote })
+        };
+        Ok(Self {
+            name: name.to_owned(),
+            program: Arc::new(program(environment, false)),
+            zygote_program: Arc::new(program(environment, true)),
+            prescript: prescript(name, &environment.python),
+            imports: environment.imports.clone(),
+            standby: environment.standby,
+            offline: variant(false)?,
+            online: variant(true)?,
+        })
+    }
+
+    pub(super) fn variant(&self, network: bool) -> &Variant {
+        if network { &self.online } else { &self.offline }
+    }
+}
+
+/// What an environment needs to know of the machine and the worker.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Machine {
+    pub(super) host: Host,
+    /// Jobs that there may be at one time, those that stand by included.
+    pub(super) seats: u32,
+    /// Control groups count the memory of each job.
+    pub(super) memory_group: bool,
+    /// Control groups give each job its share of the processor.
+    pub(super) cpu_group: bool,
+    /// The policy is traced and keeps nothing back.
+    pub(super) traces: bool,
+}
+
+/// An ordinary user has no namespace of mounts before a job's own user namespace is there.
+fn prepare(root: &Root, host: &Host) -> Option<OwnedFd> {
+    if host.privilege == Privilege::None {
+        return None;
+    }
+    launch::namespace("mnt", cold::prepared_root(host, root).bytes())
+        .and_then(fd::out_of_the_way)
+        .and_then(|prepared| {
+            // Joining takes a capability more than making: that of `chroot`.
+            let joins = launch::can(0, trials::joining(&prepared, libc::CLONE_NEWNS).bytes());
+            joins.then_some(prepared).ok_or_else(|| io::Error::other("a mount namespace cannot be joined"))
+        })
+        .inspect_err(|error| tracing::warn!(%error, "each cold job builds its own root, which takes longer"))
+        .ok()
+}
+
+/// As [`PolicyHeader`](sandpiper_shim::abi::PolicyHeader) lays it out, in a file that cannot change.
+fn policy_file(policy: &Policy, network: bool, privilege: Privilege) -> io::Result<OwnedFd> {
+    let count = |filters: &[Filter]| u32::try_from(filters.len()).unwrap_or(u32::MAX);
+    let header = [
+        POLICY_MAGIC,
+        network.into(),
+        count(policy.notifying()),
+        count(policy.fallback()),
+        (privilege == Privilege::None).into(),
+    ];
+    let mut bytes: Vec<u8> = header.iter().flat_map(|number| number.to_ne_bytes()).collect();
+    for filter in policy.notifying().iter().chain(policy.fallback()) {
+        let length = u32::try_from(filter.instructions().len()).unwrap_or(u32::MAX);
+        bytes.extend_from_slice(&length.to_ne_bytes());
+        bytes.extend_from_slice(&filter.bytes());
+    }
+    fd::sealed_file(c"policy", &bytes)
+}

@@ -1,0 +1,244 @@
+//! What a job can see of the file system: an interpreter, its libraries, a handful of files in `/etc`.
+//!
+//! Everything else of the host is not hidden but absent. What is there keeps its host path, so that an
+//! interpreter finds itself; symbolic links on the way are made again.
+
+use std::path::{Component, Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::interpreter::ask;
+use crate::config::Environment;
+use crate::sandbox::outer_wall::rootfs::{Entry, Root};
+
+/// Why an environment cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RootError {
+    /// The interpreter cannot be run at all.
+    #[error("run {python}: {source}")]
+    Run {
+        /// As configured.
+        python: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The interpreter ran and failed.
+    #[error("ask {python} for its paths: it ended with {status}: {stderr}")]
+    Probe {
+        /// As configured.
+        python: PathBuf,
+        /// How it ended.
+        status: std::process::ExitStatus,
+        /// The last line of what it said.
+        stderr: String,
+    },
+    /// A path that must be there is not.
+    #[error("look at {path}: {source}")]
+    Path {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// What would be hidden from the jobs that it is for.
+    #[error("show {path} to jobs: each has {by} to itself, empty; keep it in another directory")]
+    Covered {
+        /// The path.
+        path: PathBuf,
+        /// A directory that every job has for itself.
+        by: &'static str,
+    },
+    /// Links that lead nowhere.
+    #[error("follow the links of {0}: there are too many")]
+    Links(PathBuf),
+}
+
+/// Printed by the interpreter itself: the only one who knows where it looks.
+const PROBE: &str = "
+import ctypes, json, sys, sysconfig
+paths = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, *sys.path}
+paths |= {sysconfig.get_paths()[name] for name in ('stdlib', 'platstdlib')}
+print(json.dumps({'executable': sys.executable, 'paths': sorted(filter(None, paths))}))
+";
+
+#[derive(Deserialize)]
+struct Probe {
+    executable: PathBuf,
+    paths: Vec<PathBuf>,
+}
+
+/// Libraries that no interpreter names: the loader finds them by itself.
+const LIBRARIES: [&str; 7] =
+    ["/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/local/lib"];
+
+/// Data that Python's own library reads, and what the loader needs.
+const DATA: [&str; 7] = [
+    "/etc/alternatives",
+    "/etc/ld.so.cache",
+    "/etc/localtime",
+    "/etc/mime.types",
+    "/etc/ssl/certs",
+    "/etc/ssl/openssl.cnf",
+    "/usr/share/zoneinfo",
+];
+
+/// Only where the host's network is.
+const NETWORK_DATA: [&str; 3] = ["/etc/resolv.conf", "/etc/gai.conf", "/etc/services"];
+
+impl Root {
+    /// Asks the interpreter where it looks, and lays out the root for it.
+    ///
+    /// Jobs have one of the ids in `uids`, and all of them the same name.
+    pub(in crate::sandbox) fn of(
+        environment: &Environment,
+        network: bool,
+        uids: std::ops::Range<u32>,
+    ) -> Result<Self, RootError> {
+        let users = uids.clone().map(|uid| format!("job:x:{uid}:{uid}:job:/tmp:/bin/false\n"));
+        let groups = uids.map(|uid| format!("job:x:{uid}:\n"));
+        let probe = probe(&environment.python)?;
+        let mut root = Self::default();
+        for path in LIBRARIES.iter().map(Path::new).filter(|path| path.symlink_metadata().is_ok()) {
+            root.expose(path)?;
+        }
+        root.expose(&environment.python)?;
+        root.expose(&probe.executable)?;
+        for path in probe.paths.iter().filter(|path| path.exists()) {
+            // A system interpreter's prefix is `/usr`: its libraries are there already, and its programs and
+            // documents are nobody's business.
+            if !matches!(path.to_str(), Some("/" | "/usr" | "/usr/local")) {
+                root.expose(path)?;
+            }
+        }
+        let data = DATA.iter().chain(NETWORK_DATA.iter().filter(|_| network));
+        for path in data.map(Path::new).filter(|path| path.exists()) {
+            root.expose(path)?;
+        }
+        for path in &environment.mounts {
+            root.expose(path)?;
+        }
+        for (path, content) in [
+            ("/etc/passwd", users.collect()),
+            ("/etc/group", groups.collect()),
+            ("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n".to_owned()),
+            (
+                "/etc/nsswitch.conf",
+                format!("passwd: files\ngroup: files\nhosts: files{}\n", if network { " dns" } else { "" }),
+            ),
+        ] {
+            root.add(Path::new(path), Entry::File(content));
+        }
+        for by in ["/dev/shm", "/tmp", "/work"] {
+            if let Some(path) = root.entries.keys().rfind(|path| path.starts_with(by)) {
+                return Err(RootError::Covered { path: path.clone(), by });
+            }
+            root.add(Path::new(by), Entry::Directory);
+        }
+        root.add(Path::new("/proc"), Entry::Proc);
+        Ok(root)
+    }
+
+    /// Makes a path of the host visible, with every link on the way to it.
+    fn expose(&mut self, path: &Path) -> Result<(), RootError> {
+        // As the kernel: more links than this are a loop.
+        let mut links = 40;
+        let mut todo: Vec<PathBuf> = vec![path.to_owned()];
+        while let Some(path) = todo.pop() {
+            let mut seen = PathBuf::from("/");
+            let mut components = path.components().peekable();
+            while let Some(component) = components.next() {
+                match component {
+                    Component::Normal(name) => seen.push(name),
+                    Component::ParentDir => {
+                        seen.pop();
+                    }
+                    _ => continue,
+                }
+                let error = |source| RootError::Path { path: seen.clone(), source };
+                let kind = seen.symlink_metadata().map_err(error)?.file_type();
+                if kind.is_symlink() {
+                    links -= 1;
+                    if links == 0 {
+                        return Err(RootError::Links(path));
+                    }
+                    let target = std::fs::read_link(&seen).map_err(error)?;
+                    if !self.covers(&seen) {
+                        self.add(&seen, Entry::Link(target.clone()));
+                    }
+                    let parent = seen.parent().unwrap_or(Path::new("/"));
+                    todo.push(parent.join(target).join(components.collect::<PathBuf>()));
+                    break;
+                }
+                if components.peek().is_none() && !self.covers(&seen) {
+                    let entry = if kind.is_dir() { Entry::HostDirectory } else { Entry::HostFile };
+                    self.add(&seen, entry);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the path is, or lies in, a directory of the host's that is there already.
+    fn covers(&self, path: &Path) -> bool {
+        path.ancestors().any(|above| self.entries.get(above) == Some(&Entry::HostDirectory))
+    }
+}
+
+fn probe(python: &Path) -> Result<Probe, RootError> {
+    let output =
+        ask(python, PROBE, "").map_err(|source| RootError::Run { python: python.to_owned(), source })?;
+    let answer = output.status.success().then(|| serde_json::from_slice(&output.stdout).ok()).flatten();
+    answer.ok_or_else(|| {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        RootError::Probe {
+            python: python.to_owned(),
+            status: output.status,
+            stderr: stderr.trim_end().lines().next_back().unwrap_or_default().to_owned(),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+    use super::*;
+
+    #[test]
+    fn links_are_made_again_and_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().canonicalize().unwrap();
+        std::fs::create_dir(base.join("real")).unwrap();
+        std::fs::write(base.join("real/python3.11"), "").unwrap();
+        std::os::unix::fs::symlink("python3.11", base.join("real/python3")).unwrap();
+        std::os::unix::fs::symlink("real", base.join("link")).unwrap();
+        let mut root = Root::default();
+        root.expose(&base.join("link/python3")).unwrap();
+        assert_eq!(root.entries[&base.join("link")], Entry::Link("real".into()));
+        assert_eq!(root.entries[&base.join("real/python3")], Entry::Link("python3.11".into()));
+        assert_eq!(root.entries[&base.join("real/python3.11")], Entry::HostFile);
+        assert_eq!(root.entries[&base.join("real")], Entry::Directory);
+    }
+
+    #[test]
+    fn a_whole_directory_replaces_its_pieces() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().canonicalize().unwrap();
+        std::fs::write(base.join("file"), "").unwrap();
+        let mut root = Root::default();
+        root.expose(&base.join("file")).unwrap();
+        root.expose(&base).unwrap();
+        root.expose(&base.join("file")).unwrap();
+        assert_eq!(root.entries[&base], Entry::HostDirectory);
+        assert!(!root.entries.contains_key(&base.join("file")));
+    }
+
+    #[test]
+    fn a_loop_of_links_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().canonicalize().unwrap();
+        std::os::unix::fs::symlink("b", base.join("a")).unwrap();
+        std::os::unix::fs::symlink("a", base.join("b")).unwrap();
+        assert!(matches!(Root::default().expose(&base.join("a")), Err(RootError::Links(_))));
+    }
+}

@@ -1,0 +1,143 @@
+//! One job, from its process to its outcome.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::environment::Environment;
+use super::identity::uid_claim::Claim;
+use super::start::warm_pool::{Standby, WarmPool};
+use super::start::{StartContext, StartFailure, StartedJob, cold};
+use super::supervise::census::OomKills;
+use super::supervise::live_output::Tap;
+use super::supervise::syscall_trace::Trace;
+use super::supervise::{Cause, Terms, verdict};
+use super::workdir::artifacts::{self, Patterns};
+use crate::job::{Limits, Outcome, Status};
+use crate::script::Payload;
+
+/// All that jobs share.
+#[derive(Debug)]
+pub(super) struct Engine {
+    pub(super) environments: BTreeMap<String, Arc<Environment>>,
+    /// Of the environments that start jobs warm.
+    pub(super) warm_pools: BTreeMap<String, Arc<WarmPool>>,
+    pub(super) start: Arc<StartContext>,
+    /// Control groups give each job its share of the processor, and can cap it.
+    pub(super) shares_the_processor: bool,
+    pub(super) proxies: Vec<(&'static str, String)>,
+    /// None if control groups tell, or if nothing does.
+    pub(super) oom_kills: Option<OomKills>,
+    /// Only without an inner wall.
+    pub(super) trace: Option<Trace>,
+    /// Of the uids that jobs have on the host; none if all have the worker's own.
+    pub(super) _claim: Option<Claim>,
+    /// Bytes of artifacts that a result can hold, whatever else is in it.
+    pub(super) artifacts_max: u64,
+}
+
+impl Engine {
+    pub(super) async fn run(
+        &self,
+        mut payload: Payload,
+        limits: &Limits,
+        stop: &CancellationToken,
+        tap: Option<Tap>,
+    ) -> io::Result<Outcome> {
+        let taken = Instant::now();
+        let Some(environment) = self.environments.get(&payload.environment) else {
+            let error = format!("there is no environment {}", payload.environment);
+            return Ok(Outcome::not_run(Status::WorkerError, error));
+        };
+        let variant = environment.variant(payload.network);
+        let wanted = std::mem::take(&mut payload.artifacts);
+        let patterns = match Patterns::compile(wanted).await? {
+            Ok(patterns) => patterns,
+            Err(error) => {
+                let error = format!("`artifacts` cannot be matched: {error}; give fewer or plainer patterns");
+                return Ok(Outcome::not_run(Status::Rejected, error));
+            }
+        };
+        let (mut started, warm) = match self.start_warm(&payload, environment, limits).await {
+            Some(started) => (started, true),
+            None => match cold::start(&self.start, &payload, environment, limits, stop, taken).await {
+                Ok(started) => (started, false),
+                Err(StartFailure::Job(outcome)) => return Ok(*outcome),
+                Err(StartFailure::Ours(error)) => return Err(error),
+            },
+        };
+        let proxies: Vec<(&str, &str)> = if payload.network {
+            self.proxies.iter().map(|(name, value)| (*name, value.as_str())).collect()
+        } else {
+            Vec::new()
+        };
+        let terms = Terms {
+            limits,
+            policy: &variant.policy,
+            group: started.lease.group.as_ref(),
+            kills: self.oom_kills.as_ref(),
+            assignment: payload.assignment(warm, &proxies),
+            stdin: payload.stdin,
+            files: payload.files,
+            tap,
+            trace: self.trace.as_ref(),
+        };
+        let cause = match started.watch.run(terms, stop).await {
+            Ok(cause) => cause,
+            Err(error) => {
+                // Its seat is free again only when nothing of it is alive.
+                let group = started.lease.group.as_ref();
+                started.watch.finish(Cause::Cancelled, limits, group).await?;
+                return Err(error);
+            }
+        };
+        let mut seen = started.watch.finish(cause, limits, started.lease.group.as_ref()).await?;
+        let place = seen.place.take();
+        let mut outcome = verdict::judge(seen, limits, payload.has_preload, taken);
+        outcome.warm = warm;
+        if let Some(place) = place {
+            artifacts::take(place, patterns, self.artifacts_max, &mut outcome).await?;
+        }
+        Ok(outcome)
+    }
+
+    /// A process out of a zygote, where there is one and the job can go there.
+    async fn start_warm(
+        &self,
+        payload: &Payload,
+        environment: &Environment,
+        limits: &Limits,
+    ) -> Option<StartedJob> {
+        let pool = self.warm_pools.get(&environment.name)?;
+        // A zygote has no network, and what a preload does must not come after the imports.
+        if payload.network || payload.has_preload {
+            return None;
+        }
+        let standby = match pool.take(&self.start.default_limits, limits) {
+            Some(mut standby) => {
+                let begun = match &mut standby.lease.group {
+                    Some(group) => group.go_on(limits).await,
+                    None => Ok(()),
+                };
+                if let Err(error) = begun {
+                    tracing::warn!(%error, "a job starts cold");
+                    let Standby { watch, lease, .. } = standby;
+                    // Its seat is free again only when it is dead, which that failed to wait for is said already.
+                    let _ = watch.finish(Cause::Cancelled, limits, lease.group.as_ref()).await;
+                    return None;
+                }
+                standby
+            }
+            None => {
+                let lease = self.start.seats.take().await?;
+                let made = pool.make(&self.start, environment, lease, limits).await;
+                made.inspect_err(|error| tracing::debug!(%error, "a job starts cold")).ok()?
+            }
+        };
+        let Standby { watch, lease, generation } = standby;
+        Some(StartedJob { watch, lease, _generation: Some(generation) })
+    }
+}

@@ -1,0 +1,4 @@
+//! A job's working directory: its input files on the way in, its artifacts on the way out.
+
+pub(super) mod artifacts;
+pub(super) mod inputs;

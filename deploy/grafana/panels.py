@@ -300,7 +300,8 @@ LINK = {
 }
 
 RABBITMQ = {
-    "uid": "sandpiper-rabbitmq", "title": "Sandpiper / RabbitMQ", "variables": ["job", "queue", "rabbitmq", "node", "dead_queue", "results_queue"],
+    "uid": "sandpiper-rabbitmq", "title": "Sandpiper / RabbitMQ",
+    "variables": ["job", "queue", "rabbitmq", "node", "dead_queue", "results_queue"],
     "description": "RabbitMQ's own count of the queues, and how its nodes are.",
     "rows": [
         ("Queues", [

@@ -246,7 +246,7 @@ class Worker:
 def load(sandpiper, url, *arguments):
     """Runs the publisher, and returns its report."""
     command = [sandpiper.with_name("sandpiper-load"), "--url", url, *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=PLAIN, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=PLAIN, check=False)
     if done.returncode != 0:
         raise Failed(f"load {arguments[0]}: {done.stderr.strip()}")
     return json.loads(done.stdout)

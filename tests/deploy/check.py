@@ -12,7 +12,6 @@ environment that this is run with, and the node packages of package.json beside 
 """
 import argparse
 import fnmatch
-import json
 import os
 import re
 import shutil

@@ -58,7 +58,7 @@ def specification(place, worker, profile, script, uid=64200, capabilities=(), un
     spec["process"] |= {
         "terminal": False, "args": ["sh", "-c", script], "cwd": "/", "user": {"uid": uid, "gid": uid},
         "noNewPrivileges": not escalates, "env": [f"{name}={value}" for name, value in variables.items()],
-        "capabilities": {kind: held for kind in ("bounding", "effective", "permitted")},
+        "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), held),
     }
     spec["process"].pop("rlimits", None)
     spec["root"] = {"path": str(root), "readonly": True}

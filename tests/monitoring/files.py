@@ -74,7 +74,8 @@ def broken_dashboards_are_not(types):
         "a legend that is no mode": lambda b: b["panels"][lines]["options"]["legend"].update(displayMode="below"),
         "an unknown way to draw": lambda b: b["panels"][lines]["fieldConfig"]["defaults"]["custom"].update(drawStyle="pie"),
         "an unknown stacking": lambda b: b["panels"][lines]["fieldConfig"]["defaults"]["custom"].update(stacking={"mode": "up"}),
-        "thresholds without steps": lambda b: b["panels"][lines]["fieldConfig"]["defaults"].update(thresholds={"mode": "absolute"}),
+        "thresholds without steps":
+            lambda b: b["panels"][lines]["fieldConfig"]["defaults"].update(thresholds={"mode": "absolute"}),
         "a variable of no type": lambda b: b["templating"]["list"][1].update(type="quest"),
         "a query without its expression": lambda b: b["panels"][lines]["targets"][0].pop("expr"),
         "a link without an address": lambda b: b["panels"][lines]["links"][0].pop("title"),

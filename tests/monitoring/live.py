@@ -47,7 +47,7 @@ def every_kind_happens(stack):
         for expression in HAPPENED:
             # A worker that was killed counts from 0 again.
             seen = f"sum(max_over_time({expression}[10m]))"
-            await_true(f"{expression} is above 0", lambda: stack.value(seen) > 0, seconds=60)
+            await_true(f"{expression} is above 0", lambda seen=seen: stack.value(seen) > 0, seconds=60)
         # Rates want two samples, after the last start of a worker.
         time.sleep(4)
     await_true("the queue is empty", lambda: stack.value(

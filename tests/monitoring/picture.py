@@ -9,13 +9,13 @@ import re
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.dates  # noqa: E402
-import matplotlib.pyplot as plt  # noqa: E402
-import matplotlib.ticker  # noqa: E402
-from matplotlib.patches import FancyBboxPatch  # noqa: E402
-from PIL import Image  # noqa: E402
+import matplotlib.dates
+import matplotlib.pyplot as plt
+import matplotlib.ticker
+from matplotlib.patches import FancyBboxPatch
+from PIL import Image
 
-import dashboards  # noqa: E402
+import dashboards
 
 WIDTH, UNIT, GAP, HEAD = 1480, 32, 8, 54  # pixels: the page, a line of the grid, between panels, above all
 PAGE, PANEL, EDGE, TEXT, FAINT = "#111217", "#181b1f", "#2b2f36", "#ccccdc", "#8e929c"
@@ -129,7 +129,7 @@ class Page:
         moments = sorted({t for _, points in series for t, _ in points})
         days = [datetime.datetime.fromtimestamp(t, datetime.timezone.utc) for t in moments]
         base, top = [0.0] * len(moments), 0.0
-        for (name, points), shade in zip(series, shades):
+        for (_, points), shade in zip(series, shades):
             at = dict(points)
             values = [at.get(t, math.nan) for t in moments]
             if custom["stacking"]["mode"] == "normal":
@@ -154,7 +154,8 @@ class Page:
         if unit in ("bytes", "Bps") and top:
             ticks = matplotlib.ticker.MultipleLocator(2 ** math.ceil(math.log2(top / 4)))
         axes.yaxis.set_major_locator(ticks)
-        axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: write(value, unit, 0 if unit == "percentunit" else None)))
+        digits = 0 if unit == "percentunit" else None
+        axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: write(value, unit, digits)))
         minutes = next(n for n in (1, 2, 5, 10, 15, 30, 60, 180) if (self.end - self.start) / 60 / n < width / 90)
         axes.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(minutes / 24 / 60))
         axes.xaxis.set_major_formatter(matplotlib.dates.DateFormatter("%H:%M"))
@@ -181,7 +182,7 @@ class Page:
     def table(self, panel, left, bottom, width, height):
         defaults = panel["fieldConfig"]["defaults"]
         rows = [(points[-1][1], name) for target in panel["targets"] for name, points in self.query(
-            target | {"legendFormat": " ".join("{{%s}}" % word for word in ("environment", "status", "syscall"))})]
+            target | {"legendFormat": " ".join("{{" + word + "}}" for word in ("environment", "status", "syscall"))})]
         y = bottom + height - 46
         for value, name in sorted(rows, reverse=True)[: int((height - 40) // 20)]:
             self.say(left + 14, y, name.strip(), 8.5, TEXT)

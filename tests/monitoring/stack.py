@@ -257,7 +257,8 @@ def mishaps(stack):
         client.publish({"id": f"orphan-{n}", "code": "import time\ntime.sleep(4)"}, str(n), client.reply_to)
     for _ in range(2):
         for worker in stack.workers:
-            await_true("it is busy", lambda: "sandpiper_jobs_running 2" in worker.get("/metrics"), seconds=60)
+            await_true("it is busy", lambda worker=worker: "sandpiper_jobs_running 2" in worker.get("/metrics"),
+                       seconds=60)
         for worker in stack.workers:
             worker.end(signal.SIGKILL)
         for worker in stack.workers:

@@ -55,8 +55,9 @@ class Sandpiper:
 
     async def run(self, job, on_output=None, attempts=2, timeout=60):
         """Tries again where that helps, under a new id: results under one id are duplicates."""
+        result = None
         for attempt in range(attempts):
-            if attempt:
+            if result:
                 await asyncio.sleep(random.uniform(0.5, 1) * 2**attempt)
                 job = job | {"id": f"{result['id']}.{attempt}"}
             result = await asyncio.wait_for(await self.submit(job, on_output), timeout)

@@ -57,8 +57,9 @@ class Sandpiper:
 
     def run(self, job, on_output=None, attempts=2):
         """Tries again where that helps, under a new id: results under one id are duplicates."""
+        result = None
         for attempt in range(attempts):
-            if attempt:
+            if result:
                 time.sleep(random.uniform(0.5, 1) * 2**attempt)
                 job = job | {"id": f"{result['id']}.{attempt}"}
             result = self.result(self.submit(job, on_output))

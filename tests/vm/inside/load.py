@@ -6,6 +6,7 @@ import time
 import uuid
 
 import pika
+
 from report import SLOW, say
 
 

@@ -141,10 +141,10 @@ OVERVIEW = {
                 "up": f"count(sandpiper_ready{W})", "ready": f"sum(sandpiper_ready{W})",
                 "draining": f"sum(sandpiper_draining{W})",
             }, colors={"up": GREY, "ready": GREEN, "draining": YELLOW}, more="sandpiper-link"),
-            lines(16, "Sent to the dead queue a second", "Malformed: not a job at all. Poison: delivered again and again"
-                  " without coming to an end.", "short",
+            lines(16, "Sent to the dead queue a second", "Malformed: not a job at all. Too large: above"
+                  " amqp.max_body_bytes. Poison: delivered again and again without coming to an end.", "short",
                   {"{{reason}}": rate("sandpiper_jobs_dead_lettered_total", W, "reason")},
-                  colors={"malformed": YELLOW, "poison": RED}, more="sandpiper-rabbitmq"),
+                  colors={"malformed": YELLOW, "too_large": ORANGE, "poison": RED}, more="sandpiper-rabbitmq"),
         ]),
     ],
 }
@@ -281,7 +281,8 @@ LINK = {
         ("Deliveries", [
             lines(7, "Settled a second", "How deliveries were given back to the broker.", "short",
                   {"{{action}}": rate("sandpiper_deliveries_settled_total", W, "action")},
-                  colors={"acked": GREEN, "requeued": YELLOW, "dead_lettered": ORANGE, "lost": RED}, stacked=True),
+                  colors={"acked": GREEN, "requeued": YELLOW, "dead_lettered": ORANGE, "counted": BLUE,
+                          "lost": RED}, stacked=True),
             lines(8, "Redelivered a second", "Messages that came once more. A few after a restart are in order; a storm"
                   " is jobs that end their workers, or a broker that loses channels.", "short",
                   {"{{queue}}": rate("sandpiper_jobs_redelivered_total", WQ, "queue")}),

@@ -5,6 +5,9 @@
 //! first event is not lost. Who counts what is up to the callers; nothing here decides anything.
 
 mod ages;
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+mod documented;
 mod labels;
 mod registry;
 

@@ -55,7 +55,7 @@ impl Dialer {
     pub(super) async fn dial(&self) -> Result<Link, Error> {
         let tls = self.tls().await?;
         let mut last = Error::NoAddress;
-        let urls = self.urls().await?;
+        let urls = self.addresses().await?;
         let signer = Signer::new(&self.secret(&urls).await?);
         let first = self.first.load(Ordering::Relaxed);
         for at in (0..urls.len()).map(|at| (first + at) % urls.len()) {
@@ -76,11 +76,11 @@ impl Dialer {
     }
 
     /// The addresses as they are now: `url_file` may have been written anew since the last time.
-    async fn urls(&self) -> Result<Vec<Secret>, Error> {
-        let Some(path) = &self.config.url_file else { return Ok(self.config.urls.clone()) };
-        let text = read("amqp.url_file", path).await?;
-        let urls = text.split([',', '\n']).map(str::trim).filter(|url| !url.is_empty());
-        Ok(urls.map(|url| Secret::new(url.to_owned())).collect())
+    async fn addresses(&self) -> Result<Vec<Secret>, Error> {
+        let config = self.config.clone();
+        let read = tokio::task::spawn_blocking(move || config.current_urls()).await;
+        // A panic in it was reported by the runtime.
+        read.unwrap_or(Ok(Vec::new())).map_err(Error::Addresses)
     }
 
     /// What workers of one broker have in common, and publishers do not have.
@@ -257,5 +257,44 @@ fn hint(error: &lapin::Error, tls: bool) -> &'static str {
         " (it hung up at once; does it want TLS there, amqps://?)"
     } else {
         ""
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+mod tests {
+    use super::*;
+    use crate::amqp::chain;
+    use crate::config::Config;
+
+    #[tokio::test]
+    async fn an_address_file_is_read_at_each_attempt_as_at_the_start() {
+        // Nobody listens on this port; each address is tried and fails there.
+        const GOOD: &str = "amqp://worker:s3cret,two@127.0.0.1:1/%2f\n";
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), GOOD).unwrap();
+        let key = ("amqp.url_file".to_owned(), file.path().display().to_string());
+        let config = Config::load(None, std::iter::empty(), &[key]).unwrap();
+        let dialer = Dialer::new(&config.amqp, "test".into());
+        let fault = async || chain(&dialer.dial().await.map(drop).unwrap_err());
+
+        let refused = fault().await;
+        assert!(refused.starts_with("connect to 127.0.0.1:1: "), "a comma divides no addresses: {refused}");
+        for (text, expected) in [
+            (
+                "amqp://worker:s3cret@a,amqp://worker:two@b",
+                "holds an address that holds a `/` in the password",
+            ),
+            ("127.0.0.1:5672 s3cret", "holds an address that does not begin with amqp:// or amqps://"),
+            ("\n", "is empty; give at least one address"),
+        ] {
+            std::fs::write(file.path(), text).unwrap();
+            let refused = fault().await;
+            assert!(refused.starts_with("find a broker address: "), "{refused}");
+            assert!(refused.contains(&format!("`amqp.url_file` {expected}")), "{refused}");
+            assert!(!refused.contains("s3cret"), "{refused}");
+        }
+        std::fs::write(file.path(), format!("\n  {GOOD}\n")).unwrap();
+        assert!(fault().await.starts_with("connect to 127.0.0.1:1: "));
     }
 }

@@ -33,6 +33,8 @@ mod topology;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::config::ConfigError;
+
 pub use address::{Address, AddressError, Addresses};
 pub use consumer::Consumer;
 pub use control::{Command, Heard, Held, Pong};
@@ -66,6 +68,9 @@ pub enum Error {
         /// What is wrong, and the remedy.
         fault: &'static str,
     },
+    /// `amqp.url_file` cannot be read any more, or holds what is no address.
+    #[error("find a broker address: {0}")]
+    Addresses(ConfigError),
     /// No address at all.
     #[error("find a broker address: amqp.url and amqp.url_file name none")]
     NoAddress,

@@ -1,7 +1,7 @@
 //! Turns what serde says of a bad value into one sentence for the person who wrote it.
 //!
-//! serde names its errors only as text, so the text is taken apart here, in this one place; the tests below
-//! hold its wording. Used for jobs and for configuration files alike.
+//! serde names its errors only as text, so the text is taken apart here, in this one place; the sentences in
+//! `tests/fixtures/contract/refused.txt` hold its wording. Used for jobs and for configuration files alike.
 
 /// The longest part of someone else's input that is repeated in a message, in characters.
 const QUOTED_MAX: usize = 64;

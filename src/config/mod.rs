@@ -15,7 +15,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::job::{Admission, Bounds, Cpus, Supports};
+use crate::job::{Admission, Bounds, Cpus};
 use layers::Layers;
 
 /// Why there is no configuration to work with. No message holds a secret.
@@ -91,7 +91,6 @@ impl Config {
             allow_preload: self.sandbox.allow_preload,
             allow_network: self.sandbox.allow_network,
             environments: self.environments.keys().cloned().collect(),
-            supports: Supports::default(),
         }
     }
 

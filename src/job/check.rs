@@ -61,7 +61,7 @@ pub(super) fn check(raw: RawJob, admission: &Admission) -> Result<Job, String> {
         );
     }
     let limits = check_limits(raw.timeout_ms, raw.limits, admission)?;
-    let job = Job {
+    Ok(Job {
         id: String::new(),
         named: false,
         code,
@@ -77,9 +77,7 @@ pub(super) fn check(raw: RawJob, admission: &Admission) -> Result<Job, String> {
         deadline: raw.deadline.as_deref().map(check_deadline).transpose()?,
         stream: raw.stream.unwrap_or_default(),
         metadata: None,
-    };
-    check_supported(&job, admission)?;
-    Ok(job)
+    })
 }
 
 /// The sentence for metadata that is too large to be echoed.
@@ -337,19 +335,6 @@ fn is_rfc3339(text: &str) -> bool {
         None => rest,
     };
     shaped(date, b"0000-00-00T00:00:00") && (matches!(zone, b"Z" | b"z") || shaped(zone, b"+00:00"))
-}
-
-fn check_supported(job: &Job, admission: &Admission) -> Result<(), String> {
-    let supports = &admission.supports;
-    let asked = [
-        ("files", !job.files.is_empty() && !supports.files),
-        ("artifacts", !job.artifacts.is_empty() && !supports.artifacts),
-        ("stream", job.stream && !supports.stream),
-    ];
-    match asked.into_iter().find(|(_, unsupported)| *unsupported) {
-        Some((field, _)) => Err(format!("`{field}` is not supported by this worker yet; leave it out")),
-        None => Ok(()),
-    }
 }
 
 fn at_most(field: &str, unit: &str, count: usize, maximum: usize) -> Result<(), String> {

@@ -25,4 +25,4 @@ pub use outcome::{Artifact, BlockedSyscall, Captured, Outcome, Status, Usage};
 pub use output::{Chunk, Stream, incomplete_end};
 pub(crate) use raw::no_object;
 pub use reply::{Context, Encoding, Reply, ReplyArtifact, Timing, VERSION, message_id};
-pub use request::{Admission, InputFile, Job, Refusal, RefusalKind, Supports, named, parse};
+pub use request::{Admission, InputFile, Job, Refusal, RefusalKind, named, parse};

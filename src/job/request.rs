@@ -54,7 +54,7 @@ pub struct InputFile {
     pub content: Vec<u8>,
 }
 
-/// What the operator, and this worker's state of building, let a job ask for.
+/// What the operator lets a job ask for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Admission {
     /// Limits by default, and at most.
@@ -67,27 +67,6 @@ pub struct Admission {
     pub allow_network: bool,
     /// The names that `environment` may have.
     pub environments: BTreeSet<String>,
-    /// The parts of the contract that this worker can carry out.
-    pub supports: Supports,
-}
-
-/// Parts of the contract that a worker may not be able to carry out. Such a field is read and checked in full
-/// all the same, and the job is then rejected if it really asks for it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Supports {
-    /// `files`
-    pub files: bool,
-    /// `artifacts`
-    pub artifacts: bool,
-    /// `stream`
-    pub stream: bool,
-}
-
-impl Default for Supports {
-    /// What this worker can carry out.
-    fn default() -> Self {
-        Self { files: true, artifacts: true, stream: true }
-    }
 }
 
 impl Default for Admission {
@@ -101,7 +80,6 @@ impl Default for Admission {
             allow_preload: false,
             allow_network: false,
             environments: BTreeSet::from(["default".into()]),
-            supports: Supports::default(),
         }
     }
 }

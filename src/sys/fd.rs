@@ -72,12 +72,6 @@ pub fn allow_more() -> io::Result<()> {
     Ok(setrlimit(Resource::RLIMIT_NOFILE, most, most)?)
 }
 
-/// An own view of a file in memory: read-only, and with a position of its own.
-pub fn reopen(file: impl AsFd) -> io::Result<OwnedFd> {
-    let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
-    Ok(File::open(path)?.into())
-}
-
 /// What one `recvmsg` brought.
 #[derive(Debug)]
 pub struct Received {

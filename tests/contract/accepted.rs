@@ -6,15 +6,15 @@ use proptest::prelude::*;
 use sandpiper::job::{Admission, Bounds, InputFile, Job, Limits, Metadata, RefusalKind, parse};
 use serde_json::{Value, json};
 
-use crate::support::{bodies, capable};
+use crate::support::bodies;
 
 fn job(body: &Value) -> Job {
-    parse(&serde_json::to_vec(body).unwrap(), None, &capable()).unwrap()
+    parse(&serde_json::to_vec(body).unwrap(), None, &Admission::default()).unwrap()
 }
 
 fn fixture(name: &str) -> Job {
     let (_, body) = bodies("accepted").into_iter().find(|(found, _)| found == name).unwrap();
-    parse(&body, Some("m-1"), &capable()).unwrap()
+    parse(&body, Some("m-1"), &Admission::default()).unwrap()
 }
 
 fn metadata(written: &str) -> Option<Metadata> {
@@ -58,14 +58,14 @@ fn every_bound_is_inclusive() {
     let code = "#".repeat(1 << 20);
     assert_eq!(job(&json!({"code": code})).code, code);
     let over = json!({"code": format!("{code}#"), "id": "long"}).to_string();
-    let refusal = parse(over.as_bytes(), None, &capable()).unwrap_err();
+    let refusal = parse(over.as_bytes(), None, &Admission::default()).unwrap_err();
     assert_eq!(refusal.reason, "`code` has 1048577 bytes; the maximum is 1048576");
     // {"k":"…"} is 8 bytes around the text.
     let metadata = json!({"k": "x".repeat(4096 - 8)});
     let echoed = job(&json!({"code": "", "metadata": metadata})).metadata.unwrap();
     assert_eq!(serde_json::from_str::<Value>(echoed.as_json()).unwrap(), metadata);
     let too_large = json!({"code": "", "metadata": {"k": "x".repeat(4096 - 7)}}).to_string();
-    assert!(parse(too_large.as_bytes(), None, &capable()).is_err());
+    assert!(parse(too_large.as_bytes(), None, &Admission::default()).is_err());
 }
 
 #[test]
@@ -104,7 +104,7 @@ fn the_operator_opens_doors() {
         allow_preload: true,
         allow_network: true,
         environments: BTreeSet::from(["data".into(), "default".into()]),
-        ..capable()
+        ..Admission::default()
     };
     let job = parse(body.to_string().as_bytes(), None, &admission).unwrap();
     assert_eq!(
@@ -115,7 +115,7 @@ fn the_operator_opens_doors() {
 
 #[test]
 fn the_id_comes_from_the_body_then_the_message_then_time() {
-    let id = |body: &str, message_id| match parse(body.as_bytes(), message_id, &capable()) {
+    let id = |body: &str, message_id| match parse(body.as_bytes(), message_id, &Admission::default()) {
         Ok(job) => job.id,
         Err(refusal) => refusal.id,
     };
@@ -135,7 +135,7 @@ fn the_id_comes_from_the_body_then_the_message_then_time() {
 
 #[test]
 fn a_refusal_can_be_matched_to_its_job() {
-    let refusal = |body: &[u8]| parse(body, None, &capable()).unwrap_err();
+    let refusal = |body: &[u8]| parse(body, None, &Admission::default()).unwrap_err();
     let metadata = metadata(r#"{"trace": 7}"#);
     for body in [
         &br#"{"id": "a", "metadata": {"trace": 7}, "code": 1}"#[..],
@@ -181,7 +181,7 @@ fn metadata_is_handed_through_as_it_is_written() {
     ] {
         let echoed = |tail: &str| {
             let body = format!("{{\"code\": \"\", \"metadata\":  {written} {tail}}}");
-            match parse(body.as_bytes(), None, &capable()) {
+            match parse(body.as_bytes(), None, &Admission::default()) {
                 Ok(job) => job.metadata,
                 Err(refusal) => refusal.metadata,
             }
@@ -196,7 +196,7 @@ fn metadata_is_handed_through_as_it_is_written() {
 fn metadata_is_measured_without_spaces_and_escapes() {
     let fits = |written: &str| {
         let body = format!("{{\"code\": \"\", \"metadata\": {written}}}");
-        parse(body.as_bytes(), None, &capable()).is_ok()
+        parse(body.as_bytes(), None, &Admission::default()).is_ok()
     };
     let room = 4096 - "{\"k\":\"\"}".len();
     for (text, bytes) in [("\\u0041", 1), ("\\u00e9", 2), ("\\ud83d\\ude00", 4), ("\\/", 1)] {
@@ -212,7 +212,7 @@ fn metadata_is_measured_without_spaces_and_escapes() {
 fn limits_may_be_written_as_floats() {
     for text in ["2000", "2000.0", "2e3", "20000E-1"] {
         let body = format!("{{\"code\": \"\", \"timeout_ms\": {text}, \"limits\": {{\"cpu_ms\": {text}}}}}");
-        let limits = parse(body.as_bytes(), None, &capable()).unwrap().limits;
+        let limits = parse(body.as_bytes(), None, &Admission::default()).unwrap().limits;
         assert_eq!((limits.timeout_ms, limits.cpu_ms), (2_000, 2_000), "{text}");
     }
 }
@@ -229,11 +229,11 @@ fn large_and_deep_bodies_get_a_short_answer() {
         format!("{{\"code\": {{\"{}\": 1}}}}", "`, expected `".repeat(500_000)),
         format!("{{\"id\": \"{}\"}}", "\\u0000".repeat(1_000_000)),
     ] {
-        let refusal = parse(body.as_bytes(), None, &capable()).unwrap_err();
+        let refusal = parse(body.as_bytes(), None, &Admission::default()).unwrap_err();
         assert!(refusal.reason.chars().count() < 400, "{}", refusal.reason);
     }
     let huge = vec![b' '; (8 << 20) + 1];
-    let refusal = parse(&huge, None, &capable()).unwrap_err();
+    let refusal = parse(&huge, None, &Admission::default()).unwrap_err();
     assert_eq!(refusal.reason, "the body has 8388609 bytes, above this worker's maximum of 8388608");
 }
 
@@ -281,13 +281,13 @@ fn field() -> impl Strategy<Value = String> {
 proptest! {
     #[test]
     fn any_bytes_are_answered(body in prop::collection::vec(any::<u8>(), 0..256), message_id in ".{0,10}") {
-        let refusal = parse(&body, Some(&message_id), &capable()).unwrap_err();
+        let refusal = parse(&body, Some(&message_id), &Admission::default()).unwrap_err();
         prop_assert!(!refusal.id.is_empty() && !refusal.reason.is_empty());
     }
 
     #[test]
     fn any_json_is_answered(body in any_json()) {
-        match parse(body.to_string().as_bytes(), None, &capable()) {
+        match parse(body.to_string().as_bytes(), None, &Admission::default()) {
             Ok(job) => prop_assert_eq!(Some(job.code.as_str()), body["code"].as_str()),
             Err(refusal) => {
                 prop_assert!((1..=128).contains(&refusal.id.len()));

@@ -3,24 +3,16 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use sandpiper::job::{Admission, RefusalKind, Supports, parse};
+use sandpiper::job::{Admission, RefusalKind, parse};
 
-use crate::support::{bodies, capable, fixtures};
-
-/// A fixture named `…_unsupported` is for a worker that cannot do that part yet.
-fn admission(name: &str) -> Admission {
-    if !name.ends_with("_unsupported") {
-        return capable();
-    }
-    Admission { supports: Supports { files: false, artifacts: false, stream: false }, ..Admission::default() }
-}
+use crate::support::{bodies, fixtures};
 
 /// `refused.txt` holds `NAME KIND: REASON`, one a line.
 #[test]
 fn every_refusal_has_its_sentence() {
     let mut report = String::new();
     for (name, body) in bodies("refused") {
-        match parse(&body, Some("message"), &admission(&name)) {
+        match parse(&body, Some("message"), &Admission::default()) {
             Ok(job) => panic!("{name} was taken on as {job:?}"),
             Err(refusal) => {
                 let kind = match refusal.kind {

@@ -6,12 +6,12 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use proptest::prelude::*;
 use sandpiper::job::{
-    Artifact, BlockedSyscall, Captured, Context, Encoding, Outcome, Reply, Status, Usage, message_id, parse,
-    schema,
+    Admission, Artifact, BlockedSyscall, Captured, Context, Encoding, Outcome, Reply, Status, Usage,
+    message_id, parse, schema,
 };
 use serde_json::{Value, json};
 
-use crate::support::{capable, fixtures};
+use crate::support::fixtures;
 
 fn at(millis: u64) -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_millis(millis)
@@ -50,7 +50,9 @@ fn decoded(json: &[u8]) -> Reply {
 /// The example of the README: the job's result, field for field and in this order.
 #[test]
 fn the_example_is_what_the_worker_writes() {
-    let job = parse(&std::fs::read(fixtures().join("example_job.json")).unwrap(), None, &capable()).unwrap();
+    let job =
+        parse(&std::fs::read(fixtures().join("example_job.json")).unwrap(), None, &Admission::default())
+            .unwrap();
     let context = Context {
         id: job.id,
         limits: Some(job.limits),

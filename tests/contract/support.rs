@@ -2,8 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use sandpiper::job::{Admission, Supports};
-
 pub(crate) fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/contract")
 }
@@ -19,9 +17,4 @@ pub(crate) fn bodies(folder: &str) -> Vec<(String, Vec<u8>)> {
     bodies.sort();
     assert!(!bodies.is_empty(), "no fixtures in {folder}");
     bodies
-}
-
-/// The default configuration on a worker that can do everything.
-pub(crate) fn capable() -> Admission {
-    Admission { supports: Supports { files: true, artifacts: true, stream: true }, ..Admission::default() }
 }

@@ -54,6 +54,9 @@ impl Zygote {
     }
 
     fn prepare(&mut self) -> Result<(), Errno> {
+        // From here on no handler runs in this process: pages are moved while nothing writes to them, and the first
+        // processes of jobs share this memory. The jobs themselves unblock their signals.
+        sys::block_signals()?;
         // Makes jobs faster and nothing else.
         let _ = pages::gather();
         // SAFETY: the call takes nothing.
@@ -62,9 +65,6 @@ impl Zygote {
         let pidfd = unsafe { syscall(libc::SYS_pidfd_open, [pid, 0, 0, 0, 0]) }?;
         self.own_pids = c_int::try_from(pidfd).map_err(|_| libc::EBADF)?;
         self.thread_id = thread_id_address()?;
-        // The first processes of jobs share this memory. None of them may ever run a handler in it, so they
-        // start with every signal blocked; the jobs themselves unblock them.
-        sys::block_signals()?;
         // Becoming python has kept what it needs for its children; nothing that comes after may gain more.
         wall::drop_bounding()?;
         sys::prctl(libc::PR_SET_DUMPABLE, [0; 4]).map(drop)
@@ -390,6 +390,7 @@ mod tests {
     use std::fs;
     use std::io::{Read as _, pipe};
     use std::os::fd::AsRawFd as _;
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::time::{Duration, Instant};
 
     use super::*;
@@ -458,6 +459,39 @@ mod tests {
         assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
         let status = ended(pid);
         assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGTERM, "{status:#x}");
+    }
+
+    static HANDLED: AtomicUsize = AtomicUsize::new(0);
+
+    extern "C" fn handle(_: c_int) {
+        HANDLED.fetch_add(1, Ordering::Relaxed);
+    }
+
+    #[test]
+    fn no_handler_runs_while_memory_is_moved() {
+        /// Far fewer than come while so much memory is moved, and more than can come before signals are blocked.
+        const FEW: usize = 10;
+        let zygote = alone(|| {
+            let memory = vec![1_u8; 128 << 20];
+            let often = libc::timeval { tv_sec: 0, tv_usec: 100 };
+            let often = libc::itimerval { it_interval: often, it_value: often };
+            let handler = handle as *const () as libc::sighandler_t;
+            // SAFETY: the handler only counts.
+            assert_ne!(unsafe { libc::signal(libc::SIGALRM, handler) }, libc::SIG_ERR);
+            // SAFETY: the structure is live; where the old value would go is left out.
+            let set = unsafe { libc::setitimer(libc::ITIMER_REAL, &raw const often, core::ptr::null_mut()) };
+            assert_eq!(set, 0);
+            while HANDLED.load(Ordering::Relaxed) < FEW {
+                core::hint::spin_loop();
+            }
+            let before = HANDLED.load(Ordering::Relaxed);
+            // That an ordinary user may drop no capabilities comes after what this is about.
+            let prepared = Zygote::new().prepare();
+            let during = HANDLED.load(Ordering::Relaxed) - before;
+            assert!(during < FEW, "{during} handlers ran: {prepared:?}");
+            assert!(memory.iter().all(|byte| *byte == 1));
+        });
+        assert_eq!(ended(zygote), 0, "the child failed");
     }
 
     #[test]

@@ -8,8 +8,8 @@
 //! before.
 
 use core::ffi::c_int;
-use std::fs::{self, File};
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::os::unix::fs::FileExt;
 
 use crate::sys::syscall;
@@ -29,6 +29,12 @@ const BATCH: usize = 16 * LARGE;
 /// wish for more behind.
 const MADV_COLLAPSE: usize = 25;
 
+/// Flags of mappings that the memory in their place would not have: wiped at a fork (`MADV_WIPEONFORK`), kept from the
+/// child (`MADV_DONTFORK`), locked (`mlock`), a shadow stack.
+const FLAGS_TO_KEEP: [&str; 4] = ["wf", "dc", "lo", "ss"];
+/// Room for the description of more mappings than pythons have, of which each takes about 700 bytes.
+const DESCRIPTION: usize = 4 << 20;
+
 /// A range of this process's memory that is to be replaced.
 #[derive(Debug)]
 struct Piece {
@@ -37,7 +43,7 @@ struct Piece {
     protection: c_int,
 }
 
-/// Moves the memory that this process uses into large pages. To be called with one thread.
+/// Moves the memory that this process uses into large pages. To be called with one thread and all signals blocked.
 ///
 /// # Errors
 /// No large page can be had, or no more of them; the rest is as it was.
@@ -50,8 +56,9 @@ pub(crate) fn gather() -> io::Result<()> {
     let mut pieces = Vec::with_capacity(1024);
     let mut entries = vec![0; 8192];
     let pages = File::open("/proc/self/pagemap")?;
-    let maps = fs::read_to_string("/proc/self/maps")?;
-    for (piece, anonymous) in maps.lines().filter_map(own_memory) {
+    let mut smaps = String::with_capacity(DESCRIPTION);
+    File::open("/proc/self/smaps")?.read_to_string(&mut smaps)?;
+    for (piece, anonymous) in own_memory(&smaps) {
         add_used(piece, anonymous, &pages, &mut entries, &mut pieces)?;
     }
 
@@ -112,8 +119,26 @@ fn replace(piece: &Piece, at: usize) -> Result<(), i32> {
     unsafe { syscall(libc::SYS_mremap, [at, length, length, flags, start]) }.map(drop)
 }
 
-/// A private mapping, from a line of `/proc/self/maps`, and whether it belongs to no file.
-fn own_memory(line: &str) -> Option<(Piece, bool)> {
+/// The private mappings that may be replaced, and whether each belongs to no file.
+///
+/// `smaps` is `/proc/self/smaps`: for each mapping its line of `/proc/self/maps`, then facts by name, the last of which
+/// are its flags.
+fn own_memory(smaps: &str) -> impl Iterator<Item = (Piece, bool)> {
+    let mut described = None;
+    smaps.lines().filter_map(move |line| {
+        if let Some(flags) = line.strip_prefix("VmFlags:") {
+            let kept = |flag| FLAGS_TO_KEEP.contains(&flag);
+            return described.take().filter(|_| !flags.split_ascii_whitespace().any(kept));
+        }
+        if line.starts_with(|first: char| first.is_ascii_digit() || first.is_ascii_lowercase()) {
+            described = mapping(line);
+        }
+        None
+    })
+}
+
+/// A private mapping, from its line, and whether it belongs to no file.
+fn mapping(line: &str) -> Option<(Piece, bool)> {
     let mut words = line.split_ascii_whitespace();
     let (start, end) = words.next()?.split_once('-')?;
     let protection = match words.next()? {
@@ -260,10 +285,63 @@ mod tests {
         });
     }
 
+    /// The flags of the mapping that holds `address`, as the kernel lists them.
+    fn flags(address: usize) -> String {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut inside = false;
+        for line in smaps.lines() {
+            match (line.strip_prefix("VmFlags:"), mapping(line)) {
+                (Some(flags), _) if inside => return format!("{flags} "),
+                (_, Some((piece, _))) => {
+                    inside = (piece.start..piece.start + piece.length).contains(&address);
+                }
+                _ => {}
+            }
+        }
+        panic!("nothing is mapped there");
+    }
+
+    #[test]
+    fn memory_with_flags_of_its_own_keeps_them() {
+        alone(|| {
+            const SIZE: usize = 4 * WORTHWHILE * PAGE;
+            // SAFETY: the address and the length are those of a mapping of this test.
+            let advise = |at: usize, advice| unsafe { libc::madvise(at as *mut _, SIZE, advice) };
+            // SAFETY: as above.
+            let lock = |at: usize| unsafe { libc::mlock(at as *const _, SIZE) };
+            let [plain, wiped, kept_back, locked] = [(); 4].map(|()| map(SIZE).unwrap());
+            assert_eq!(advise(wiped, libc::MADV_WIPEONFORK), 0);
+            assert_eq!(advise(kept_back, libc::MADV_DONTFORK), 0);
+            assert_eq!(lock(locked), 0);
+            for at in [plain, wiped, kept_back, locked] {
+                // SAFETY: it is mapped, writable and as long as that.
+                unsafe { core::ptr::write_bytes(at as *mut u8, 7, SIZE) };
+            }
+            gather().unwrap();
+
+            assert!(is_large(plain), "a mapping of this size is worth it");
+            for (at, flag) in [(wiped, " wf "), (kept_back, " dc "), (locked, " lo ")] {
+                let flags = flags(at);
+                assert!(flags.contains(flag) && !is_large(at), "{flag}: {flags}");
+            }
+            // SAFETY: the child reads memory and ends.
+            let child = unsafe { libc::fork() };
+            if child == 0 {
+                // SAFETY: it is mapped, and stays so in a child.
+                let first = unsafe { (wiped as *const u8).read_volatile() };
+                // SAFETY: the call takes a number.
+                unsafe { libc::_exit(c_int::from(first)) };
+            }
+            let mut status = -1;
+            // SAFETY: the variable is live.
+            assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+            assert_eq!(status, 0, "a child must not see what is wiped at a fork");
+        });
+    }
+
     #[test]
     fn only_private_memory_is_taken() {
-        let piece =
-            |line| own_memory(line).map(|(piece, anonymous)| (piece.start, piece.protection, anonymous));
+        let piece = |line| mapping(line).map(|(piece, anonymous)| (piece.start, piece.protection, anonymous));
         let both = libc::PROT_READ | libc::PROT_WRITE;
         assert_eq!(piece("1000-3000 rw-p 00000000 00:00 0 "), Some((0x1000, both, true)));
         assert_eq!(piece("1000-3000 rw-p 00000000 00:00 0    [heap]"), Some((0x1000, both, true)));

@@ -17,7 +17,7 @@ use crate::ops::metrics::Metrics;
 use crate::ops::service_manager::ServiceManager;
 use crate::ops::traces::Traces;
 use crate::sandbox::Sandbox;
-use crate::sandbox::doctor::{Check, demand};
+use crate::sandbox::doctor::{Check, demand, examine};
 use crate::worker::{self, Ended, Health, Shutdown, Watchdog};
 
 /// Far more than it takes to kill what runs and to remove its control groups.
@@ -70,11 +70,12 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
         ("http.listen", args.listen.map(|listen| listen.to_string())),
     ])?;
     Signals::hold()?;
-    let checks = demand(&config, |check| check.required).context("failed to start the worker")?;
+    let checks = examine(&config);
+    demand(&config, &checks, |check| check.required).context("failed to start the worker")?;
     for Check { name, detail, without, .. } in checks.iter().filter(|check| !check.ok) {
         tracing::warn!(layer = %name, %detail, %without, "a layer of the sandbox is missing: see sandpiper doctor");
     }
-    let sandbox = Sandbox::start(&config).context("failed to start the worker")?;
+    let sandbox = Sandbox::start_examined(&config).context("failed to start the worker")?;
     let runtime = runtime()?;
     let end = runtime.block_on(serve(&config, sandbox, args.once));
     // What was cut off is not waited for, but what the sandbox made in the system is removed.

@@ -50,13 +50,29 @@ impl Sandbox {
     ///
     /// To be called before the process has more than one thread: what this system gives is tried in children.
     pub fn start(config: &Config) -> Result<Self, StartError> {
+        Self::demand_layers(config)?;
+        Self::start_examined(config)
+    }
+
+    /// Like [`Sandbox::start`], for a caller that has [demanded](doctor::demand) the layers itself: the same children are
+    /// not forked twice.
+    pub fn start_examined(config: &Config) -> Result<Self, StartError> {
         Ok(Self { engine: Arc::new(setup::set_up(config, None)?) })
     }
 
     /// The same **without the inner wall**: what the policy forbids happens, and is noted in `trace`. For one run of
     /// a trusted program by hand.
     pub fn start_tracing(config: &Config, trace: Trace) -> Result<Self, StartError> {
+        Self::demand_layers(config)?;
         Ok(Self { engine: Arc::new(setup::set_up(config, Some(trace))?) })
+    }
+
+    fn demand_layers(config: &Config) -> Result<(), StartError> {
+        let required = &config.sandbox.require;
+        if required.is_empty() {
+            return Ok(());
+        }
+        doctor::demand(config, &doctor::examine(config), |check| required.contains(&check.name))
     }
 
     /// Starts the zygotes of warm environments, and keeps them. Jobs start cold until their zygote is there.

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::cgroup::{self, Group};
-use super::doctor;
 use super::environment::{Environment, Machine};
 use super::error::StartError;
 use super::host::{Host, Privilege};
@@ -26,9 +25,6 @@ use crate::sys::{fd, launch, probe};
 
 pub(super) fn set_up(config: &Config, trace: Option<Trace>) -> Result<Engine, StartError> {
     let settings = &config.sandbox;
-    if !settings.require.is_empty() {
-        doctor::demand(config, |check| settings.require.contains(&check.name))?;
-    }
     fd::allow_more()?;
     let host = examine();
     let privilege = host.privilege;

@@ -1,5 +1,8 @@
 //! What the machine has, in words and as data.
 
+use std::os::unix::fs::PermissionsExt;
+
+use crate::serve::Worker;
 use crate::support::run;
 
 #[test]
@@ -49,4 +52,30 @@ fn what_the_operator_requires_is_required() {
     let cgroups =
         findings["checks"].as_array().unwrap().iter().find(|check| check["name"] == "cgroups").unwrap();
     assert_eq!(cgroups["required"], true);
+}
+
+#[test]
+fn no_job_runs_without_what_the_operator_requires() {
+    for verb in [&["exec", "-"][..], &["serve", "--url", "amqp://127.0.0.1:1"]] {
+        let ran = run(verb.iter().chain(&["--set", "sandbox.require=[\"moat\"]"]));
+        let expected = "sandbox.require: there is no layer moat; the layers are user_namespaces, ";
+        assert!(ran.code != 0 && ran.complaint().contains(expected), "{ran:?}");
+    }
+}
+
+#[test]
+fn a_worker_examines_the_machine_once() {
+    // A python that writes down what it is asked: each examination asks it for its version.
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let (python, asked) = (dir.path().join("python"), dir.path().join("asked"));
+    let program = format!("#!/bin/sh\necho \"$*\" >> {}\nexec /usr/bin/python3 \"$@\"\n", asked.display());
+    std::fs::write(&python, program).unwrap();
+    std::fs::set_permissions(&python, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let _worker = Worker::start_with(&[
+        ("SANDPIPER_ENVIRONMENTS__DEFAULT__PYTHON", python.to_str().unwrap()),
+        ("SANDPIPER_SANDBOX__REQUIRE", "[\"seccomp\"]"),
+    ]);
+    let asked = std::fs::read_to_string(asked).unwrap();
+    let examined = asked.lines().filter(|line| line.contains("sys.version_info[:3]")).count();
+    assert_eq!(examined, 1, "{asked}");
 }

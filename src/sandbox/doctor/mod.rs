@@ -202,13 +202,11 @@ pub fn examine(config: &Config) -> Vec<Check> {
     checks
 }
 
-/// Insists on those layers that `wanted` picks, and returns what was found of all. To be called from a process that
-/// has one thread.
+/// Insists on those of the examined layers that `wanted` picks.
 ///
 /// # Errors
 /// The first of them that is not there, or a name in `sandbox.require` that no layer has.
-pub fn demand(config: &Config, wanted: impl Fn(&Check) -> bool) -> Result<Vec<Check>, StartError> {
-    let checks = examine(config);
+pub fn demand(config: &Config, checks: &[Check], wanted: impl Fn(&Check) -> bool) -> Result<(), StartError> {
     let known = |name: &&String| checks.iter().any(|check| check.name == **name);
     if let Some(name) = config.sandbox.require.iter().find(|name| !known(name)) {
         let names: Vec<&str> = checks.iter().map(|check| check.name.as_str()).collect();
@@ -218,7 +216,7 @@ pub fn demand(config: &Config, wanted: impl Fn(&Check) -> bool) -> Result<Vec<Ch
         Some(Check { name, detail, .. }) => {
             Err(StartError::Required { name: name.clone(), detail: detail.clone() })
         }
-        None => Ok(checks),
+        None => Ok(()),
     }
 }
 

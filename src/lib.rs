@@ -38,9 +38,16 @@ pub mod amqp;
 pub mod cli;
 pub mod config;
 pub mod job;
-pub mod ops;
-pub mod retry;
+#[expect(
+    unreachable_pub,
+    reason = "`pub` there is for the rest of the crate; so the compiler finds what nothing uses"
+)]
+mod ops;
+#[expect(unreachable_pub, reason = "as of `ops`")]
+mod retry;
 pub mod sandbox;
 pub mod script;
-pub mod sys;
-pub mod worker;
+#[expect(unreachable_pub, reason = "as of `ops`")]
+mod sys;
+#[expect(unreachable_pub, reason = "as of `ops`")]
+mod worker;

@@ -14,6 +14,7 @@ use crate::job::Outcome;
 pub use otlp::{Span, Traces};
 
 /// What a span tells of a job besides its outcome.
+#[cfg_attr(not(feature = "otlp"), expect(dead_code, reason = "a build that sends no spans reads none of it"))]
 #[derive(Debug)]
 pub struct Ended<'a> {
     /// The queue it came from.
@@ -37,6 +38,10 @@ pub struct Ended<'a> {
 }
 
 /// Why no traces can be sent.
+#[cfg_attr(
+    not(feature = "otlp"),
+    expect(dead_code, reason = "a build that sends no spans has no such error")
+)]
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TracesError {

@@ -40,6 +40,8 @@ pub struct Delivery {
     pub redelivered: bool,
     /// It was, and its queue does not count how often. Whoever has it must, before the job runs.
     pub uncounted: bool,
+    /// The job's id once it is known, for the log.
+    pub id: Option<String>,
     /// When it came in.
     pub received: Instant,
     settler: Settler,
@@ -236,6 +238,7 @@ impl Delivery {
             failures: noted.saturating_add(before.failures),
             redelivered: delivery.redelivered || noted > 0,
             uncounted: delivery.redelivered && counted.is_none(),
+            id: None,
             received: Instant::now(),
             settler: Settler { acker: delivery.acker, link, metrics },
         }
@@ -264,36 +267,46 @@ impl Delivery {
     /// The message is done with.
     pub async fn ack(self) {
         let acking = self.settler.acker.ack(BasicAckOptions::default());
-        self.settler.settle("ack", Settled::Acked, acking).await;
+        self.settler.settle(self.id.as_deref(), "ack", Settled::Acked, acking).await;
     }
 
     /// The message is stored in the dead queue, so that it is done with here.
     pub async fn ack_dead_lettered(self) {
         let acking = self.settler.acker.ack(BasicAckOptions::default());
-        self.settler.settle("ack", Settled::DeadLettered, acking).await;
+        self.settler.settle(self.id.as_deref(), "ack", Settled::DeadLettered, acking).await;
     }
 
     /// A copy with a higher count is stored in its queue, in place of this message.
     pub async fn ack_counted(self) {
         let acking = self.settler.acker.ack(BasicAckOptions::default());
-        self.settler.settle("ack", Settled::Counted, acking).await;
+        self.settler.settle(self.id.as_deref(), "ack", Settled::Counted, acking).await;
     }
 
     /// The message shall come again, here or elsewhere.
     pub async fn requeue(self) {
         let options = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
         let requeuing = self.settler.acker.nack(options);
-        self.settler.settle("requeue", Settled::Requeued, requeuing).await;
+        self.settler.settle(self.id.as_deref(), "requeue", Settled::Requeued, requeuing).await;
     }
 }
 
 impl Settler {
-    async fn settle(&self, what: &str, action: Settled, settling: impl Future<Output = lapin::Result<bool>>) {
+    async fn settle(
+        &self,
+        id: Option<&str>,
+        what: &str,
+        action: Settled,
+        settling: impl Future<Output = lapin::Result<bool>>,
+    ) {
         let action = match self.link.ask(what, settling).await {
             Ok(true) => action,
             Ok(false) => Settled::Lost,
             Err(error) => {
-                tracing::debug!(error = chain(&error), "a delivery could not be settled; it will come again");
+                tracing::debug!(
+                    id,
+                    error = chain(&error),
+                    "a delivery could not be settled; it will come again"
+                );
                 Settled::Lost
             }
         };

@@ -41,9 +41,21 @@ pub struct Message {
     pub(super) to: Address,
     pub(super) body: Vec<u8>,
     pub(super) properties: BasicProperties,
+    /// The id of the job that it is about, for the log.
+    pub(super) job: Option<String>,
 }
 
 impl Message {
+    /// Names the job that the message is about in what is logged of it.
+    pub fn of_job(self, id: Option<String>) -> Self {
+        Self { job: id, ..self }
+    }
+
+    /// The id of that job.
+    pub fn job(&self) -> Option<&str> {
+        self.job.as_deref()
+    }
+
     /// The result of a job, as an answer to the message that `asked` for it. `message_id` is the same for
     /// every duplicate.
     pub fn result(to: Address, asked: &Properties, message_id: &str, body: Vec<u8>) -> Self {
@@ -86,7 +98,7 @@ impl Message {
         if let Some(correlation_id) = asked.raw.correlation_id().clone() {
             properties = properties.with_correlation_id(correlation_id);
         }
-        Self { to, body, properties }
+        Self { to, body, properties, job: None }
     }
 
     /// The same without anything that a stranger wrote, for a broker that refuses it as it is.
@@ -98,7 +110,7 @@ impl Message {
         if let Some(kind) = self.properties.kind().clone() {
             properties = properties.with_type(kind);
         }
-        Self { to: self.to.clone(), body: self.body.clone(), properties }
+        Self { properties, ..self.clone() }
     }
 
     /// The same with another body.
@@ -139,7 +151,12 @@ impl Message {
         if let Some(expiration) = raw.expiration().clone() {
             properties = properties.with_expiration(expiration);
         }
-        Self { to: Address::Queue(queue.to_owned()), body: delivery.body.clone(), properties }
+        Self {
+            to: Address::Queue(queue.to_owned()),
+            body: delivery.body.clone(),
+            properties,
+            job: delivery.id.clone(),
+        }
     }
 
     /// A copy of `delivery` for the dead queue, with what came with it, and where it was and the reason, as headers.
@@ -154,7 +171,12 @@ impl Message {
         let at = format!("{:.3}", jiff::Timestamp::now());
         headers.insert("x-sandpiper-at".into(), AMQPValue::LongString(at.into()));
         let properties = copied_properties(raw).with_headers(headers).with_delivery_mode(PERSISTENT);
-        Self { to: Address::Queue(dead_queue.to_owned()), body: delivery.body.clone(), properties }
+        Self {
+            to: Address::Queue(dead_queue.to_owned()),
+            body: delivery.body.clone(),
+            properties,
+            job: delivery.id.clone(),
+        }
     }
 }
 

@@ -186,7 +186,7 @@ impl Publisher {
                     }
                 },
             };
-            tracing::info!("a reply queue {why}: its result went to the results queue");
+            tracing::info!(id = message.job(), "a reply queue {why}: its result went to the results queue");
             self.0.metrics.redirected();
             return if sent == Sent::Delivered { Sent::Redirected } else { sent };
         }
@@ -241,12 +241,12 @@ impl Publisher {
                 }
                 Ok(Answer::Nacked) => "refuses results",
                 Ok(Answer::Refused(error)) if !care.fresh => {
-                    tracing::warn!(error = chain(&*error), ONCE_MORE);
+                    tracing::warn!(id = message.job(), error = chain(&*error), ONCE_MORE);
                     care.fresh = true;
                     continue;
                 }
                 Ok(Answer::Refused(error)) => {
-                    tracing::warn!(error = chain(&*error), "the broker refuses a result");
+                    tracing::warn!(id = message.job(), error = chain(&*error), "the broker refuses a result");
                     "makes the broker refuse results"
                 }
                 Ok(Answer::Overdue(late)) => {
@@ -254,7 +254,7 @@ impl Publisher {
                     return Err(NotTaken { why: "does not confirm results", late: Some(late) });
                 }
                 Err(error) => {
-                    tracing::warn!(error = chain(&error), ONCE_MORE);
+                    tracing::warn!(id = message.job(), error = chain(&error), ONCE_MORE);
                     let ours_is_up = self.0.outlet.borrow().is_some();
                     let blamed = faults::is_closed_by_broker(&error) || (is_direct && ours_is_up);
                     faults += u32::from(blamed);
@@ -299,11 +299,18 @@ impl Publisher {
                     return Sent::Delivered;
                 }
                 // It is declared again by the next attempt.
-                Ok(Answer::Returned) => tracing::warn!("a queue of our own is gone; trying again"),
+                Ok(Answer::Returned) => {
+                    tracing::warn!(
+                        id = message.job(),
+                        to = to.name(),
+                        "a queue of our own is gone; trying again"
+                    );
+                }
                 Ok(Answer::TooLarge(most)) => return Sent::TooLarge(most),
                 Ok(Answer::Nacked | Answer::Overdue(_)) => refused = refused.max(1),
                 Ok(Answer::Refused(error)) => {
                     tracing::warn!(
+                        id = message.job(),
                         error = chain(&*error),
                         "the broker refuses a message; it is published again"
                     );
@@ -312,7 +319,9 @@ impl Publisher {
                         bare = Some(message.bare());
                     }
                 }
-                Err(error) => tracing::warn!(error = chain(&error), "a result is published again"),
+                Err(error) => {
+                    tracing::warn!(id = message.job(), error = chain(&error), "a result is published again");
+                }
             }
             tokio::time::sleep(delays.next_delay()).await;
         }
@@ -356,7 +365,11 @@ impl Publisher {
             }
             Err(error) => {
                 refusals.refused_again(to);
-                tracing::debug!(error = chain(&error), "a message that is not repeated was not confirmed");
+                tracing::debug!(
+                    id = message.job(),
+                    error = chain(&error),
+                    "a message that is not repeated was not confirmed"
+                );
                 Told::Failed
             }
         }

@@ -136,18 +136,19 @@ impl Sandbox {
         tap: Option<Tap>,
     ) -> Outcome {
         let (engine, limits, stop) = (Arc::clone(&self.engine), *limits, stop.clone());
+        let id = payload.id.clone();
         // A task of its own: a caller that goes away does not leave a job unwatched.
         let run = tokio::spawn(async move { engine.run(payload, &limits, &stop, tap).await });
         match run.await {
-            Ok(Ok(outcome)) => placeless(outcome),
+            Ok(Ok(outcome)) => placeless(outcome, &id),
             Ok(Err(error)) => {
                 let error = error::explained(&error);
-                tracing::error!(error, "a job could not be run");
+                tracing::error!(id, error, "a job could not be run");
                 let error = error::without_places(&error);
                 Outcome::not_run(Status::WorkerError, format!("the sandbox failed: {error}"))
             }
             Err(error) => {
-                tracing::error!(%error, "the task that watches a job ended early");
+                tracing::error!(id, %error, "the task that watches a job ended early");
                 Outcome::not_run(Status::WorkerError, "the sandbox failed while it ran the job")
             }
         }
@@ -155,11 +156,11 @@ impl Sandbox {
 }
 
 /// The outcome as its requester reads it: of our own failure the operator's log has all.
-fn placeless(mut outcome: Outcome) -> Outcome {
+fn placeless(mut outcome: Outcome, id: &str) -> Outcome {
     if let (Status::WorkerError, Some(error)) = (outcome.status, &mut outcome.error) {
         let told = error::without_places(error);
         if told != *error {
-            tracing::error!(error, "a job could not be run");
+            tracing::error!(id, error, "a job could not be run");
             *error = told;
         }
     }

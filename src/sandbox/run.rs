@@ -123,7 +123,7 @@ impl Engine {
                     None => Ok(()),
                 };
                 if let Err(error) = begun {
-                    tracing::warn!(%error, "a job starts cold");
+                    tracing::warn!(id = payload.id, %error, "a job starts cold");
                     let Standby { watch, lease, .. } = standby;
                     // Its seat is free again only when it is dead, which that failed to wait for is said already.
                     let _ = watch.finish(Cause::Cancelled, limits, lease.group.as_ref()).await;
@@ -134,7 +134,8 @@ impl Engine {
             None => {
                 let lease = self.start.seats.take().await?;
                 let made = pool.make(&self.start, environment, lease, limits).await;
-                made.inspect_err(|error| tracing::debug!(%error, "a job starts cold")).ok()?
+                made.inspect_err(|error| tracing::debug!(id = payload.id, %error, "a job starts cold"))
+                    .ok()?
             }
         };
         let Standby { watch, lease, generation } = standby;

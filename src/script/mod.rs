@@ -76,6 +76,8 @@ const KEY_BYTES: usize = 64;
 /// A job in the form in which it enters a process.
 #[derive(Debug)]
 pub struct Payload {
+    /// The job's id, for the log.
+    pub id: String,
     /// The environment that it runs in.
     pub environment: String,
     /// The host's network.
@@ -100,6 +102,7 @@ impl Payload {
     pub fn encode(job: Job) -> Self {
         let key: [u8; KEY_BYTES] = rand::rng().random();
         Self {
+            id: job.id,
             environment: job.environment,
             network: job.enable_network,
             has_preload: !job.preload.is_empty(),
@@ -236,6 +239,7 @@ mod tests {
     #[test]
     fn an_assignment_holds_every_field_and_the_jobs_own_variable_last() {
         let payload = Payload {
+            id: String::new(),
             environment: String::new(),
             network: false,
             has_preload: false,

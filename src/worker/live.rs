@@ -127,7 +127,8 @@ impl Sender {
         let message_id = chunk.message_id(self.attempt).to_string();
         // Text and numbers: nothing in it can fail to be JSON.
         let body = serde_json::to_vec(&chunk).unwrap_or_default();
-        let message = Message::output(self.to.clone(), &self.asked, &message_id, body);
+        let message =
+            Message::output(self.to.clone(), &self.asked, &message_id, body).of_job(Some(self.id.clone()));
         loop {
             let last = over.is_cancelled();
             match self.publisher.tell(&message).await {

@@ -66,7 +66,7 @@ pub(super) enum Detour {
 
 impl Pipeline {
     /// All of it. True where the requester got an answer; else the job comes again.
-    pub(super) async fn process(self: Arc<Self>, delivery: Delivery) -> bool {
+    pub(super) async fn process(self: Arc<Self>, mut delivery: Delivery) -> bool {
         let _held = self.metrics.holding();
         let (to, mut context) = (self.address(&delivery), self.context(&delivery));
         // A compressed body can become as large as any.
@@ -75,6 +75,7 @@ impl Pipeline {
             None => delivery.body.len(),
         };
         let job = heavy(size, || self.parse(&delivery, &mut context));
+        delivery.id = Some(context.id.clone());
         // Without a name, two jobs of the same words are two jobs all the same: neither answers for the other.
         let key = job
             .as_ref()
@@ -114,7 +115,7 @@ impl Pipeline {
     /// would do so for ever. So before it is run again its queue gets a copy with a count instead, which outlives
     /// whoever runs that. Between the two steps there are both: no fault loses the job, and one may double it.
     async fn count(&self, delivery: Delivery) {
-        let queue = &self.amqp.queues[delivery.queue].name;
+        let queue = self.queue(&delivery);
         let can_tell = tokio::select! {
             biased;
             () = self.slots.draining().cancelled() => false,
@@ -130,17 +131,26 @@ impl Pipeline {
         if told == Some(Told::Heard) {
             return delivery.ack_counted().await;
         }
-        tracing::warn!(queue, "a job that came again could not be stored with its count; it is given back");
+        tracing::warn!(
+            id = delivery.id,
+            queue,
+            "a job that came again could not be stored with its count; it is given back"
+        );
         self.slots.draining().run_until_cancelled(tokio::time::sleep(BREATHER)).await;
         delivery.requeue().await;
     }
 
     /// Publishes a result once more. The requester may have it already, and knows it by its message id.
     async fn answer_again(&self, delivery: Delivery, to: Address, before: &Answer) -> bool {
-        tracing::info!(message_id = before.message_id, "a job that came again was answered before");
+        tracing::info!(
+            id = delivery.id,
+            queue = self.queue(&delivery),
+            message_id = before.message_id,
+            "a job that came again was answered before"
+        );
         let _publishing = (self.outgoing.enter(delivery.queue), self.metrics.publishing());
         let message = Message::result(to, &delivery.properties, &before.message_id, before.body.clone());
-        let sent = self.publish_result(message).await;
+        let sent = self.publish_result(message.of_job(delivery.id.clone())).await;
         match sent {
             Some(()) => delivery.ack().await,
             None => delivery.requeue().await,
@@ -154,7 +164,11 @@ impl Pipeline {
             let sent = self.kill.run_until_cancelled(self.publisher.publish(&message)).await?;
             let Sent::TooLarge(most) = sent else { return Some(()) };
             let Some(smaller) = heavy(message.body().len(), || Reply::shrink(message.body(), most)) else {
-                tracing::error!(most, "the broker takes no result, however small; this one is lost");
+                tracing::error!(
+                    id = message.job(),
+                    most,
+                    "the broker takes no result, however small; this one is lost"
+                );
                 return Some(());
             };
             message = message.with_body(smaller);
@@ -220,7 +234,11 @@ impl Pipeline {
                 false
             }
             Err(Detour::Gone) => {
-                tracing::debug!(id = context.id, "a job's channel is gone; it will come again");
+                tracing::debug!(
+                    id = context.id,
+                    queue = self.queue(&delivery),
+                    "a job's channel is gone; it will come again"
+                );
                 delivery.lost();
                 false
             }
@@ -259,6 +277,7 @@ impl Pipeline {
         self.metrics.completed(&outcome);
         tracing::info!(
             id = context.id,
+            queue = self.queue(delivery),
             status = outcome.status.as_str(),
             exit_code = outcome.exit_code,
             signal = outcome.signal,
@@ -271,7 +290,7 @@ impl Pipeline {
             "job ended"
         );
         let _until_kept = self.traces.job(&traces::Ended {
-            queue: &self.amqp.queues[delivery.queue].name,
+            queue: self.queue(delivery),
             id: &context.id,
             correlation_id: delivery.properties.correlation_id.as_deref(),
             traceparent: delivery.properties.traceparent.as_deref(),
@@ -292,7 +311,7 @@ impl Pipeline {
             .filter(|_| ran && body.len() <= Answer::LARGEST)
             .map(|key| (key, Answer { message_id: message_id.clone(), body: body.clone() }));
         let message = Message::result(to, &delivery.properties, &message_id, body);
-        self.publish_result(message).await?;
+        self.publish_result(message.of_job(delivery.id.clone())).await?;
         if let Some((key, answer)) = kept {
             self.answered.keep(key, answer);
         }
@@ -311,13 +330,14 @@ impl Pipeline {
     ) -> bool {
         let why = outcome.error.clone().unwrap_or_default();
         let trace_id = delivery.properties.trace_id();
+        let queue = self.queue(&delivery);
         tracing::warn!(
             id = context.id,
+            queue,
             reason = reason.as_str(),
             trace_id,
             "a message goes to the dead queue"
         );
-        let queue = &self.amqp.queues[delivery.queue].name;
         let mut copy = Message::dead(&delivery, &self.amqp.dead_queue, queue, &why, &self.worker);
         if let Some(bytes) = delivery.dropped {
             let most = format!("amqp.max_body_bytes is {}", self.amqp.max_body_bytes);
@@ -336,6 +356,10 @@ impl Pipeline {
         self.metrics.dead_lettered(reason);
         delivery.ack_dead_lettered().await;
         true
+    }
+
+    fn queue(&self, delivery: &Delivery) -> &str {
+        &self.amqp.queues[delivery.queue].name
     }
 
     fn address(&self, delivery: &Delivery) -> Result<Address, AddressError> {
@@ -422,6 +446,8 @@ impl Pipeline {
         }
         let why = outcome.error.as_deref();
         tracing::warn!(
+            id = delivery.id,
+            queue = self.queue(delivery),
             error = why,
             attempt = delivery.attempt,
             "a job could not be started; it is given back"

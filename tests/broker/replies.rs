@@ -62,6 +62,9 @@ pub(crate) async fn a_vanished_reply_queue_is_replaced_by_the_results_queue(node
     collect(&mut results, &["lost".into()]).await;
     assert_eq!(worker.metric("sandpiper_results_published_total{outcome=\"returned\"}"), 1.0);
     assert_eq!(worker.metric("sandpiper_results_redirected_total"), 1.0);
+    let log = worker.log();
+    let line = log.lines().find(|line| line.contains("went to the results queue"));
+    assert!(line.is_some_and(|line| line.contains("\"id\":\"lost\"")), "{line:?}");
 
     // Even the results queue may vanish.
     requester

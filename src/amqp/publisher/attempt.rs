@@ -92,7 +92,11 @@ impl Publisher {
                     self.0.cut_off.send_replace(broker.clone());
                     return Err(Error::NoMajority { broker });
                 }
-                tracing::warn!("a result is not confirmed in time; it is published again");
+                tracing::warn!(
+                    id = message.job(),
+                    to = name,
+                    "a result is not confirmed in time; it is published again"
+                );
                 return Ok(Answer::Overdue(Late::new(&outlet)));
             }
             Err(error) => return self.refused(error, message),
@@ -256,7 +260,12 @@ impl Publisher {
                 // Some versions count more than the body. Less each time, whatever it says.
                 let body = message.body.len();
                 let most = most.unwrap_or(body / 2).saturating_sub(ENVELOPE).min(body - body / 16);
-                tracing::warn!(bytes = body, most, "a message is larger than the broker takes");
+                tracing::warn!(
+                    id = message.job(),
+                    bytes = body,
+                    most,
+                    "a message is larger than the broker takes"
+                );
                 self.0.largest.fetch_min(most, Ordering::Relaxed);
                 Ok(Answer::TooLarge(most))
             }

@@ -29,7 +29,7 @@ pub(in crate::sandbox) async fn start(
     taken: Instant,
 ) -> Result<StartedJob, StartFailure> {
     let failed = |error: String| {
-        tracing::error!(%error, "a job could not be started");
+        tracing::error!(id = payload.id, %error, "a job could not be started");
         Err(StartFailure::Job(Box::new(Outcome::not_run(Status::WorkerError, error))))
     };
     let Some(mut lease) = context.seats.take().await else {
@@ -81,7 +81,7 @@ pub(in crate::sandbox) async fn start(
         outcome.error = explained.or(outcome.error);
         let error = outcome.error.as_deref();
         let said = String::from_utf8_lossy(&outcome.stderr.bytes);
-        tracing::error!(error, said = %said.trim_end(), "a job could not be started");
+        tracing::error!(id = payload.id, error, said = %said.trim_end(), "a job could not be started");
     }
     Err(StartFailure::Job(Box::new(outcome)))
 }

@@ -5,20 +5,21 @@
 //! what was given back before, so only taking all and giving all back keeps the order: that is why it is done.
 //! And a quorum queue takes what is given back at once in any order, and later than it says, so each is waited for.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use lapin::options::{
     BasicAckOptions, BasicGetOptions, BasicNackOptions, BasicPublishOptions, ConfirmSelectOptions,
     QueueDeclareOptions, QueuePurgeOptions,
 };
-use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Confirmation};
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::amqp::client::ClientError;
 use crate::amqp::connection::Dialer;
+use crate::amqp::headers::{described, last_death, shown};
 use crate::amqp::link::Link;
 use crate::amqp::message::revived;
 use crate::amqp::{Error, faults, short};
@@ -231,10 +232,10 @@ impl DeadMessage {
         // A worker takes the broker's word off what it writes itself. So where that is there it is the last one, and
         // what else is said is a publisher's.
         let death = last_death(&raw);
-        let broker = |field: &str| text(death?.get(field)?);
+        let broker = |field: &str| shown(death?.get(field)?);
         let ours = |field: &str| match death {
             Some(_) => None,
-            None => header(&raw, &format!("x-sandpiper-{field}")),
+            None => described(&raw, &format!("x-sandpiper-{field}")),
         };
         Self {
             key: key(&body, [&message_id, &reply_to, &correlation_id]),
@@ -262,31 +263,6 @@ fn key(body: &[u8], properties: [&Option<String>; 3]) -> String {
     }
     let uuid = Uuid::new_v5(&KEYS, &all);
     uuid.simple().to_string()[..12].to_owned()
-}
-
-/// What the broker wrote when it took the message out of a queue itself.
-fn last_death(raw: &BasicProperties) -> Option<&BTreeMap<ShortString, AMQPValue>> {
-    let AMQPValue::FieldArray(deaths) = raw.headers().as_ref()?.inner().get("x-death")? else { return None };
-    let AMQPValue::FieldTable(death) = deaths.as_slice().first()? else { return None };
-    Some(death.inner())
-}
-
-fn header(raw: &BasicProperties, name: &str) -> Option<String> {
-    text(raw.headers().as_ref()?.inner().get(name)?)
-}
-
-fn text(value: &AMQPValue) -> Option<String> {
-    match value {
-        AMQPValue::LongString(text) => Some(text.to_string()),
-        AMQPValue::ShortString(text) => Some(text.to_string()),
-        AMQPValue::LongLongInt(number) => Some(number.to_string()),
-        AMQPValue::LongInt(number) => Some(number.to_string()),
-        AMQPValue::Timestamp(seconds) => {
-            let at = jiff::Timestamp::from_second(i64::try_from(*seconds).ok()?).ok()?;
-            Some(at.to_string())
-        }
-        _ => None,
-    }
 }
 
 #[cfg(test)]

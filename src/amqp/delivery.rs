@@ -13,8 +13,8 @@ use tokio::time::Instant;
 
 use crate::amqp::chain;
 use crate::amqp::envelope::SUBSTITUTE;
+use crate::amqp::headers::{DELIVERIES, SIGNATURE, USER, number, text as header};
 use crate::amqp::link::Link;
-use crate::amqp::message::{DELIVERIES, SIGNATURE, USER};
 use crate::amqp::signature::Signer;
 use crate::config::{self, QueueType};
 use crate::ops::metrics::{Metrics, Settled};
@@ -144,15 +144,6 @@ fn published(raw: &BasicProperties) -> Option<SystemTime> {
     SystemTime::UNIX_EPOCH.checked_add(since)
 }
 
-/// A header's text, where it has one.
-fn header(raw: &BasicProperties, name: &str) -> Option<String> {
-    match raw.headers().as_ref()?.inner().get(name)? {
-        AMQPValue::LongString(text) => String::from_utf8(text.as_bytes().to_vec()).ok(),
-        AMQPValue::ShortString(text) => Some(text.to_string()),
-        _ => None,
-    }
-}
-
 /// How often a message was delivered before.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Counted {
@@ -173,21 +164,6 @@ fn counted(raw: &BasicProperties, kind: QueueType) -> Option<Counted> {
     let (failures, acquired) = (number(raw, "x-delivery-count"), number(raw, "x-acquired-count"));
     let deliveries = failures.max(acquired)?;
     Some(Counted { deliveries, failures: failures.unwrap_or(0) })
-}
-
-/// A header's number, where it has one.
-fn number(raw: &BasicProperties, name: &str) -> Option<u32> {
-    let count = match raw.headers().as_ref()?.inner().get(name)? {
-        AMQPValue::LongLongInt(count) => u32::try_from(*count).ok()?,
-        AMQPValue::LongInt(count) => u32::try_from(*count).ok()?,
-        AMQPValue::LongUInt(count) => *count,
-        AMQPValue::ShortInt(count) => u32::try_from(*count).ok()?,
-        AMQPValue::ShortUInt(count) => (*count).into(),
-        AMQPValue::ShortShortInt(count) => u32::try_from(*count).ok()?,
-        AMQPValue::ShortShortUInt(count) => (*count).into(),
-        _ => return None,
-    };
-    Some(count)
 }
 
 /// How often a message was delivered before this copy of it, and who published it, by a worker's word. Anybody may

@@ -3,6 +3,9 @@
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable};
 
+use crate::amqp::headers::{
+    BODY_BYTES, BROKERS, DELIVERIES, HEADER_MAX, SIGNATURE, USER, copied_headers, without,
+};
 use crate::amqp::{Address, Delivery, Properties, short};
 
 /// A message that survives a restart of the broker.
@@ -10,27 +13,6 @@ const PERSISTENT: u8 = 2;
 
 /// One that need not.
 const TRANSIENT: u8 = 1;
-
-/// What the headers of our own begin with.
-pub(super) const OURS: &str = "x-sandpiper-";
-
-/// How often a message was delivered before, where its queue does not count that.
-pub(super) const DELIVERIES: &str = "x-sandpiper-deliveries";
-
-/// Who published it, as the broker vouched for the message that the copy replaces.
-pub(super) const USER: &str = "x-sandpiper-user";
-
-/// A worker wrote these two.
-pub(super) const SIGNATURE: &str = "x-sandpiper-signature";
-
-/// How long the body of a dead message was, where it was not kept.
-const BODY_BYTES: &str = "x-sandpiper-body-bytes";
-
-/// Most bytes of a header that is passed on or written: one frame has to hold all of them.
-const HEADER_MAX: usize = 1_024;
-
-/// Most bytes of a stranger's headers that are copied, half of the usual frame.
-const HEADERS_MAX: usize = 64 << 10;
 
 /// What a requester writes before the broker makes an address of it.
 const BARE_DIRECT: &str = "amq.rabbitmq.reply-to";
@@ -180,71 +162,10 @@ impl Message {
     }
 }
 
-/// What brokers write on messages that they let go or deliver again.
-const BROKERS: [&str; 5] =
-    ["x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count"];
-
 /// A dead message as it was when it was a job: without what was written on it since.
 pub(super) fn revived(raw: &BasicProperties) -> BasicProperties {
     let headers = without(&copied_headers(raw), &BROKERS);
     copied_properties(raw).with_headers(headers).with_delivery_mode(PERSISTENT)
-}
-
-/// Headers but for those whose names begin like that.
-fn without(headers: &FieldTable, prefixes: &[&str]) -> FieldTable {
-    let mut kept = FieldTable::default();
-    for (name, value) in headers.inner() {
-        if !prefixes.iter().any(|prefix| name.as_str().starts_with(prefix)) {
-            kept.insert(name.clone(), value.clone());
-        }
-    }
-    kept
-}
-
-/// The properties with headers that one frame of `room` bytes can hold: where a stranger's fill it, ours alone.
-pub(super) fn fitting(properties: &BasicProperties, room: usize) -> BasicProperties {
-    let headers = properties.headers().iter().flat_map(|headers| headers.inner());
-    if headers.map(|(name, value)| name.as_str().len() + weight(value)).sum::<usize>() <= room {
-        return properties.clone();
-    }
-    let mut ours = FieldTable::default();
-    for (name, value) in properties.headers().iter().flat_map(|headers| headers.inner()) {
-        if name.as_str().starts_with(OURS) {
-            ours.insert(name.clone(), value.clone());
-        }
-    }
-    properties.clone().with_headers(ours)
-}
-
-/// Headers that do no harm in another's hands: `CC` and `BCC` would have the broker send copies wherever a
-/// stranger says, in our name, and ours are ours to write.
-fn copied_headers(raw: &BasicProperties) -> FieldTable {
-    let mut copied = FieldTable::default();
-    let mut bytes = 0;
-    for (name, value) in raw.headers().iter().flat_map(|headers| headers.inner()) {
-        bytes += name.as_str().len() + weight(value);
-        let name_is_free = !["CC", "BCC"].contains(&name.as_str()) && !name.as_str().starts_with(OURS);
-        if bytes <= HEADERS_MAX && name_is_free {
-            copied.insert(name.clone(), value.clone());
-        }
-    }
-    copied
-}
-
-/// About how many bytes a value takes on the wire, never less.
-fn weight(value: &AMQPValue) -> usize {
-    const SMALL: usize = 16;
-    SMALL
-        + match value {
-            AMQPValue::ShortString(text) => text.as_str().len(),
-            AMQPValue::LongString(text) => text.as_bytes().len(),
-            AMQPValue::ByteArray(bytes) => bytes.as_slice().len(),
-            AMQPValue::FieldArray(values) => values.as_slice().iter().map(weight).sum(),
-            AMQPValue::FieldTable(table) => {
-                table.inner().iter().map(|(name, value)| SMALL + name.as_str().len() + weight(value)).sum()
-            }
-            _ => 0,
-        }
 }
 
 /// The properties that say what the message was. Not its expiration: what is dead must not vanish before
@@ -283,6 +204,7 @@ pub(super) fn now() -> u64 {
 #[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 mod tests {
     use super::*;
+    use crate::amqp::headers::HEADERS_MAX;
 
     #[test]
     fn a_copy_for_the_dead_queue_leaves_out_what_would_steer_the_broker() {

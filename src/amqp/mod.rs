@@ -18,6 +18,7 @@ pub mod dead;
 mod delivery;
 mod envelope;
 mod faults;
+mod headers;
 mod link;
 mod message;
 mod outlet;

@@ -8,10 +8,10 @@ use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 
 use super::explain::{nearest, quote};
 use super::metadata::METADATA_MAX;
+use super::model::{Admission, InputFile, Job};
 use super::raw::{
     Capped, FILES_MAX, Input, Object, PATTERNS_MAX, RawFile, RawJob, RawLimits, STRINGS_MAX, Strings,
 };
-use super::request::{Admission, InputFile, Job};
 use super::whole::Whole;
 use crate::job::{Cpus, Limits};
 

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::io;
 use std::path::PathBuf;
 
-use super::environment::RootError;
+use super::environment::{PrepareError, RootError};
 use super::inner_wall;
 
 /// Why the sandbox could not be set up.
@@ -61,6 +61,18 @@ pub enum StartError {
     /// A descriptor or a thread could not be had.
     #[error("set up the sandbox: {0}")]
     Io(#[from] io::Error),
+}
+
+impl StartError {
+    /// Why the environment of this name could not be prepared.
+    pub(super) fn preparing(name: &str, error: PrepareError) -> Self {
+        match error {
+            PrepareError::Root(source) => Self::Environment { name: name.to_owned(), source },
+            PrepareError::Policy(source) => source.into(),
+            PrepareError::Shim { path, source } => Self::Shim { path, source },
+            PrepareError::Io(source) => source.into(),
+        }
+    }
 }
 
 /// What went wrong, and where the worker itself ran short of something, what to do about it.

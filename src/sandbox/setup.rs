@@ -72,8 +72,8 @@ pub(super) fn set_up(config: &Config, trace: Option<Trace>) -> Result<Engine, St
     };
     let (mut environments, mut warm_pools) = (BTreeMap::new(), BTreeMap::new());
     for (name, environment) in &config.environments {
-        let prepared =
-            Environment::prepare(name, environment, settings, &machine).map_err(|error| error.of(name))?;
+        let prepared = Environment::prepare(name, environment, settings, &machine)
+            .map_err(|error| StartError::preparing(name, error))?;
         if environment.warm && can_start_warm {
             warm_pools.insert(name.clone(), Arc::new(WarmPool::new()));
         }

@@ -6,6 +6,7 @@
 mod answered;
 mod coding;
 mod control;
+mod disposition;
 mod drain;
 mod health;
 mod live;

@@ -18,6 +18,7 @@ use crate::sandbox::Sandbox;
 use crate::script::Payload;
 use crate::worker::answered::{Answer, Answered, Key};
 use crate::worker::coding;
+use crate::worker::disposition::{NotRun, not_run};
 use crate::worker::live::Live;
 use crate::worker::outgoing::Outgoing;
 use crate::worker::running::Running;
@@ -49,19 +50,6 @@ pub(super) struct Pipeline {
     pub(super) traces: Traces,
     /// Ends what still runs when the time for draining is over.
     pub(super) kill: CancellationToken,
-}
-
-/// Where a job leaves the straight way.
-#[derive(Debug)]
-pub(super) enum Detour {
-    /// It has its outcome without having run.
-    Decided(Box<Outcome>),
-    /// It cannot be handled: to the dead queue, and a courtesy result to the requester.
-    Dead(DeadReason, Box<Outcome>),
-    /// It shall come again, here or elsewhere.
-    Again,
-    /// Its channel is gone: the broker delivers it again by itself.
-    Gone,
 }
 
 impl Pipeline {
@@ -179,14 +167,14 @@ impl Pipeline {
     async fn outcome(
         &self,
         delivery: &Delivery,
-        job: Result<Job, Detour>,
+        job: Result<Job, NotRun>,
         to: &Result<Address, AddressError>,
         context: &Context,
-    ) -> Result<Outcome, Detour> {
+    ) -> Result<Outcome, NotRun> {
         let job = job?;
         self.not_poison(delivery)?;
-        let to = to.as_ref().map_err(|error| decided(Status::Rejected, error.to_string()))?;
-        delivery.properties.echoable().map_err(|error| decided(Status::Rejected, error))?;
+        let to = to.as_ref().map_err(|error| not_run(Status::Rejected, error.to_string()))?;
+        delivery.properties.echoable().map_err(|error| not_run(Status::Rejected, error))?;
         still_wanted(delivery, &job)?;
         let entry = self.running.enter(&job.id, delivery.properties.user_id.as_deref(), &self.kill)?;
         let (limits, stream, environment) = (job.limits, job.stream, job.environment.clone());
@@ -217,7 +205,7 @@ impl Pipeline {
         key: Option<Key>,
         to: Address,
         context: Context,
-        ended: Result<Outcome, Detour>,
+        ended: Result<Outcome, NotRun>,
     ) -> bool {
         let received = delivery.received;
         let answered = match ended {
@@ -227,13 +215,15 @@ impl Pipeline {
                 false
             }
             Ok(outcome) => self.answer_and_ack(delivery, key, to, context, outcome).await,
-            Err(Detour::Decided(outcome)) => self.answer_and_ack(delivery, key, to, context, *outcome).await,
-            Err(Detour::Dead(reason, outcome)) => self.bury(delivery, to, context, reason, *outcome).await,
-            Err(Detour::Again) => {
+            Err(NotRun::Answer(outcome)) => self.answer_and_ack(delivery, key, to, context, *outcome).await,
+            Err(NotRun::DeadLetter(reason, outcome)) => {
+                self.bury(delivery, to, context, reason, *outcome).await
+            }
+            Err(NotRun::Requeue) => {
                 delivery.requeue().await;
                 false
             }
-            Err(Detour::Gone) => {
+            Err(NotRun::ChannelClosed) => {
                 tracing::debug!(
                     id = context.id,
                     queue = self.queue(&delivery),
@@ -384,7 +374,7 @@ impl Pipeline {
     }
 
     /// The body as a job, or as what it lacks to be one.
-    fn parse(&self, delivery: &Delivery, context: &mut Context) -> Result<Job, Detour> {
+    fn parse(&self, delivery: &Delivery, context: &mut Context) -> Result<Job, NotRun> {
         if let Some(bytes) = delivery.dropped {
             return Err(self.too_large(bytes, delivery, context));
         }
@@ -401,15 +391,15 @@ impl Pipeline {
                 (context.id, context.metadata) = (id, metadata);
                 let outcome = Box::new(Outcome::not_run(Status::Rejected, reason));
                 Err(match kind {
-                    RefusalKind::Malformed => Detour::Dead(DeadReason::Malformed, outcome),
-                    RefusalKind::Unacceptable => Detour::Decided(outcome),
+                    RefusalKind::Malformed => NotRun::DeadLetter(DeadReason::Malformed, outcome),
+                    RefusalKind::Unacceptable => NotRun::Answer(outcome),
                 })
             }
         }
     }
 
     /// The body is not there: what is known of the job is what stands on its envelope.
-    fn too_large(&self, bytes: usize, delivery: &Delivery, context: &mut Context) -> Detour {
+    fn too_large(&self, bytes: usize, delivery: &Delivery, context: &mut Context) -> NotRun {
         if let Err(Refusal { id, .. }) =
             job::parse(b"", delivery.properties.message_id.as_deref(), &self.admission)
         {
@@ -417,20 +407,20 @@ impl Pipeline {
         }
         let most = self.admission.max_body_bytes;
         let why = format!("the body has {bytes} bytes, above this worker's maximum of {most}");
-        Detour::Dead(DeadReason::TooLarge, Box::new(Outcome::not_run(Status::Rejected, why)))
+        NotRun::DeadLetter(DeadReason::TooLarge, Box::new(Outcome::not_run(Status::Rejected, why)))
     }
 
     /// After the last delivery that the broker grants it would drop the job without a word. So it is not run
     /// once more: whatever ended every worker that had it would do so again. Where the broker tells the two apart, a
     /// job that was only given back, as by workers that drain, has no such end before it.
-    fn not_poison(&self, delivery: &Delivery) -> Result<(), Detour> {
+    fn not_poison(&self, delivery: &Delivery) -> Result<(), NotRun> {
         let before = delivery.failures;
         if before < self.amqp.delivery_limit {
             return Ok(());
         }
         let why =
             format!("the job was delivered {before} times and never came to an end; it is not run again");
-        Err(Detour::Dead(DeadReason::Poison, Box::new(Outcome::not_run(Status::WorkerError, why))))
+        Err(NotRun::DeadLetter(DeadReason::Poison, Box::new(Outcome::not_run(Status::WorkerError, why))))
     }
 
     /// A job that we could not even start is given back a few times, after a pause, before that is its result.
@@ -439,7 +429,7 @@ impl Pipeline {
         &self,
         delivery: &Delivery,
         outcome: &Outcome,
-    ) -> Result<(), Detour> {
+    ) -> Result<(), NotRun> {
         let ours = outcome.status == Status::WorkerError && outcome.started_at.is_none();
         if !ours || delivery.attempt >= STARTS.min(self.amqp.delivery_limit) {
             return Ok(());
@@ -455,27 +445,22 @@ impl Pipeline {
         let longest = BREATHER * 2_u32.pow(delivery.attempt.min(STARTS));
         let pause = Delays::new(longest / 2, longest).next_delay();
         self.slots.draining().run_until_cancelled(tokio::time::sleep(pause)).await;
-        Err(Detour::Again)
+        Err(NotRun::Requeue)
     }
 }
 
 /// Past its deadline, or its message's expiration, nobody waits for the result.
-fn still_wanted(delivery: &Delivery, job: &Job) -> Result<(), Detour> {
+fn still_wanted(delivery: &Delivery, job: &Job) -> Result<(), NotRun> {
     if delivery.properties.expired(SystemTime::now()) {
-        return Err(decided(Status::Expired, "the message's expiration had passed before the job could run"));
+        return Err(not_run(Status::Expired, "the message's expiration had passed before the job could run"));
     }
     match job.deadline {
-        Some(deadline) if deadline <= jiff::Timestamp::now() => Err(decided(
+        Some(deadline) if deadline <= jiff::Timestamp::now() => Err(not_run(
             Status::Expired,
             format!("the deadline {deadline} had passed before the job could run"),
         )),
         _ => Ok(()),
     }
-}
-
-/// The outcome of a job that does not run.
-pub(super) fn decided(status: Status, error: impl Into<String>) -> Detour {
-    Detour::Decided(Box::new(Outcome::not_run(status, error)))
 }
 
 /// Work on so many bytes, which does not keep a thread of the runtime from other jobs.

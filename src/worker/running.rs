@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::amqp::Held;
 use crate::job::Status;
-use crate::worker::pipeline::{Detour, decided};
+use crate::worker::disposition::{NotRun, not_run};
 
 /// A cancellation is kept this long for jobs that are still in the queue.
 const REMEMBERED: Duration = Duration::from_secs(600);
@@ -84,7 +84,7 @@ impl Running {
         id: &str,
         owner: Option<&str>,
         kill: &CancellationToken,
-    ) -> Result<Entry, Detour> {
+    ) -> Result<Entry, NotRun> {
         let stop = kill.child_token();
         let mut jobs = self.lock();
         jobs.forget();
@@ -92,7 +92,7 @@ impl Running {
             jobs.cancelled.iter().find(|cancelled| cancelled.id == id && cancelled.asker.may(owner))
         {
             tracing::info!(id, cancelled.asker.user, "a job comes that was cancelled before");
-            return Err(decided(Status::Cancelled, "cancelled on request, before it ran"));
+            return Err(not_run(Status::Cancelled, "cancelled on request, before it ran"));
         }
         let key = jobs.next;
         jobs.next += 1;
@@ -197,7 +197,7 @@ mod tests {
         assert_eq!(held, [("one".to_owned(), false), ("two".to_owned(), true)]);
         assert_eq!(running.cancel("one", &Asker::default()), 1);
         assert!(one.stop().is_cancelled() && !two.stop().is_cancelled());
-        assert!(matches!(running.enter("one", None, &kill), Err(Detour::Decided(_))));
+        assert!(matches!(running.enter("one", None, &kill), Err(NotRun::Answer(_))));
         kill.cancel();
         assert!(two.stop().is_cancelled());
     }

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::amqp::{Delivery, LinkState};
 use crate::job::Status;
 use crate::ops::metrics::{Metrics, Running};
-use crate::worker::pipeline::{Detour, decided};
+use crate::worker::disposition::{NotRun, not_run};
 
 /// What a job that runs counts for on top of the seconds that it has run, so that slots which fall free in the same
 /// moment do not all go to one queue.
@@ -57,7 +57,7 @@ impl Slots {
     }
 
     /// A place for `delivery`, or why it shall not run here.
-    pub(super) async fn take(&self, delivery: &Delivery, stop: &CancellationToken) -> Result<Slot, Detour> {
+    pub(super) async fn take(&self, delivery: &Delivery, stop: &CancellationToken) -> Result<Slot, NotRun> {
         let mut publishing = self.publishing.clone();
         let place = async {
             let place = self.places.take(delivery.queue).await;
@@ -67,14 +67,14 @@ impl Slots {
         let place = tokio::select! {
             biased;
             () = self.drain.cancelled() => None,
-            () = stop.cancelled() => return Err(decided(Status::Cancelled, "cancelled on request, before it ran")),
+            () = stop.cancelled() => return Err(not_run(Status::Cancelled, "cancelled on request, before it ran")),
             // Somebody else has it by now; running it here as well would only double it.
-            () = delivery.gone() => return Err(Detour::Gone),
+            () = delivery.gone() => return Err(NotRun::ChannelClosed),
             place = place => place,
         };
-        let place = place.ok_or(Detour::Again)?;
+        let place = place.ok_or(NotRun::Requeue)?;
         if delivery.is_gone() {
-            return Err(Detour::Gone);
+            return Err(NotRun::ChannelClosed);
         }
         Ok(Slot { _place: place, _running: self.metrics.running() })
     }

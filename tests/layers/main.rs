@@ -4,6 +4,7 @@
 //! modules as `crate::module`, the way this crate writes its paths.
 #![expect(clippy::unwrap_used, reason = "a test that cannot read the sources has failed")]
 
+mod circles;
 mod source;
 
 use std::collections::BTreeSet;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 pub(crate) struct Source {
     /// Relative to the repository.
     pub(crate) path: String,
-    code: String,
+    pub(crate) code: String,
 }
 
 pub(crate) fn root() -> PathBuf {

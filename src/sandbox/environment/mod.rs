@@ -11,7 +11,6 @@ use std::sync::Arc;
 use sandpiper_shim::abi::{POLICY_MAGIC, SHIM_PATH};
 
 use crate::config;
-use crate::sandbox::StartError;
 use crate::sandbox::host::{Host, Privilege};
 use crate::sandbox::inner_wall::{Options, Policy, PolicyError, Program as Filter};
 use crate::sandbox::outer_wall::rootfs::Root;
@@ -59,18 +58,6 @@ pub(super) enum PrepareError {
     Policy(PolicyError),
     Shim { path: PathBuf, source: io::Error },
     Io(io::Error),
-}
-
-impl PrepareError {
-    /// With the environment's name, where that matters.
-    pub(super) fn of(self, name: &str) -> StartError {
-        match self {
-            Self::Root(source) => StartError::Environment { name: name.to_owned(), source },
-            Self::Policy(source) => source.into(),
-            Self::Shim { path, source } => StartError::Shim { path, source },
-            Self::Io(source) => source.into(),
-        }
-    }
 }
 
 impl Environment {

@@ -11,7 +11,7 @@ use std::time::SystemTime;
 use crate::job::Outcome;
 
 #[cfg(feature = "otlp")]
-pub use otlp::{Span, Traces};
+pub use otlp::Traces;
 
 /// What a span tells of a job besides its outcome.
 #[cfg_attr(not(feature = "otlp"), expect(dead_code, reason = "a build that sends no spans reads none of it"))]

@@ -164,13 +164,10 @@ fn a_refused_job_is_126_and_says_what_to_change() {
 
 #[test]
 fn what_is_logged_of_a_job_that_did_not_start_names_it() {
-    let soon = ["--set", "sandbox.start_timeout_ms=1", "--set", "log.format=json"];
-    let ran = exec("print(1)", &[&["--id", "job-8"], &soon[..]].concat());
+    let ran = exec("print(1)", &["--id", "job-8", "--set", "sandbox.start_timeout_ms=1"]);
     assert_eq!(ran.code, 125, "{ran:?}");
-    let events = ran.stderr.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let failed = events.filter(|event| event["message"] == "a job could not be started");
-    let ids: Vec<_> = failed.map(|event| event["id"].clone()).collect();
-    assert_eq!(ids, ["job-8"], "{ran:?}");
+    let mut events = ran.stderr.lines().filter(|line| line.contains("a job could not be started"));
+    assert!(events.next().is_some_and(|event| event.contains("id=\"job-8\"")), "{ran:?}");
 }
 
 #[test]

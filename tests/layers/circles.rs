@@ -65,7 +65,7 @@ impl Imports {
             _ => return None,
         }
         while let Some((part, rest)) = parts.split_first() {
-            let below = [&at[..], &[part.clone()]].concat();
+            let below = [&at[..], std::slice::from_ref(part)].concat();
             if !self.files.contains_key(&below) {
                 break;
             }
@@ -171,7 +171,7 @@ fn circle(named: &BTreeMap<String, BTreeMap<String, String>>) -> Option<Vec<Stri
         let (mut seen, mut ways) = (BTreeSet::new(), vec![(start.clone(), Vec::new())]);
         while let Some((at, way)) = ways.pop() {
             for (to, who) in named.get(&at).into_iter().flatten() {
-                let way = [&way[..], &[who.clone()]].concat();
+                let way = [&way[..], std::slice::from_ref(who)].concat();
                 if to == start {
                     return Some(way);
                 }

@@ -163,3 +163,48 @@ fn the_readme_shows_the_fixtures_as_they_are() {
         );
     }
 }
+
+#[test]
+fn the_architecture_names_what_is_there() {
+    let page = std::fs::read_to_string(source::root().join("src/ARCHITECTURE.md")).unwrap();
+    let tests: String = ["src", "tests"].into_iter().flat_map(read_all).collect();
+    let quoted: Vec<&str> = page.split('`').skip(1).step_by(2).collect();
+    let invariants: Vec<&str> =
+        page.split("# Invariants").nth(1).unwrap().split('`').skip(1).step_by(2).collect();
+    let mut missing = Vec::new();
+    for name in &quoted {
+        let path = name.starts_with("src/") || name.starts_with("tests/") || name.starts_with("deploy/");
+        if path && !name.contains('{') && !source::root().join(name).exists() {
+            missing.push((*name).to_owned());
+        }
+    }
+    for name in invariants {
+        let (kind, fixture) = name.split_once("::").unwrap_or_default();
+        let said = match name {
+            _ if kind == "behaviour" => tests.contains(&format!("\"{fixture}\"")),
+            _ if name.contains('/') => true,
+            test => tests.contains(&format!("fn {test}(")),
+        };
+        if !said {
+            missing.push(name.to_owned());
+        }
+    }
+    none("src/ARCHITECTURE.md names what is not there", missing);
+}
+
+/// The text of all sources and fixtures below a folder.
+fn read_all(folder: &str) -> Vec<String> {
+    let mut texts: Vec<String> = Vec::new();
+    let mut folders = vec![source::root().join(folder)];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|end| end == "rs" || end == "jsonl") {
+                texts.push(std::fs::read_to_string(path).unwrap());
+            }
+        }
+    }
+    texts
+}

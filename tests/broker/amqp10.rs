@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 
 use crate::PATIENCE;
+use crate::broker::Node;
 
 /// What a frame carries, by the numbers of the specification.
 const OPEN: u8 = 0x10;
@@ -68,9 +69,8 @@ impl Publisher {
 }
 
 /// Publishes one message to `queue`, and waits until the broker keeps it.
-pub(crate) fn publish(url: &str, queue: &str, content_type: &str, body: &[u8]) {
-    let address = url.split('@').nth(1).unwrap().split('/').next().unwrap();
-    let mut publisher = Publisher(TcpStream::connect(address).unwrap());
+pub(crate) fn publish(node: &Node, queue: &str, content_type: &str, body: &[u8]) {
+    let mut publisher = Publisher(TcpStream::connect(node.address()).unwrap());
     publisher.0.set_read_timeout(Some(PATIENCE)).unwrap();
     publisher.greet(b"AMQP\x03\x01\0\0");
     publisher.expect(SASL_MECHANISMS);
@@ -78,7 +78,8 @@ pub(crate) fn publish(url: &str, queue: &str, content_type: &str, body: &[u8]) {
     publisher.send(true, &described(SASL_INIT, &login));
     publisher.expect(SASL_OUTCOME);
     publisher.greet(b"AMQP\0\x01\0\0");
-    publisher.send(false, &described(OPEN, &[bytes(STRING, b"publisher")]));
+    let vhost = format!("vhost:{}", node.vhost());
+    publisher.send(false, &described(OPEN, &[bytes(STRING, b"publisher"), bytes(STRING, vhost.as_bytes())]));
     publisher.expect(OPEN);
     publisher.send(false, &described(BEGIN, &[NULL.into(), number(0), number(100), number(100)]));
     publisher.expect(BEGIN);

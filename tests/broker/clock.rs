@@ -41,7 +41,9 @@ fn stamp(result: &Value, field: &str) -> i64 {
         .as_second()
 }
 
-pub(crate) async fn the_clock_jumps(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn the_clock_jumps() {
+    let node = &Node::shared();
     let Some(library) = library() else { return skip("no libfaketime here: apt-get install libfaketime") };
     let queues = Queues::of("clock");
     let disk = tempfile::tempdir().unwrap();

@@ -92,7 +92,9 @@ fn host(url: &str) -> String {
     url.rsplit_once('@').unwrap().1.split('/').next().unwrap().to_owned()
 }
 
-pub(crate) async fn the_leader_is_killed(cluster: &Cluster) {
+#[tokio::test(flavor = "multi_thread")]
+async fn the_leader_is_killed() {
+    let cluster = &Cluster::start();
     let scene = Scene::under_load(cluster, "leader").await;
     cluster.node(LOST).kill();
     scene.goes_on_elsewhere(cluster).await;
@@ -101,7 +103,9 @@ pub(crate) async fn the_leader_is_killed(cluster: &Cluster) {
     scene.ends_well(cluster).await;
 }
 
-pub(crate) async fn the_leader_is_cut_off(cluster: &Cluster) {
+#[tokio::test(flavor = "multi_thread")]
+async fn the_leader_is_cut_off() {
+    let cluster = &Cluster::start();
     let scene = Scene::under_load(cluster, "partition").await;
     cluster.cut_off(LOST);
     // It pauses, and closes the door to its clients; or, since 4.3, goes on and confirms nothing.

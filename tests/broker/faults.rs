@@ -40,14 +40,16 @@ async fn all_is_well(node: &Node, worker: &mut Worker, queues: &Queues, ids: &[S
     .await;
 }
 
-pub(crate) async fn connections_closed_by_an_operator(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_closed_by_an_operator() {
+    let node = &Node::shared();
     let queues = Queues::of("closed");
     let mut worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let requester = Requester::connect(node.url()).await;
     requester.declare(&queues.replies).await;
     let ids = publish(&requester, &queues, "job").await;
     under_way(&worker).await;
-    node.ctl(&["close_all_connections", "maintenance"]);
+    node.ctl(&["close_all_connections", "-p", node.vhost(), "maintenance"]);
     all_is_well(node, &mut worker, &queues, &ids).await;
     let reconnects = "sandpiper_connection_reconnects_total{role=\"consume\"}";
     eventually("it has connected anew", async || (worker.metric(reconnects) >= 1.0).then_some(())).await;
@@ -56,7 +58,9 @@ pub(crate) async fn connections_closed_by_an_operator(node: &Node) {
     assert!(said.is_some_and(|said| said.contains("CONNECTION_FORCED - maintenance")), "{log}");
 }
 
-pub(crate) async fn the_jobs_queue_is_deleted(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn the_jobs_queue_is_deleted() {
+    let node = &Node::shared();
     let queues = Queues::of("deleted");
     let mut worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let requester = Requester::connect(node.url()).await;
@@ -72,12 +76,16 @@ pub(crate) async fn the_jobs_queue_is_deleted(node: &Node) {
     worker.assert_alive();
 }
 
-pub(crate) async fn a_memory_alarm(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_memory_alarm() {
+    let node = &Node::start();
     let (on, off) = (["absolute", "1MiB"], ["absolute", "512MiB"]);
     an_alarm(node, "memory", "set_vm_memory_high_watermark", &on, &off).await;
 }
 
-pub(crate) async fn a_disk_alarm(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_alarm() {
+    let node = &Node::start();
     an_alarm(node, "disk", "set_disk_free_limit", &["1000GB"], &["50MB"]).await;
 }
 
@@ -111,7 +119,9 @@ async fn an_alarm(node: &Node, name: &str, set: &str, on: &[&str], off: &[&str])
     assert_eq!(worker.metric("sandpiper_connection_reconnects_total{role=\"publish\"}"), 0.0);
 }
 
-pub(crate) async fn restarted_and_killed(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn restarted_and_killed() {
+    let node = &Node::start();
     let mut queues = Queues::of("restarted");
     let mut worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     // A reply queue of its own for each round: a duplicate may come late.
@@ -142,7 +152,9 @@ pub(crate) async fn restarted_and_killed(node: &Node) {
     }
 }
 
-pub(crate) async fn not_there_at_the_start(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn not_there_at_the_start() {
+    let node = &Node::start();
     let queues = Queues::of("absent");
     node.stop();
     let mut worker = Worker::start(node.url(), &queues.settings(&[])).await;

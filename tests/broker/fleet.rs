@@ -3,7 +3,8 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use lapin::options::QueueDeclareOptions;
+use lapin::ExchangeKind;
+use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 
 use crate::broker::Node;
@@ -15,7 +16,9 @@ async fn running(worker: &Worker, jobs: f64) {
     eventually("jobs run", async || (worker.metric("sandpiper_jobs_running") == jobs).then_some(())).await;
 }
 
-pub(crate) async fn killed_at_full_slots(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_full_slots() {
+    let node = &Node::shared();
     for warm in [true, false] {
         killed(node, warm).await;
     }
@@ -67,7 +70,9 @@ async fn killed(node: &Node, warm: bool) {
     assert_eq!(oracle::cgroups_of(heir.pid()), Vec::<std::path::PathBuf>::new());
 }
 
-pub(crate) async fn rolling_restart_under_load(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn rolling_restart_under_load() {
+    let node = &Node::shared();
     const ROUNDS: usize = 10;
     let queues = Queues::of("rolling");
     let settings = queues.settings(&["worker.slots=2"]);
@@ -90,7 +95,9 @@ pub(crate) async fn rolling_restart_under_load(node: &Node) {
     oracle::holds(node, &mut [&mut worker], &queues, &mut replies, &ids, &HashSet::new()).await;
 }
 
-pub(crate) async fn the_same_id_twice_at_once(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_id_twice_at_once() {
+    let node = &Node::shared();
     let queues = Queues::of("twins");
     let settings = queues.settings(&["worker.slots=1", "amqp.prefetch_surplus=0"]);
     let one = Worker::ready(node.url(), &settings).await;
@@ -111,7 +118,9 @@ pub(crate) async fn the_same_id_twice_at_once(node: &Node) {
     assert_silent(&mut replies).await;
 }
 
-pub(crate) async fn the_next_one_takes_over_a_single_active_consumer_queue(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn the_next_one_takes_over_a_single_active_consumer_queue() {
+    let node = &Node::shared();
     let queues = Queues::of("single");
     // Made by an operator, and taken as it is.
     let requester = Requester::connect(node.url()).await;
@@ -124,6 +133,9 @@ pub(crate) async fn the_next_one_takes_over_a_single_active_consumer_queue(node:
         let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
         requester.channel.queue_declare(name.as_str().into(), options, arguments).await.unwrap();
     }
+    let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+    let (control, kind) = ("sandpiper.control".into(), ExchangeKind::Fanout);
+    requester.channel.exchange_declare(control, kind, options, FieldTable::default()).await.unwrap();
     let settings = queues.settings(&["amqp.topology=passive", "worker.slots=1"]);
     let mut one = Worker::ready(node.url(), &settings).await;
     let two = Worker::ready(node.url(), &settings).await;

@@ -12,11 +12,7 @@ use crate::{Queues, eventually};
 
 /// A user of the broker who may do everything but be somebody else.
 async fn user(node: &Node, name: &str) -> Requester {
-    node.ctl(&["add_user", name, name]);
-    node.ctl(&["set_permissions", name, ".*", ".*", ".*"]);
-    let url = node.url().replacen("guest:guest", &format!("{name}:{name}"), 1);
-    assert!(url.contains(name), "{url}");
-    Requester::connect(&url).await
+    Requester::connect(&node.add_user(name, [".*"; 3])).await
 }
 
 /// Says something to all workers, in the name of a user or in nobody's.
@@ -32,7 +28,9 @@ async fn say(requester: &Requester, command: &Value, user: Option<&str>, reply_t
     assert!(saying.await.unwrap().await.unwrap().is_ack());
 }
 
-pub(crate) async fn a_result_is_not_taken_for_anothers(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_result_is_not_taken_for_anothers() {
+    let node = &Node::shared();
     let queues = Queues::of("identity.ids");
     let _worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let (alice, mallory) = (user(node, "alice.ids").await, user(node, "mallory.ids").await);
@@ -59,7 +57,9 @@ pub(crate) async fn a_result_is_not_taken_for_anothers(node: &Node) {
     }
 }
 
-pub(crate) async fn nobody_else_counts_deliveries(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_else_counts_deliveries() {
+    let node = &Node::shared();
     for kind in ["quorum", "classic"] {
         let queues = Queues::of(&format!("identity.count.{kind}"));
         let kind = format!("amqp.queue_type={kind}");
@@ -85,7 +85,9 @@ pub(crate) async fn nobody_else_counts_deliveries(node: &Node) {
     }
 }
 
-pub(crate) async fn a_job_is_cancelled_by_whoever_may(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_is_cancelled_by_whoever_may() {
+    let node = &Node::shared();
     let queues = Queues::of("identity.cancel");
     let settings = queues.settings(&["worker.slots=1", "amqp.operators=[\"operator\"]"]);
     let worker = Worker::ready(node.url(), &settings).await;
@@ -137,9 +139,11 @@ pub(crate) async fn a_job_is_cancelled_by_whoever_may(node: &Node) {
     assert_silent(&mut replies).await;
 }
 
-pub(crate) async fn queues_that_nobody_reads_are_bounded(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn queues_that_nobody_reads_are_bounded() {
+    let node = &Node::shared();
     let bounds = |queue: &str| {
-        let table = node.ctl(&["-q", "list_queues", "--no-table-headers", "name", "arguments"]);
+        let table = node.list_queues(&["name", "arguments"]);
         let line = table.lines().find(|line| line.split_whitespace().next() == Some(queue));
         line.unwrap_or_else(|| panic!("{table}")).contains("x-max-length-bytes")
     };

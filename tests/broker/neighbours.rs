@@ -133,7 +133,9 @@ async fn bounded(requester: &Requester, name: &str, most: i64) {
     requester.channel.queue_declare(name.into(), options, arguments).await.unwrap();
 }
 
-pub(crate) async fn a_reply_queue_that_refuses(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reply_queue_that_refuses() {
+    let node = &Node::shared();
     for (kind, body, status) in [
         ("refusing", &br#"{"code": "print(1)"}"#[..], "succeeded"),
         // They need not be jobs.
@@ -155,7 +157,9 @@ pub(crate) async fn a_reply_queue_that_refuses(node: &Node) {
     }
 }
 
-pub(crate) async fn a_bounded_reply_queue_whose_reader_died(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bounded_reply_queue_whose_reader_died() {
+    let node = &Node::shared();
     let mut scene = Scene::new(node, "dead-reader").await;
     let mut took = Vec::new();
     for round in 0..ROUNDS {
@@ -195,7 +199,9 @@ async fn forged(node: &Node, requester: &Requester, queue: &str) -> String {
     format!("{DIRECT}{}", parts.join("."))
 }
 
-pub(crate) async fn a_forged_direct_address(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forged_direct_address() {
+    let node = &Node::shared();
     let mut scene = Scene::new(node, "forged").await;
     let mut took = Vec::new();
     for round in 0..ROUNDS {
@@ -214,7 +220,9 @@ pub(crate) async fn a_forged_direct_address(node: &Node) {
     scene.unharmed().await;
 }
 
-pub(crate) async fn a_reply_queue_that_never_confirms(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reply_queue_that_never_confirms() {
+    let node = &Node::shared();
     let mut scene = Scene::new(node, "deaf").await;
     let mut took = Vec::new();
     for round in 0..ROUNDS {
@@ -252,7 +260,7 @@ impl<'a> Asleep<'a> {
     }
 
     fn say(&self, what: &str) {
-        let queue = format!("rabbit_misc:r(<<\"/\">>, queue, <<\"{}\">>)", self.queue);
+        let queue = format!("rabbit_misc:r(<<\"{}\">>, queue, <<\"{}\">>)", self.node.vhost(), self.queue);
         let said = self.node.ctl(&[
             "eval",
             &format!("{{ok, Q}} = rabbit_amqqueue:lookup({queue}), sys:{what}(amqqueue:get_pid(Q))."),
@@ -267,7 +275,9 @@ impl Drop for Asleep<'_> {
     }
 }
 
-pub(crate) async fn a_reply_queue_that_is_deleted_under_way(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reply_queue_that_is_deleted_under_way() {
+    let node = &Node::shared();
     let mut scene = Scene::new(node, "deleted").await;
     let mut took = Vec::new();
     for round in 0..ROUNDS {
@@ -284,13 +294,12 @@ pub(crate) async fn a_reply_queue_that_is_deleted_under_way(node: &Node) {
     scene.unharmed().await;
 }
 
-pub(crate) async fn a_publisher_without_the_right_to_its_reply_queue(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_publisher_without_the_right_to_its_reply_queue() {
+    let node = &Node::shared();
     let mut scene = Scene::new(node, "no-right").await;
     // It may publish jobs and nothing else: its reply queue cannot be declared, and what it names is another's.
-    node.ctl(&["add_user", "tenant", "tenant"]);
-    node.ctl(&["set_permissions", "tenant", "^$", "^amq\\.default$", "^$"]);
-    let url = node.url().replacen("guest:guest", "tenant:tenant", 1);
-    assert!(url.contains("tenant"), "{url}");
+    let url = node.add_user("tenant", ["^$", "^amq\\.default$", "^$"]);
     let tenant = Requester::connect(&url).await;
     let options = QueueDeclareOptions::default();
     let own = tenant.channel.queue_declare("no-right.own".into(), options, FieldTable::default()).await;
@@ -309,7 +318,9 @@ pub(crate) async fn a_publisher_without_the_right_to_its_reply_queue(node: &Node
     scene.unharmed().await;
 }
 
-pub(crate) async fn a_result_that_the_broker_does_not_take(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_result_that_the_broker_does_not_take() {
+    let node = &Node::start();
     const MIB: usize = 1 << 20;
     let large = |bytes: usize| {
         let code = format!("print('x' * {bytes})");
@@ -358,8 +369,10 @@ pub(crate) async fn a_result_that_the_broker_does_not_take(node: &Node) {
 }
 
 /// What takes six times its bytes as JSON, is cut, and is encoded once more.
-pub(crate) async fn results_that_grow_as_they_are_encoded(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn results_that_grow_as_they_are_encoded() {
     const BYTES: usize = 8 << 20;
+    let node = &Node::shared();
     let both = |char: &str| {
         let code = format!("import sys\nfor s in sys.stdout, sys.stderr: s.write('{char}' * {BYTES})");
         json!({"code": code, "limits": {"output_bytes": BYTES}}).to_string().into_bytes()

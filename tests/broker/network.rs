@@ -37,7 +37,9 @@ fn all(ids: &[String]) -> HashSet<String> {
     ids.iter().cloned().collect()
 }
 
-pub(crate) async fn a_frozen_broker_is_noticed_by_its_heartbeat(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_broker_is_noticed_by_its_heartbeat() {
+    let node = &Node::start();
     let queues = Queues::of("frozen");
     let mut worker = Worker::ready(node.url(), &queues.settings(&HEARTBEAT_ONLY)).await;
     let requester = Requester::connect(node.url()).await;
@@ -63,7 +65,9 @@ pub(crate) async fn a_frozen_broker_is_noticed_by_its_heartbeat(node: &Node) {
     oracle::holds(node, &mut [&mut worker], &queues, &mut replies, &ids, &all(&ids)).await;
 }
 
-pub(crate) async fn a_half_open_connection_is_noticed_by_its_heartbeat(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_half_open_connection_is_noticed_by_its_heartbeat() {
+    let node = &Node::shared();
     let queues = Queues::of("half-open");
     let proxy = Proxy::start(node.url()).await;
     let settings = queues.settings(&[&HEARTBEAT_ONLY[..], &["worker.slots=2"]].concat());
@@ -83,7 +87,9 @@ pub(crate) async fn a_half_open_connection_is_noticed_by_its_heartbeat(node: &No
     assert!(!worker.log().contains("PRECONDITION"), "a delivery of the old channel was acked on the new one");
 }
 
-pub(crate) async fn a_broker_that_accepts_and_is_silent(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_accepts_and_is_silent() {
+    let node = &Node::shared();
     let queues = Queues::of("silent");
     let proxy = Proxy::start(node.url()).await;
     proxy.set(Fault::Silent);
@@ -99,7 +105,9 @@ pub(crate) async fn a_broker_that_accepts_and_is_silent(node: &Node) {
     worker.until_ready().await;
 }
 
-pub(crate) async fn a_confirm_that_never_comes(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_confirm_that_never_comes() {
+    let node = &Node::shared();
     let queues = Queues::of("unconfirmed");
     let proxy = Proxy::start(node.url()).await;
     let settings = queues.settings(&["amqp.operation_timeout_ms=3000", "amqp.connect_timeout_ms=3000"]);
@@ -129,7 +137,9 @@ pub(crate) async fn a_confirm_that_never_comes(node: &Node) {
     assert_eq!(worker.metric(acked), 3.0);
 }
 
-pub(crate) async fn killed_between_the_confirm_and_the_ack(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_between_the_confirm_and_the_ack() {
+    let node = &Node::shared();
     let queues = Queues::of("unacked");
     let proxy = Proxy::start(node.url()).await;
     let mut worker = Worker::ready(&proxy.url(), &queues.settings(&[])).await;
@@ -154,7 +164,9 @@ pub(crate) async fn killed_between_the_confirm_and_the_ack(node: &Node) {
     assert_eq!(requester.waiting(&queues.jobs).await, 0);
 }
 
-pub(crate) async fn the_first_addresses_are_dead(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_addresses_are_dead() {
+    let node = &Node::shared();
     let queues = Queues::of("addresses");
     let closed = {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -171,7 +183,9 @@ pub(crate) async fn the_first_addresses_are_dead(node: &Node) {
     assert!(begin.elapsed() < 2 * timeout, "connected after {:?}", begin.elapsed());
 }
 
-pub(crate) async fn cut_off_at_any_byte_of_the_handshake(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn cut_off_at_any_byte_of_the_handshake() {
+    let node = &Node::shared();
     let queues = Queues::of("cut");
     let proxy = Proxy::start(node.url()).await;
     let settings = queues.settings(&["amqp.connect_timeout_ms=1000", "amqp.operation_timeout_ms=10000"]);
@@ -201,7 +215,9 @@ pub(crate) async fn cut_off_at_any_byte_of_the_handshake(node: &Node) {
     oracle::holds(node, &mut [&mut worker], &queues, &mut replies, &ids, &HashSet::new()).await;
 }
 
-pub(crate) async fn slow_and_reset(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_and_reset() {
+    let node = &Node::shared();
     let queues = Queues::of("slow");
     let proxy = Proxy::start(node.url()).await;
     proxy.set(Fault::Latency(Duration::from_millis(100)));
@@ -217,7 +233,9 @@ pub(crate) async fn slow_and_reset(node: &Node) {
     oracle::holds(node, &mut [&mut worker], &queues, &mut replies, &ids, &all(&ids)).await;
 }
 
-pub(crate) async fn jobs_without_names_do_not_answer_for_each_other(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_without_names_do_not_answer_for_each_other() {
+    let node = &Node::shared();
     const TWINS: usize = 2;
     let queues = Queues::of("nameless");
     let settings = queues.settings(&["worker.slots=1", "amqp.prefetch_surplus=1"]);

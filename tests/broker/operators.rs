@@ -16,7 +16,9 @@ use crate::{Queues, eventually, oracle};
 
 const RECONNECTS: &str = "sandpiper_connection_reconnects_total{role=\"consume\"}";
 
-pub(crate) async fn a_queue_with_other_arguments(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_with_other_arguments() {
+    let node = &Node::shared();
     let queues = Queues::of("mismatch");
     let requester = Requester::connect(node.url()).await;
     let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
@@ -54,7 +56,9 @@ fn expect_acks(node: &Node, timeout: Duration, look: Duration) {
 const SHORT: [Duration; 2] = [Duration::from_millis(1_500), Duration::from_millis(500)];
 const USUAL: [Duration; 2] = [Duration::from_secs(1_800), Duration::from_secs(60)];
 
-pub(crate) async fn the_ack_timeout(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn the_ack_timeout() {
+    let node = &Node::start();
     let queues = Queues::of("overdue");
     let [timeout, look] = SHORT;
     expect_acks(node, timeout, look);
@@ -90,7 +94,9 @@ pub(crate) async fn the_ack_timeout(node: &Node) {
     assert_eq!(requester.waiting(&queues.dead).await, 0);
 }
 
-pub(crate) async fn a_worker_says_how_long_its_jobs_may_take(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_says_how_long_its_jobs_may_take() {
+    let node = &Node::start();
     // Earlier versions ask no consumer.
     if !node.is_at_least((4, 3)) {
         return;
@@ -115,7 +121,7 @@ pub(crate) async fn a_worker_says_how_long_its_jobs_may_take(node: &Node) {
 /// Cuts the worker off, and waits until it was not let in again more than once.
 async fn until_refused(node: &Node, worker: &mut Worker) {
     let before = worker.metric(RECONNECTS);
-    node.ctl(&["close_all_connections", "--global", "revoked"]);
+    node.ctl(&["close_all_connections", "-p", "tenant", "revoked"]);
     eventually("it is refused more than once", async || {
         (worker.metric(RECONNECTS) >= before + 2.0).then_some(())
     })
@@ -124,16 +130,16 @@ async fn until_refused(node: &Node, worker: &mut Worker) {
     worker.assert_alive();
 }
 
-pub(crate) async fn permissions_and_password_are_lost(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn permissions_and_password_are_lost() {
+    let node = &Node::shared();
     const SECRETS: [&str; 2] = ["f1rst-secret", "sec0nd-secret"];
     let queues = Queues::of("revoked");
     node.ctl(&["add_vhost", "tenant"]);
     node.ctl(&["add_user", "worker", SECRETS[0]]);
     let grant = || node.ctl(&["set_permissions", "-p", "tenant", "worker", ".*", ".*", ".*"]);
     grant();
-    let url = |secret: &str| {
-        node.url().replace("guest:guest", &format!("worker:{secret}")).replace("%2f", "tenant")
-    };
+    let url = |secret: &str| format!("amqp://worker:{secret}@{}/tenant", node.address());
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), url(SECRETS[0])).unwrap();
     let from_file = format!("amqp.url_file={}", file.path().display());
@@ -161,7 +167,9 @@ pub(crate) async fn permissions_and_password_are_lost(node: &Node) {
     assert!(log.contains("ACCESS_REFUSED") || log.contains("ACCESS-REFUSED"), "{log}");
 }
 
-pub(crate) async fn small_frames(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn small_frames() {
+    let node = &Node::shared();
     let queues = Queues::of("frames");
     // The smallest that the broker agrees to.
     let frame = if node.is_at_least((4, 1)) { 8_192 } else { 4_096 };
@@ -197,7 +205,9 @@ fn anonymous(worker: &Worker) -> f64 {
     line.trim().trim_end_matches(" kB").parse::<f64>().unwrap() / 1_024.0
 }
 
-pub(crate) async fn a_long_backlog(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_backlog() {
+    let node = &Node::shared();
     const WAITING: usize = 20_000;
     let queues = Queues::of("backlog");
     let worker = Worker::ready(node.url(), &queues.settings(&["worker.slots=2"])).await;

@@ -48,7 +48,7 @@ pub(crate) async fn holds(
     let expected = format!("{} 0 0 {}", queues.jobs, workers.len());
     eventually(&format!("the broker says {expected:?}"), async || {
         let columns = ["name", "messages_ready", "messages_unacknowledged", "consumers"];
-        let table = node.ctl(&[&["-q", "list_queues", "--no-table-headers"][..], &columns].concat());
+        let table = node.list_queues(&columns);
         let mut lines = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "));
         lines.any(|line| line == expected).then_some(())
     })

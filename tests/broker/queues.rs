@@ -30,7 +30,9 @@ fn config(url: &str, settings: &[String]) -> Config {
     Config::load(None, std::iter::empty(), &overrides).unwrap()
 }
 
-pub(crate) async fn slots_are_shared_by_weight(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn slots_are_shared_by_weight() {
+    let node = &Node::shared();
     const JOBS: usize = 120;
     let queues = Queues::of("weights");
     let batch = format!("{}.batch", queues.jobs);
@@ -88,7 +90,9 @@ pub(crate) async fn slots_are_shared_by_weight(node: &Node) {
     collect(&mut replies, &["c".into(), "d".into()]).await;
 }
 
-pub(crate) async fn the_dead_go_back_to_where_they_came_from(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn the_dead_go_back_to_where_they_came_from() {
+    let node = &Node::shared();
     let queues = Queues::of("origin");
     let batch = format!("{}.batch", queues.jobs);
     let settings = two(&queues, &[]);
@@ -159,11 +163,13 @@ fn settings(queues: &Queues, more: &[&str]) -> Vec<String> {
 
 const ACKED: &str = "sandpiper_deliveries_settled_total{action=\"acked\"}";
 
-pub(crate) async fn high_priorities_come_first_in_a_classic_queue(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn high_priorities_come_first_in_a_classic_queue() {
+    let node = &Node::shared();
     let queues = Queues::of("priorities");
     let settings = settings(&queues, &["amqp.queue_type=classic", "amqp.max_priority=5"]);
     drop(Worker::ready(node.url(), &settings).await);
-    let table = node.ctl(&["-q", "list_queues", "name", "type"]);
+    let table = node.list_queues(&["name", "type"]);
     for queue in [&queues.jobs, &queues.results, &queues.dead] {
         assert!(table.contains(&format!("{queue}\tclassic")), "{table}");
     }
@@ -190,7 +196,9 @@ pub(crate) async fn high_priorities_come_first_in_a_classic_queue(node: &Node) {
 }
 
 /// RabbitMQ 4 deals two of a quorum queue's messages whose priority is above 4 to one of the others; 3 knows none.
-pub(crate) async fn high_priorities_come_first_in_a_quorum_queue(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn high_priorities_come_first_in_a_quorum_queue() {
+    let node = &Node::shared();
     let queues = Queues::of("priorities.quorum");
     let settings = settings(&queues, &[]);
     drop(Worker::ready(node.url(), &settings).await);
@@ -218,7 +226,9 @@ pub(crate) async fn high_priorities_come_first_in_a_quorum_queue(node: &Node) {
     }
 }
 
-pub(crate) async fn one_worker_is_active_until_the_next_takes_over(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn one_worker_is_active_until_the_next_takes_over() {
+    let node = &Node::shared();
     for kind in ["quorum", "classic"] {
         let queues = Queues::of(&format!("active.{kind}"));
         let kind = format!("amqp.queue_type={kind}");
@@ -242,7 +252,9 @@ pub(crate) async fn one_worker_is_active_until_the_next_takes_over(node: &Node) 
     }
 }
 
-pub(crate) async fn the_preferred_worker_gets_jobs_first(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn the_preferred_worker_gets_jobs_first() {
+    let node = &Node::shared();
     for kind in ["quorum", "classic"] {
         let queues = Queues::of(&format!("preferred.{kind}"));
         let kind = format!("amqp.queue_type={kind}");
@@ -276,7 +288,9 @@ pub(crate) async fn the_preferred_worker_gets_jobs_first(node: &Node) {
     }
 }
 
-pub(crate) async fn a_passive_worker_declares_nothing(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_passive_worker_declares_nothing() {
+    let node = &Node::shared();
     let queues = Queues::of("passive");
     let passive = queues.settings(&["amqp.topology=passive"]);
     let mut worker = Worker::start(node.url(), &passive).await;
@@ -288,15 +302,13 @@ pub(crate) async fn a_passive_worker_declares_nothing(node: &Node) {
     eventually("it says what is missing", async || worker.log().contains(&missing).then_some(())).await;
     worker.until_not_ready().await;
     worker.assert_alive();
-    assert!(!node.ctl(&["-q", "list_queues", "name"]).contains("passive."), "it declared a queue");
+    assert!(!node.list_queues(&["name"]).contains("passive."), "it declared a queue");
     drop(Worker::ready(node.url(), &queues.settings(&[])).await);
     worker.until_ready().await;
     drop(worker);
 
     // Nor does it need to be allowed to.
-    node.ctl(&["add_user", "watcher", "secret"]);
-    node.ctl(&["set_permissions", "watcher", "^$", ".*", ".*"]);
-    let url = node.url().replace("guest:guest", "watcher:secret");
+    let url = node.add_user("watcher", ["^$", ".*", ".*"]);
     let worker = Worker::ready(&url, &passive).await;
     let log = worker.log();
     let said = log.lines().find(|line| line.contains("cancel and ping do not reach this worker"));
@@ -310,7 +322,9 @@ pub(crate) async fn a_passive_worker_declares_nothing(node: &Node) {
     assert_eq!(worker.ended().await.code(), Some(0), "{}", worker.log());
 }
 
-pub(crate) async fn a_passive_worker_takes_a_queue_of_another_type(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_passive_worker_takes_a_queue_of_another_type() {
+    let node = &Node::shared();
     let queues = Queues::of("classic-after-all");
     drop(Worker::ready(node.url(), &queues.settings(&["amqp.queue_type=classic"])).await);
     let worker = Worker::ready(node.url(), &queues.settings(&["amqp.topology=passive"])).await;
@@ -323,7 +337,9 @@ pub(crate) async fn a_passive_worker_takes_a_queue_of_another_type(node: &Node) 
     assert_eq!(worker.metric("sandpiper_connection_reconnects_total{role=\"consume\"}"), 0.0);
 }
 
-pub(crate) async fn a_classic_queue_redelivers_without_running_twice(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_classic_queue_redelivers_without_running_twice() {
+    let node = &Node::shared();
     let queues = Queues::of("redelivered");
     let settings = queues.settings(&["amqp.queue_type=classic"]);
     let proxy = Proxy::start(node.url()).await;

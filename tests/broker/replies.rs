@@ -11,7 +11,9 @@ use crate::{Queues, eventually};
 
 const DIRECT: &str = "amq.rabbitmq.reply-to";
 
-pub(crate) async fn properties_are_as_promised(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn properties_are_as_promised() {
+    let node = &Node::shared();
     let queues = Queues::of("properties");
     let worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let requester = Requester::connect(node.url()).await;
@@ -53,7 +55,9 @@ pub(crate) async fn properties_are_as_promised(node: &Node) {
     assert_eq!(traced.count(), 2, "{log}");
 }
 
-pub(crate) async fn a_vanished_reply_queue_is_replaced_by_the_results_queue(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vanished_reply_queue_is_replaced_by_the_results_queue() {
+    let node = &Node::shared();
     let queues = Queues::of("vanished");
     let worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let requester = Requester::connect(node.url()).await;
@@ -82,7 +86,9 @@ pub(crate) async fn a_vanished_reply_queue_is_replaced_by_the_results_queue(node
     assert!(!worker.log().contains("\\\"stdout\\\""), "a result in the log");
 }
 
-pub(crate) async fn direct_reply_to_is_served_alive_and_survived_dead(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn direct_reply_to_is_served_alive_and_survived_dead() {
+    let node = &Node::shared();
     let queues = Queues::of("direct");
     let worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let requester = Requester::connect(node.url()).await;
@@ -103,7 +109,9 @@ pub(crate) async fn direct_reply_to_is_served_alive_and_survived_dead(node: &Nod
     assert_eq!(worker.metric("sandpiper_connection_reconnects_total{role=\"publish\"}"), 0.0);
 }
 
-pub(crate) async fn a_hostile_reply_to_harms_nobody_else(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hostile_reply_to_harms_nobody_else() {
+    let node = &Node::shared();
     let queues = Queues::of("hostile");
     let worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let requester = Requester::connect(node.url()).await;
@@ -139,7 +147,9 @@ pub(crate) async fn a_hostile_reply_to_harms_nobody_else(node: &Node) {
     }
 }
 
-pub(crate) async fn a_full_reply_queue_is_replaced_by_the_results_queue(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_reply_queue_is_replaced_by_the_results_queue() {
+    let node = &Node::shared();
     let queues = Queues::of("full");
     let worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let requester = Requester::connect(node.url()).await;
@@ -162,7 +172,9 @@ pub(crate) async fn a_full_reply_queue_is_replaced_by_the_results_queue(node: &N
     assert_eq!(requester.take(&queues.replies).await.data, b"in the way");
 }
 
-pub(crate) async fn a_vanished_dead_queue_is_declared_again(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vanished_dead_queue_is_declared_again() {
+    let node = &Node::shared();
     let queues = Queues::of("undead");
     let _worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let requester = Requester::connect(node.url()).await;

@@ -87,7 +87,9 @@ fn allow_descriptors(worker: &Worker, most: u32) {
     assert!(status.unwrap().success());
 }
 
-pub(crate) async fn no_descriptors_are_left(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn no_descriptors_are_left() {
+    let node = &Node::shared();
     let queues = Queues::of("descriptors");
     let proxy = Proxy::start(node.url()).await;
     let mut worker = Worker::ready(&proxy.url(), &queues.settings(&["worker.slots=2"])).await;
@@ -178,7 +180,9 @@ fn remove_below(directory: &Path) {
     }
 }
 
-pub(crate) async fn no_processes_are_left(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn no_processes_are_left() {
+    let node = &Node::shared();
     let Some(group) = Group::make("pids") else { return skip("no control group of pids can be made here") };
     let queues = Queues::of("processes");
     let proxy = Proxy::start(node.url()).await;
@@ -204,7 +208,9 @@ pub(crate) async fn no_processes_are_left(node: &Node) {
     recovers(&mut worker, &requester, &queues, &mut replies).await;
 }
 
-pub(crate) async fn no_memory_is_left(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn no_memory_is_left() {
+    let node = &Node::shared();
     const ROOM: u64 = 48 << 20;
     let Some(group) = Group::make("memory") else {
         return skip("no control group of memory can be made here");
@@ -252,7 +258,9 @@ impl Drop for Disk {
     }
 }
 
-pub(crate) async fn the_disk_of_the_log_is_full(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn the_disk_of_the_log_is_full() {
+    let node = &Node::shared();
     let Some(disk) = Disk::mount() else { return skip("no file system can be mounted here") };
     let queues = Queues::of("disk");
     let surroundings = Surroundings { disk: Some(disk.0.path().into()), ..Surroundings::default() };

@@ -15,7 +15,9 @@ fn ids(count: usize) -> Vec<String> {
     (0..count).map(|at| format!("job-{at}")).collect()
 }
 
-pub(crate) async fn drained_under_load(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn drained_under_load() {
+    let node = &Node::shared();
     let queues = Queues::of("drained");
     let settings = queues.settings(&["worker.slots=2", "amqp.prefetch_surplus=4"]);
     let mut worker = Worker::ready(node.url(), &settings).await;
@@ -46,7 +48,9 @@ pub(crate) async fn drained_under_load(node: &Node) {
     assert_silent(&mut replies).await;
 }
 
-pub(crate) async fn what_is_only_given_back_is_no_poison(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_only_given_back_is_no_poison() {
+    let node = &Node::shared();
     // Before 4.3 a quorum queue counts what was given back like what was lost, and drops it after so many times.
     if !node.is_at_least((4, 3)) {
         return;
@@ -81,7 +85,9 @@ pub(crate) async fn what_is_only_given_back_is_no_poison(node: &Node) {
     assert_eq!(requester.waiting(&queues.dead).await, 0);
 }
 
-pub(crate) async fn killed_at_the_end_of_the_drain_time(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_the_end_of_the_drain_time() {
+    let node = &Node::shared();
     let queues = Queues::of("impatient");
     let settings = queues.settings(&["worker.slots=2", "worker.drain_timeout_ms=1000"]);
     let mut worker = Worker::ready(node.url(), &settings).await;
@@ -102,7 +108,9 @@ pub(crate) async fn killed_at_the_end_of_the_drain_time(node: &Node) {
     assert_silent(&mut replies).await;
 }
 
-pub(crate) async fn a_second_signal_ends_at_once(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_signal_ends_at_once() {
+    let node = &Node::shared();
     let queues = Queues::of("second");
     let settings = queues.settings(&["worker.slots=1"]);
     let mut worker = Worker::ready(node.url(), &settings).await;
@@ -120,7 +128,9 @@ pub(crate) async fn a_second_signal_ends_at_once(node: &Node) {
     collect(&mut replies, &ids(1)).await;
 }
 
-pub(crate) async fn drained_while_the_broker_is_away(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn drained_while_the_broker_is_away() {
+    let node = &Node::start();
     let queues = Queues::of("away");
     let mut worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     node.stop();

@@ -28,7 +28,9 @@ enum Event {
     Restarted,
 }
 
-pub(crate) async fn faults_by_chance(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_by_chance() {
+    let node = &Node::start();
     let queues = Queues::of("soak");
     let seed = number("SP_SOAK_SEED")
         .unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).unwrap().subsec_nanos().into());

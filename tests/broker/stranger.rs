@@ -32,8 +32,7 @@ fn long(bytes: &[u8]) -> Vec<u8> {
 
 impl Stranger {
     fn connect(node: &Node) -> Self {
-        let address = node.url().split('@').nth(1).unwrap().split('/').next().unwrap().to_owned();
-        let stream = TcpStream::connect(address).unwrap();
+        let stream = TcpStream::connect(node.address()).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut stranger = Self(stream);
         stranger.0.write_all(b"AMQP\0\0\x09\x01").unwrap();
@@ -43,7 +42,7 @@ impl Stranger {
         let tune = stranger.expect([10, 30]);
         // As offered, but without heartbeats.
         stranger.method(0, [10, 31], &[&tune[..6], &[0, 0]].concat());
-        stranger.method(0, [10, 40], &[short(b"/"), short(b""), vec![0]].concat());
+        stranger.method(0, [10, 40], &[short(node.vhost().as_bytes()), short(b""), vec![0]].concat());
         stranger.expect([10, 41]);
         stranger.method(1, [20, 10], &short(b""));
         stranger.expect([20, 11]);
@@ -101,7 +100,9 @@ fn nested(depth: u32) -> Vec<u8> {
     long(&[short(b"deep"), value].concat())
 }
 
-pub(crate) async fn envelopes_that_no_library_writes(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn envelopes_that_no_library_writes() {
+    let node = &Node::shared();
     const BAD: &[u8] = b"\xff\xfe\x80\xc3";
     let queues = Queues::of("stranger");
     let mut worker = Worker::ready(node.url(), &queues.settings(&[])).await;
@@ -213,7 +214,9 @@ pub(crate) async fn envelopes_that_no_library_writes(node: &Node) {
 
 /// What AMQP 1.0 may say and AMQP 0-9-1 has no room for: RabbitMQ takes it, and then fails over it each time that it
 /// delivers it, with the connection of whoever consumes.
-pub(crate) async fn a_message_that_the_broker_cannot_hand_on(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_the_broker_cannot_hand_on() {
+    let node = &Node::shared();
     const LIMIT: u32 = 8;
     // Before that it takes a plugin.
     if !node.is_at_least((4, 0)) {
@@ -229,7 +232,7 @@ pub(crate) async fn a_message_that_the_broker_cannot_hand_on(node: &Node) {
     for id in &ids[..5] {
         requester.submit(&queues.jobs, id, &queues.replies).await;
     }
-    amqp10::publish(node.url(), &queues.jobs, &"t".repeat(300), br#"{"code": "print(1)"}"#);
+    amqp10::publish(node, &queues.jobs, &"t".repeat(300), br#"{"code": "print(1)"}"#);
     for id in &ids[5..] {
         requester.submit(&queues.jobs, id, &queues.replies).await;
     }

@@ -57,7 +57,9 @@ async fn read(replies: &mut Consumer) -> Streamed {
     }
 }
 
-pub(crate) async fn output_comes_in_order_before_the_result(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn output_comes_in_order_before_the_result() {
+    let node = &Node::shared();
     let queues = Queues::of("stream");
     let worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let requester = Requester::connect(node.url()).await;
@@ -102,7 +104,9 @@ pub(crate) async fn output_comes_in_order_before_the_result(node: &Node) {
     }
 }
 
-pub(crate) async fn a_flood_is_sent_in_few_pieces(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_is_sent_in_few_pieces() {
+    let node = &Node::shared();
     let queues = Queues::of("flood");
     let _worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let requester = Requester::connect(node.url()).await;
@@ -133,7 +137,9 @@ pub(crate) async fn a_flood_is_sent_in_few_pieces(node: &Node) {
 /// Pieces that are kept apart in one turn.
 const PIECES_A_ROUND: u64 = 64;
 
-pub(crate) async fn nobody_listening_delays_nothing(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_listening_delays_nothing() {
+    let node = &Node::shared();
     let queues = Queues::of("unheard");
     let worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let requester = Requester::connect(node.url()).await;

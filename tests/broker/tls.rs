@@ -132,7 +132,8 @@ async fn refused_with(url: &str, settings: &[&str], says: &[&str]) {
     worker.until_not_ready().await;
 }
 
-pub(crate) async fn the_right_authority_and_every_wrong_one() {
+#[tokio::test(flavor = "multi_thread")]
+async fn the_right_authority_and_every_wrong_one() {
     let papers = Papers::make();
     let port = free_port();
     let configuration = papers.path("extra.conf");
@@ -168,7 +169,8 @@ pub(crate) async fn the_right_authority_and_every_wrong_one() {
     refused(&url, &papers.path("ca.pem"), &["Expired", "expired"]).await;
 }
 
-pub(crate) async fn the_workers_own_certificate_and_every_wrong_one() {
+#[tokio::test(flavor = "multi_thread")]
+async fn the_workers_own_certificate_and_every_wrong_one() {
     let papers = Papers::make();
     papers.client("worker", "ca");
     papers.client("second", "ca");

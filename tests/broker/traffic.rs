@@ -9,7 +9,9 @@ use crate::requester::{Requester, assert_silent, collect, next};
 use crate::worker::Worker;
 use crate::{Queues, eventually};
 
-pub(crate) async fn a_thousand_jobs_through_two_workers(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_jobs_through_two_workers() {
+    let node = &Node::shared();
     let queues = Queues::of("thousand");
     let one = Worker::ready(node.url(), &queues.settings(&[])).await;
     let two = Worker::ready(node.url(), &queues.settings(&[])).await;
@@ -32,7 +34,9 @@ pub(crate) async fn a_thousand_jobs_through_two_workers(node: &Node) {
     assert!(!one.log().contains("print(1)"), "code in the log");
 }
 
-pub(crate) async fn what_is_no_job_is_dead_lettered_and_rejected(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_job_is_dead_lettered_and_rejected() {
+    let node = &Node::shared();
     let queues = Queues::of("malformed");
     let mut worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let requester = Requester::connect(node.url()).await;
@@ -74,7 +78,9 @@ pub(crate) async fn what_is_no_job_is_dead_lettered_and_rejected(node: &Node) {
     assert_eq!(worker.metric("sandpiper_deliveries_settled_total{action=\"requeued\"}"), 0.0);
 }
 
-pub(crate) async fn what_is_not_acceptable_is_rejected_and_acked(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_acceptable_is_rejected_and_acked() {
+    let node = &Node::shared();
     let queues = Queues::of("unacceptable");
     let _worker = Worker::ready(node.url(), &queues.settings(&["amqp.max_body_bytes=65536"])).await;
     let requester = Requester::connect(node.url()).await;
@@ -100,7 +106,9 @@ fn memory(worker: &Worker, field: &str) -> usize {
     line.trim_matches(|char: char| !char.is_ascii_digit()).parse::<usize>().unwrap() << 10
 }
 
-pub(crate) async fn a_body_that_is_too_large_does_not_come_in(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_is_too_large_does_not_come_in() {
+    let node = &Node::start();
     // RabbitMQ 4 takes no more than 16 MiB unless it is told to.
     let bytes: usize = if node.is_at_least((4, 0)) { 16 << 20 } else { 40 << 20 };
     let queues = Queues::of("oversize");
@@ -149,7 +157,18 @@ pub(crate) async fn a_body_that_is_too_large_does_not_come_in(node: &Node) {
     assert_eq!(requester.waiting(&queues.jobs).await, 0);
 }
 
-pub(crate) async fn poison_ends_in_the_dead_queue(node: &Node, kind: &str) {
+#[tokio::test(flavor = "multi_thread")]
+async fn poison_is_dead_lettered_from_a_quorum_queue() {
+    poison_is_dead_lettered("quorum").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn poison_is_dead_lettered_from_a_classic_queue() {
+    poison_is_dead_lettered("classic").await;
+}
+
+async fn poison_is_dead_lettered(kind: &str) {
+    let node = &Node::shared();
     let queues = Queues::of(&format!("poison.{kind}"));
     let kind = format!("amqp.queue_type={kind}");
     let settings = queues.settings(&["amqp.delivery_limit=2", &kind]);
@@ -177,7 +196,9 @@ pub(crate) async fn poison_ends_in_the_dead_queue(node: &Node, kind: &str) {
     assert_eq!(requester.waiting(&queues.jobs).await, 0);
 }
 
-pub(crate) async fn a_job_past_its_time_is_not_run(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_past_its_time_is_not_run() {
+    let node = &Node::shared();
     let queues = Queues::of("expired");
     let worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let requester = Requester::connect(node.url()).await;
@@ -202,7 +223,9 @@ pub(crate) async fn a_job_past_its_time_is_not_run(node: &Node) {
     assert_eq!(worker.metric("sandpiper_jobs_completed_total{status=\"expired\"}"), 2.0);
 }
 
-pub(crate) async fn a_job_is_cancelled_where_it_runs_and_where_it_waits(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_is_cancelled_where_it_runs_and_where_it_waits() {
+    let node = &Node::shared();
     let queues = Queues::of("cancelled");
     let worker = Worker::ready(node.url(), &queues.settings(&["worker.slots=1"])).await;
     let requester = Requester::connect(node.url()).await;
@@ -233,7 +256,9 @@ pub(crate) async fn a_job_is_cancelled_where_it_runs_and_where_it_waits(node: &N
 }
 
 /// As gzip, and as a section of AMQP 1.0; with what cannot be read like that in between.
-pub(crate) async fn what_bodies_are_wrapped_in_is_undone(node: &Node) {
+#[tokio::test(flavor = "multi_thread")]
+async fn what_bodies_are_wrapped_in_is_undone() {
+    let node = &Node::shared();
     let queues = Queues::of("wrapped");
     let worker = Worker::ready(node.url(), &queues.settings(&[])).await;
     let requester = Requester::connect(node.url()).await;

@@ -1,16 +1,31 @@
-//! Private RabbitMQ nodes, by way of `deploy/broker`, in a directory that goes with them.
+//! Private RabbitMQ nodes, by way of `deploy/broker`, in a directory that goes with them; and one that the tests of a
+//! run share, which `tests/support/shared-node` starts and ends.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::sys::signal::Signal;
 
-/// A running node. One that is alone is stopped, with everything of it, when this is dropped.
+/// Names the directory of the node that the tests of this run share.
+const SHARED: &str = "SP_TEST_SHARED_NODE";
+
+/// The virtual host whose name is `%2f` in a URL.
+const DEFAULT_VHOST: &str = "/";
+
+/// A running node, or a virtual host of the one that tests share.
 pub(crate) struct Node {
     directory: PathBuf,
     url: String,
-    /// None for a node of a cluster.
-    home: Option<tempfile::TempDir>,
+    vhost: String,
+    owner: Owner,
+}
+
+/// Who ends a node.
+enum Owner {
+    /// This test, when the [`Node`] is dropped; with everything in its directory.
+    Test(#[expect(dead_code, reason = "dropped with the node")] tempfile::TempDir),
+    Cluster,
+    Run,
 }
 
 impl Node {
@@ -22,14 +37,71 @@ impl Node {
     /// The same with further options of `deploy/broker start`.
     pub(crate) fn start_with(options: &[&str]) -> Self {
         let home = tempfile::tempdir().unwrap();
-        let mut node = Self { directory: home.path().into(), url: String::new(), home: Some(home) };
+        let mut node = Self {
+            directory: home.path().into(),
+            url: String::new(),
+            vhost: DEFAULT_VHOST.into(),
+            owner: Owner::Test(home),
+        };
         node.url = start(&node.directory, options);
+        node
+    }
+
+    /// A virtual host of this test's own on the node that the tests of this run share. Other tests see neither its
+    /// queues nor its connections; users and settings of the node are everybody's. A node of its own if the run has
+    /// started none, as without nextest.
+    pub(crate) fn shared() -> Self {
+        let Some(directory) = std::env::var_os(SHARED) else { return Self::start() };
+        let vhost = format!("test-{}", std::process::id());
+        let mut node = Self { directory: directory.into(), url: String::new(), vhost, owner: Owner::Run };
+        let add = format!("rabbit_vhost:add(<<{:?}>>, <<\"test\">>)", node.vhost);
+        node.eval(&[add, node.grant("guest", [".*"; 3])]);
+        node.url = std::env::var("SP_TEST_SHARED_URL").unwrap().replace("%2f", &node.vhost);
         node
     }
 
     /// Where it listens, with its user and password. The same after a restart.
     pub(crate) fn url(&self) -> &str {
         &self.url
+    }
+
+    /// The same without user, password and virtual host.
+    pub(crate) fn address(&self) -> &str {
+        self.url.split(['@', '/']).nth(3).unwrap()
+    }
+
+    pub(crate) fn vhost(&self) -> &str {
+        &self.vhost
+    }
+
+    /// Adds a user whose password is its name, and what it may configure, write and read in the virtual host. Returns
+    /// its URL.
+    pub(crate) fn add_user(&self, name: &str, permissions: [&str; 3]) -> String {
+        let add = format!("rabbit_auth_backend_internal:add_user(<<{name:?}>>, <<{name:?}>>, <<\"test\">>)");
+        self.eval(&[add, self.grant(name, permissions)]);
+        let url = self.url.replacen("guest:guest", &format!("{name}:{name}"), 1);
+        assert!(url.contains(name), "{url}");
+        url
+    }
+
+    /// What lets a user configure, write and read in the virtual host, for [`eval`](Self::eval).
+    fn grant(&self, user: &str, permissions: [&str; 3]) -> String {
+        let [configure, write, read] = permissions.map(|pattern| format!("<<{pattern:?}>>"));
+        let (user, vhost) = (format!("<<{user:?}>>"), format!("<<{:?}>>", self.vhost));
+        let set = "rabbit_auth_backend_internal:set_permissions";
+        format!("{set}({user}, {vhost}, {configure}, {write}, {read}, <<\"test\">>)")
+    }
+
+    /// Has the node evaluate expressions of Erlang, the last of which must give `ok`: several in one call of
+    /// rabbitmqctl, each of which takes a second or more. Strings are quoted there as they are here.
+    fn eval(&self, expressions: &[String]) {
+        let said = self.ctl(&["eval", &format!("{}.", expressions.join(", "))]);
+        assert_eq!(said.trim(), "ok", "{expressions:?}");
+    }
+
+    /// A line for each queue of the virtual host.
+    pub(crate) fn list_queues(&self, columns: &[&str]) -> String {
+        self.ctl(&[&["-q", "list_queues", "-p", &self.vhost, "--no-table-headers"][..], columns].concat())
     }
 
     /// Brings a stopped node back, with its queues.
@@ -89,10 +161,10 @@ impl Node {
 impl Drop for Node {
     fn drop(&mut self) {
         // Of a cluster's it is gone already, and shown.
-        if std::thread::panicking() && self.home.is_some() {
+        if std::thread::panicking() && !matches!(self.owner, Owner::Cluster) {
             println!("--- the node's log\n{}", self.log());
         }
-        if self.home.is_some() {
+        if matches!(self.owner, Owner::Test(_)) {
             clear(&self.directory);
         }
     }
@@ -118,7 +190,8 @@ impl Cluster {
             .map(|(url, number)| Node {
                 directory: cluster.home.path().join(number.to_string()),
                 url,
-                home: None,
+                vhost: DEFAULT_VHOST.into(),
+                owner: Owner::Cluster,
             })
             .collect();
         cluster
@@ -136,7 +209,7 @@ impl Cluster {
 
     /// Which node leads a quorum queue, as the node `asked` knows it.
     pub(crate) fn leader(&self, asked: usize, queue: &str) -> usize {
-        let table = self.nodes[asked].ctl(&["-q", "list_queues", "--no-table-headers", "name", "leader"]);
+        let table = self.nodes[asked].list_queues(&["name", "leader"]);
         let line =
             table.lines().find_map(|line| line.strip_prefix(queue)).unwrap_or_else(|| panic!("{table}"));
         let number = line.trim().split_once('@').and_then(|(name, _)| name.rsplit_once('-')).unwrap().1;

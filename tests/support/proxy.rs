@@ -52,6 +52,7 @@ enum Way {
 /// A running proxy. Ends, with all its connections, when this is dropped.
 pub(crate) struct Proxy {
     address: SocketAddr,
+    vhost: String,
     fault: watch::Sender<Fault>,
     resets: watch::Sender<u64>,
     timeout: Arc<AtomicI64>,
@@ -61,20 +62,20 @@ pub(crate) struct Proxy {
 impl Proxy {
     /// In front of the broker that `url` names.
     pub(crate) async fn start(url: &str) -> Self {
-        let (_, rest) = url.rsplit_once('@').unwrap();
-        let broker: SocketAddr = rest.split('/').next().unwrap().parse().unwrap();
+        let (broker, vhost) = url.rsplit_once('@').unwrap().1.split_once('/').unwrap();
+        let broker: SocketAddr = broker.parse().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (fault, resets) = (watch::Sender::new(Fault::None), watch::Sender::new(0));
         let timeout = Arc::new(AtomicI64::new(NO_TIMEOUT));
         let task =
             tokio::spawn(accept(listener, broker, fault.subscribe(), resets.subscribe(), timeout.clone()));
-        Self { address, fault, resets, timeout, task }
+        Self { address, vhost: vhost.to_owned(), fault, resets, timeout, task }
     }
 
     /// The broker's address by way of the proxy.
     pub(crate) fn url(&self) -> String {
-        format!("amqp://guest:guest@{}/%2f", self.address)
+        format!("amqp://guest:guest@{}/{}", self.address, self.vhost)
     }
 
     pub(crate) fn set(&self, fault: Fault) {

@@ -161,6 +161,8 @@ fn is_process(term: &[u8]) -> bool {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::config::Config;
 
@@ -233,5 +235,27 @@ mod tests {
     #[test]
     fn a_live_direct_reply_to_is_taken() {
         assert_eq!(addresses("*").check(Some(LIVE)), Ok(Address::Direct(LIVE.into())));
+    }
+
+    proptest! {
+        /// Whatever a publisher writes, what is accepted is what it wrote, and harms neither broker nor workers.
+        #[test]
+        fn what_is_accepted_is_an_address(
+            text in prop_oneof![any::<String>(), Just(LIVE.to_owned()), Just("sandpiper.jobs".to_owned()), "q{250,260}"],
+            at in any::<prop::sample::Index>(), damage in prop::option::of(any::<char>()),
+        ) {
+            let mut characters: Vec<char> = text.chars().collect();
+            if let (Some(damage), false) = (damage, characters.is_empty()) {
+                let at = at.index(characters.len());
+                characters[at] = damage;
+            }
+            let text: String = characters.into_iter().collect();
+            if let Ok(address) = addresses("*").check(Some(&text)).or_else(|_| addresses("*").of_operator(&text)) {
+                prop_assert_eq!(address.name(), if text.is_empty() { "sandpiper.results" } else { &text });
+                prop_assert!(text.len() <= NAME_MAX && !text.contains(char::is_control));
+                prop_assert!(text != "sandpiper.jobs" && text != "sandpiper.dead", "results for workers");
+                prop_assert_eq!(matches!(address, Address::Direct(_)), text.starts_with(DIRECT));
+            }
+        }
     }
 }

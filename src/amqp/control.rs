@@ -77,6 +77,8 @@ impl Command {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -95,5 +97,17 @@ mod tests {
         }
         let long = Command::Cancel("x".repeat(1 << 20)).to_body();
         assert_eq!(Command::parse(&long), None);
+    }
+
+    proptest! {
+        /// Random bytes are no JSON; this is.
+        #[test]
+        fn what_is_understood_names_a_job(id in prop_oneof![any::<String>(), "[a-z.]{0,140}"], before in ".{0,2}") {
+            let body = [before.as_bytes(), &Command::Cancel(id.clone()).to_body()].concat();
+            if let Some(command) = Command::parse(&body) {
+                prop_assert!(job::is_id(&id));
+                prop_assert_eq!(command, Command::Cancel(id));
+            }
+        }
     }
 }

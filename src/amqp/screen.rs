@@ -279,6 +279,10 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Screen<S> {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+mod properties;
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 mod tests {
     use super::*;
     use crate::amqp::envelope::DEPTH;

@@ -238,6 +238,10 @@ fn text(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+mod properties;
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 mod tests {
     use std::io::Write;
 
@@ -249,13 +253,13 @@ mod tests {
 
     const JOB: &[u8] = br#"{"id": "a", "code": "print(1)"}"#;
 
-    fn gzip(plain: &[u8]) -> Vec<u8> {
+    pub(super) fn gzip(plain: &[u8]) -> Vec<u8> {
         let mut encoder = GzEncoder::new(Vec::new(), Level::best());
         encoder.write_all(plain).unwrap();
         encoder.finish().unwrap()
     }
 
-    fn zstd(plain: &[u8]) -> Vec<u8> {
+    pub(super) fn zstd(plain: &[u8]) -> Vec<u8> {
         compress_to_vec(plain, CompressionLevel::Fastest)
     }
 

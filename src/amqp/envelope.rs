@@ -3,7 +3,8 @@
 //! Bytes that are not UTF-8 become [`SUBSTITUTE`]; tables and lists that are nested too deep become a string of bytes,
 //! which are written alike. No length changes. None where a payload is not what it should be.
 //!
-//! `screen/properties.rs` holds that lapin's parser can read all that comes out, and refuses what is given up here.
+//! When this can be removed stands in [`screen`](super::screen); `screen/properties.rs` holds that lapin's parser can read
+//! all that comes out, and refuses what is given up here.
 
 use std::ops::Range;
 

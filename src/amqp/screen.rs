@@ -7,6 +7,22 @@
 //! looked at as they come in, and changed in place; [`envelope`] knows how. Bodies pass through unseen, but for those
 //! that are larger than the worker reads: these are dropped as they come, and the delivery that lapin sees has none,
 //! with a note in [`Dropped`]. The broker itself is trusted: what is not AMQP at all is left for lapin to complain about.
+//!
+//! # Remove when
+//!
+//! Each part can go when lapin survives without it; `tests/broker/canary.rs` tries lapin alone and fails on that day.
+//! As of lapin 4.12 and amq-protocol 10.6:
+//!
+//! - Short strings that are not UTF-8 end the connection. The maintainer's word in
+//!   <https://github.com/amqp-rs/amq-protocol/issues/28> is that the specification forbids them. It does; RabbitMQ passes
+//!   them on all the same, so this is likely to stay.
+//! - The parser of headers calls itself for each level of nesting, without a limit, and overflows its stack. No issue
+//!   says so yet.
+//! - A frame above the agreed size ends the connection, as the specification wants it. RabbitMQ sends a message's
+//!   properties in one frame, whatever their size.
+//!
+//! Dropping bodies that are too large works around nothing: without it, all of a body is in memory before the worker
+//! learns of its size. It stays, and with it the reader of frames.
 
 use std::io;
 use std::net::SocketAddr;

@@ -12,6 +12,7 @@
 mod amqp10;
 #[path = "../support/broker.rs"]
 mod broker;
+mod canary;
 mod clock;
 mod cluster;
 mod faults;

@@ -20,9 +20,9 @@ const HEADER: u8 = 2;
 const BODY: u8 = 3;
 
 /// A connection with one channel in confirm mode.
-struct Stranger(TcpStream);
+pub(crate) struct Stranger(TcpStream);
 
-fn short(bytes: &[u8]) -> Vec<u8> {
+pub(crate) fn short(bytes: &[u8]) -> Vec<u8> {
     [&[u8::try_from(bytes.len()).unwrap()], bytes].concat()
 }
 
@@ -31,7 +31,7 @@ fn long(bytes: &[u8]) -> Vec<u8> {
 }
 
 impl Stranger {
-    fn connect(node: &Node) -> Self {
+    pub(crate) fn connect(node: &Node) -> Self {
         let stream = TcpStream::connect(node.address()).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut stranger = Self(stream);
@@ -74,7 +74,13 @@ impl Stranger {
     }
 
     /// Publishes, and waits until the broker keeps it. `properties` are flags, and all that they announce.
-    fn publish(&mut self, exchange: &[u8], key: &[u8], (flags, properties): (u16, Vec<u8>), body: &[u8]) {
+    pub(crate) fn publish(
+        &mut self,
+        exchange: &[u8],
+        key: &[u8],
+        (flags, properties): (u16, Vec<u8>),
+        body: &[u8],
+    ) {
         self.method(1, [60, 40], &[vec![0, 0], short(exchange), short(key), vec![0]].concat());
         let size = u64::try_from(body.len()).unwrap().to_be_bytes();
         let header = [&[0, 60, 0, 0][..], &size, &flags.to_be_bytes(), &properties].concat();
@@ -84,13 +90,19 @@ impl Stranger {
     }
 }
 
-const HEADERS: u16 = 1 << 13;
-const CORRELATION_ID: u16 = 1 << 10;
+pub(crate) const HEADERS: u16 = 1 << 13;
+pub(crate) const CORRELATION_ID: u16 = 1 << 10;
 const REPLY_TO: u16 = 1 << 9;
 const MESSAGE_ID: u16 = 1 << 7;
 
+/// One header, so large that the payload of a frame with nothing else has this size.
+pub(crate) fn large(payload: usize) -> Vec<u8> {
+    let around = 12 + 2 + 4 + (1 + 4 + 1 + 4);
+    long(&[short(b"much"), vec![b'S'], long(&vec![b'x'; payload - around])].concat())
+}
+
 /// Lists in lists, so many, below one header.
-fn nested(depth: u32) -> Vec<u8> {
+pub(crate) fn nested(depth: u32) -> Vec<u8> {
     let mut value = Vec::new();
     for left in (0..depth).rev() {
         value.push(b'A');
@@ -145,9 +157,7 @@ async fn envelopes_that_no_library_writes() {
     // More headers than lapin takes in one frame, though the broker does, and sends them on: it allows publishers a
     // few bytes more than what was agreed.
     for size in [131_060, 131_072] {
-        let around = 12 + 2 + 4 + (1 + 4 + 1 + 4) + reply_to.len();
-        let large = [short(b"much"), vec![b'S'], long(&vec![b'x'; size - around])].concat();
-        let properties = (HEADERS | REPLY_TO, [long(&large), reply_to.clone()].concat());
+        let properties = (HEADERS | REPLY_TO, [large(size - reply_to.len()), reply_to.clone()].concat());
         stranger.publish(b"", jobs, properties, &job("large"));
         let result = next(&mut replies).await.1;
         assert_eq!((&result["id"], &result["status"]), (&json!("large"), &json!("succeeded")), "{result}");

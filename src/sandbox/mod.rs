@@ -1,13 +1,12 @@
 //! One door to run a job: [`Sandbox::run`].
 //!
-//! Around every job stand two walls. The outer one, namespaces and an own root and identity, is written down as
-//! a [`plan`] and raised by the shim before python starts; the inner one, the [`policy`], is set from inside
-//! python by the shim, which sends the filter's listener here. Only then does [`watch`] hand over the key to the
-//! code, and before that lays the job's [`files`] into its working directory, of which the shim has sent a
-//! descriptor along; through the same one [`artifacts`] come back at the end. When `run` returns, nothing of the
-//! job is alive.
+//! Around every job stand two walls. The outer one, namespaces and an own root and identity, is written down as a plan in
+//! [`outer_wall`] and raised by the shim before python starts; the inner one, the policy in [`inner_wall`], is set from
+//! inside python by the shim, which sends the filter's listener here. Only then does [`supervise`] hand over the key to
+//! the code. Before that the job's files go into its [`workdir`], of which the shim has sent a descriptor along; through
+//! the same one its artifacts come back at the end. When `run` returns, nothing of the job is alive.
 //!
-//! A job's process comes from a new python (cold) or from a [`zygote`] (warm). All the rest is one way.
+//! A job's process comes from a new python (cold) or from a zygote (warm), both in [`start`]. All the rest is one way.
 
 mod cgroup;
 pub mod doctor;

@@ -9,6 +9,8 @@ use super::plan::{Plan, flag, number};
 use super::{Descriptors, Job};
 use crate::sandbox::host::{Host, Privilege};
 
+/// What the namespace helper does: an identity to make namespaces with, and the pid namespace. An ordinary user is
+/// `inside` in it.
 pub(super) fn origin_as(host: &Host, inside: u32, score: &[u8]) -> Plan {
     let mut plan = Plan::default();
     plan.push(&Step::DieWithParent {});

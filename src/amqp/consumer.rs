@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::amqp::connection::Dialer;
-use crate::amqp::control::{Command, Heard};
+use crate::amqp::control::{Command, ReceivedCommand};
 use crate::amqp::delivery::{Delivery, Properties};
 use crate::amqp::link::Link;
 use crate::amqp::supervisor::{LinkState, Session, State, Supervisor};
@@ -37,7 +37,7 @@ const COMMANDS: usize = 64;
 #[derive(Debug)]
 pub struct Consumer {
     deliveries: mpsc::Receiver<Delivery>,
-    commands: Option<mpsc::Receiver<Heard>>,
+    commands: Option<mpsc::Receiver<ReceivedCommand>>,
     state: watch::Receiver<LinkState>,
     closing: CancellationToken,
     task: JoinHandle<()>,
@@ -91,7 +91,7 @@ impl Consumer {
     }
 
     /// The stream of commands; the first caller gets it.
-    pub fn commands(&mut self) -> Option<mpsc::Receiver<Heard>> {
+    pub fn commands(&mut self) -> Option<mpsc::Receiver<ReceivedCommand>> {
         self.commands.take()
     }
 
@@ -126,7 +126,7 @@ struct Consuming {
     metrics: Metrics,
     /// None once drained, so that the reader sees the end.
     sender: Option<mpsc::Sender<Delivery>>,
-    commands: mpsc::Sender<Heard>,
+    commands: mpsc::Sender<ReceivedCommand>,
     drain: CancellationToken,
     closing: CancellationToken,
 }
@@ -295,7 +295,7 @@ impl Consuming {
         if let Some(command) = Command::parse(&message.data) {
             let properties = Properties::new(message.properties);
             // A full channel: the requester sees no effect and asks again.
-            let _ = self.commands.try_send(Heard { command, properties });
+            let _ = self.commands.try_send(ReceivedCommand { command, properties });
         }
         Ok(())
     }

@@ -16,9 +16,9 @@ pub enum Command {
     Ping {},
 }
 
-/// A command as it came.
+/// A command as it was received.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Heard {
+pub struct ReceivedCommand {
     /// What to do.
     pub command: Command,
     /// Where an answer is wanted, and what it has to carry.
@@ -42,12 +42,12 @@ pub struct Pong {
     /// It takes no more jobs and ends when those that run have ended.
     pub draining: bool,
     /// The jobs that it holds, in the order in which they came.
-    pub jobs: Vec<Held>,
+    pub jobs: Vec<JobInfo>,
 }
 
 /// A job that a worker holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct Held {
+pub struct JobInfo {
     /// Its id.
     pub id: String,
     /// When it came to the worker.

@@ -38,10 +38,10 @@ use crate::config::ConfigError;
 
 pub use address::{Address, AddressError, Addresses};
 pub use consumer::Consumer;
-pub use control::{Command, Heard, Held, Pong};
+pub use control::{Command, JobInfo, Pong, ReceivedCommand};
 pub use delivery::{Delivery, Properties};
 pub use message::Message;
-pub use publisher::{Publisher, Sent, Told};
+pub use publisher::{PublishOnce, Publisher, Sent};
 pub use supervisor::LinkState;
 pub use topology::CONTROL;
 

@@ -57,15 +57,15 @@ pub enum Sent {
     TooLarge(usize),
 }
 
-/// What became of a message that is published once only.
+/// Outcome of a single attempt to publish, without retries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Told {
-    /// The broker has it for whoever asked.
-    Heard,
-    /// Nobody listens at that address any more, or it takes nothing.
-    NobodyThere,
+pub enum PublishOnce {
+    /// The broker has stored it for the requester.
+    Confirmed,
+    /// Nobody consumes from that address any more, or it takes nothing.
+    Unroutable,
     /// It may or may not have arrived.
-    Failed,
+    Unknown,
 }
 
 /// Publishes messages, across all connections that it takes. Cheap to clone.
@@ -328,11 +328,11 @@ impl Publisher {
     }
 
     /// Publishes once, for what is worth nothing later or is said again in the result. Never to another queue.
-    pub async fn tell(&self, message: &Message) -> Told {
+    pub async fn publish_once(&self, message: &Message) -> PublishOnce {
         let (to, refusals) = (message.to.name(), &self.0.refusals);
         let tried = refusals.may_try(to);
         if tried == Try::Not {
-            return Told::NobodyThere;
+            return PublishOnce::Unroutable;
         }
         let care = Care { unawaited: tried == Try::Unawaited, ..Care::default() };
         let answer = self.attempt(message, &message.to, care).await;
@@ -341,27 +341,27 @@ impl Publisher {
         }
         match answer {
             // It may be only slow.
-            Ok(Answer::Overdue(_)) if tried == Try::Unawaited => Told::Failed,
+            Ok(Answer::Overdue(_)) if tried == Try::Unawaited => PublishOnce::Unknown,
             Ok(Answer::Confirmed) => {
                 refusals.forget(to);
-                Told::Heard
+                PublishOnce::Confirmed
             }
             Ok(Answer::Returned | Answer::TooLarge(_)) => {
                 refusals.forget(to);
-                Told::NobodyThere
+                PublishOnce::Unroutable
             }
             Ok(Answer::Overdue(_)) if !self.is_own(&message.to) => {
                 self.is_late(&message.to);
-                Told::Failed
+                PublishOnce::Unknown
             }
             Ok(Answer::Refused(_)) if !self.is_own(&message.to) => {
                 refusals.refused(to);
-                Told::NobodyThere
+                PublishOnce::Unroutable
             }
             Ok(Answer::Nacked | Answer::Overdue(_) | Answer::Refused(_)) => {
                 // A full queue may have room for the next piece; one that is probed has had its chance.
                 refusals.refused_again(to);
-                Told::Failed
+                PublishOnce::Unknown
             }
             Err(error) => {
                 refusals.refused_again(to);
@@ -370,7 +370,7 @@ impl Publisher {
                     error = chain(&error),
                     "a message that is not repeated was not confirmed"
                 );
-                Told::Failed
+                PublishOnce::Unknown
             }
         }
     }

@@ -5,7 +5,7 @@ use anyhow::bail;
 use crate::cli::args::ConfigArgs;
 use crate::cli::{End, remote, runtime};
 use crate::job;
-use crate::worker::REMEMBERED_MAX;
+use crate::worker::MAX_CANCELLATIONS;
 
 const EXAMPLES: &str = "\
 Example:
@@ -35,9 +35,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
     if let Some(wrong) = args.ids.iter().find(|id| !job::is_id(id)) {
         bail!("{wrong:?} is no job's id: those have 1 to 128 of A-Z, a-z, 0-9 and ._:-");
     }
-    if args.ids.len() > REMEMBERED_MAX {
+    if args.ids.len() > MAX_CANCELLATIONS {
         bail!(
-            "{} ids are more than workers remember for jobs that still wait, {REMEMBERED_MAX}; ask for fewer at a time, \
+            "{} ids are more than workers remember for jobs that still wait, {MAX_CANCELLATIONS}; ask for fewer at a time, \
              ten minutes apart",
             args.ids.len()
         );

@@ -116,7 +116,7 @@ fn ago(since: jiff::Timestamp, now: jiff::Timestamp) -> String {
 #[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 mod tests {
     use super::*;
-    use crate::amqp::Held;
+    use crate::amqp::JobInfo;
 
     #[test]
     fn a_worker_and_its_jobs_are_shown_with_their_age() {
@@ -129,8 +129,8 @@ mod tests {
             queues: vec!["sandpiper.jobs".into()],
             draining: false,
             jobs: vec![
-                Held { id: "a".into(), since: at(100_000), running: true },
-                Held { id: "b".into(), since: at(200_000), running: false },
+                JobInfo { id: "a".into(), since: at(100_000), running: true },
+                JobInfo { id: "b".into(), since: at(200_000), running: false },
             ],
         };
         assert_eq!(

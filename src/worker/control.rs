@@ -7,14 +7,14 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::amqp::{Addresses, Command, Heard, Message, Pong, Publisher};
-use crate::worker::running::{Asker, Running};
+use crate::amqp::{Addresses, Command, Message, Pong, Publisher, ReceivedCommand};
+use crate::worker::in_flight::{Asker, InFlightJobs};
 
 /// Questions that are answered at one time. More are passed over: whoever asks in a flood is no operator.
-const ANSWERS: usize = 8;
+const MAX_PONGS: usize = 8;
 
-/// How long an answer is worth anything.
-const WORTH: Duration = Duration::from_secs(5);
+/// How long an answer is of use.
+const PONG_TTL: Duration = Duration::from_secs(5);
 
 /// What a worker knows of itself.
 #[derive(Debug)]
@@ -27,20 +27,20 @@ pub(super) struct Control {
     pub(super) addresses: Addresses,
     /// Users who may see and cancel every job.
     pub(super) operators: Vec<String>,
-    pub(super) running: Running,
+    pub(super) in_flight: InFlightJobs,
     pub(super) publisher: Publisher,
 }
 
 impl Control {
     /// Does what is asked, as long as somebody can ask.
-    pub(super) async fn obey(self: Arc<Self>, commands: Option<mpsc::Receiver<Heard>>) {
+    pub(super) async fn run(self: Arc<Self>, commands: Option<mpsc::Receiver<ReceivedCommand>>) {
         let Some(mut commands) = commands else { return };
-        let answers = Arc::new(Semaphore::new(ANSWERS));
-        while let Some(heard) = commands.recv().await {
-            match &heard.command {
+        let answers = Arc::new(Semaphore::new(MAX_PONGS));
+        while let Some(received) = commands.recv().await {
+            match &received.command {
                 Command::Cancel(id) => {
-                    let asker = self.asker(&heard);
-                    match self.running.cancel(id, &asker) {
+                    let asker = self.asker(&received);
+                    match self.in_flight.cancel(id, &asker) {
                         // In a flood of those that mean nobody's job here the others would be lost.
                         0 => tracing::debug!(
                             id,
@@ -57,7 +57,7 @@ impl Control {
                     tokio::spawn(async move {
                         let _permit = permit;
                         // One that comes too late is of no use to anybody.
-                        let _ = tokio::time::timeout(WORTH, this.pong(heard)).await;
+                        let _ = tokio::time::timeout(PONG_TTL, this.pong(received)).await;
                     });
                 }
             }
@@ -65,14 +65,14 @@ impl Control {
     }
 
     /// Who asks, by the broker's word.
-    fn asker(&self, heard: &Heard) -> Asker {
-        let user = heard.properties.user_id.clone();
+    fn asker(&self, received: &ReceivedCommand) -> Asker {
+        let user = received.properties.user_id.clone();
         let operator = user.as_ref().is_some_and(|user| self.operators.contains(user));
         Asker { user, operator }
     }
 
-    async fn pong(&self, heard: Heard) {
-        let reply_to = heard.properties.reply_to.as_deref().unwrap_or_default();
+    async fn pong(&self, received: ReceivedCommand) {
+        let reply_to = received.properties.reply_to.as_deref().unwrap_or_default();
         let to = match self.addresses.of_operator(reply_to) {
             Ok(to) => to,
             Err(error) => {
@@ -87,11 +87,11 @@ impl Control {
             slots: self.slots,
             queues: self.queues.clone(),
             draining: self.drain.is_cancelled(),
-            jobs: self.running.list(&self.asker(&heard)),
+            jobs: self.in_flight.list(&self.asker(&received)),
         };
         // Text and numbers: nothing in it can fail to be JSON.
         let body = serde_json::to_vec(&pong).unwrap_or_default();
         let message_id = Uuid::now_v7().to_string();
-        self.publisher.tell(&Message::pong(to, &heard.properties, &message_id, body)).await;
+        self.publisher.publish_once(&Message::pong(to, &received.properties, &message_id, body)).await;
     }
 }

@@ -1,7 +1,16 @@
-//! What becomes of a delivery whose job does not run.
+//! What becomes of a delivery, and of one whose job does not run.
 
 use crate::job::{Outcome, Status};
 use crate::ops::metrics::DeadReason;
+
+/// How a delivery was settled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Settlement {
+    /// The requester has a result.
+    Answered,
+    /// It has none: the broker delivers the job again, here or to another worker.
+    Redelivered,
+}
 
 /// Why a job has no outcome of its own.
 #[derive(Debug)]

@@ -8,8 +8,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::amqp::LinkState;
+use crate::worker::in_flight::{InFlightJobs, STUCK_AFTER};
 use crate::worker::outgoing::Outgoing;
-use crate::worker::running::{Running, STUCK};
 
 /// How often the runtime shows that it works.
 const BEAT: Duration = Duration::from_secs(1);
@@ -25,7 +25,7 @@ struct Watched {
     consuming: watch::Receiver<LinkState>,
     publishing: watch::Receiver<LinkState>,
     drain: CancellationToken,
-    running: Running,
+    running: InFlightJobs,
     outgoing: Outgoing,
     times: Mutex<Times>,
 }
@@ -55,7 +55,7 @@ impl Health {
         consuming: watch::Receiver<LinkState>,
         publishing: watch::Receiver<LinkState>,
         drain: CancellationToken,
-        running: Running,
+        running: InFlightJobs,
         outgoing: Outgoing,
     ) {
         // A second worker under one health would be a mistake of the caller's; the first one is told of.
@@ -134,7 +134,7 @@ impl Health {
             return Err(format!("stuck: job {id} should have ended minutes ago"));
         }
         match watched.running.still_since(now).map(|since| now - since.max(times.excused)) {
-            Some(still) if still > STUCK => {
+            Some(still) if still > STUCK_AFTER => {
                 Err(format!("stuck: jobs wait, and none has started for {} s", still.as_secs()))
             }
             _ => Ok(()),
@@ -156,7 +156,7 @@ mod tests {
         let drain = CancellationToken::new();
         let outgoing = Outgoing::new(&[2], None);
         let (consumes, publishes) = (consuming.subscribe(), publishing.subscribe());
-        health.watch(consumes, publishes, drain.clone(), Running::default(), outgoing);
+        health.watch(consumes, publishes, drain.clone(), InFlightJobs::default(), outgoing);
         for (jobs, results, ready) in [
             (LinkState::Down, LinkState::Up, false),
             (LinkState::Up, LinkState::Down, false),
@@ -177,10 +177,10 @@ mod tests {
     async fn not_ready_while_every_delivery_waits_for_a_confirm() {
         let health = Health::new();
         let (state, outgoing) = (watch::Sender::new(LinkState::Up), Outgoing::new(&[2], None));
-        let (drain, running) = (CancellationToken::new(), Running::default());
+        let (drain, running) = (CancellationToken::new(), InFlightJobs::default());
         health.watch(state.subscribe(), state.subscribe(), drain, running, outgoing.clone());
         let first = outgoing.enter(0);
-        tokio::time::advance(2 * STUCK).await;
+        tokio::time::advance(2 * STUCK_AFTER).await;
         assert_eq!(health.ready(), Ok(()), "there is room for another one");
         let second = outgoing.enter(0);
         assert_eq!(health.ready(), Ok(()), "for no time yet");
@@ -194,7 +194,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn alive_is_a_runtime_that_works_and_jobs_that_move() {
         let health = Health::new();
-        let (publishing, running) = (watch::Sender::new(LinkState::Up), Running::default());
+        let (publishing, running) = (watch::Sender::new(LinkState::Up), InFlightJobs::default());
         let state = publishing.subscribe();
         let outgoing = Outgoing::new(&[2], None);
         health.watch(state.clone(), state, CancellationToken::new(), running.clone(), outgoing);
@@ -209,11 +209,11 @@ mod tests {
         // Without a connection jobs may wait for ever, and afterwards as long as any others.
         let waits = running.enter("waits", None, &CancellationToken::new()).ok();
         publishing.send_replace(LinkState::Blocked);
-        tokio::time::sleep(2 * STUCK).await;
+        tokio::time::sleep(2 * STUCK_AFTER).await;
         assert_eq!(health.alive(), Ok(()));
         publishing.send_replace(LinkState::Up);
         assert_eq!(health.alive(), Ok(()));
-        tokio::time::sleep(STUCK + BEAT).await;
+        tokio::time::sleep(STUCK_AFTER + BEAT).await;
         assert_eq!(health.alive(), Err("stuck: jobs wait, and none has started for 121 s".into()));
         drop(waits);
         assert_eq!(health.alive(), Ok(()));

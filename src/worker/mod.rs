@@ -3,16 +3,20 @@
 //! The way of one job is [`pipeline`]; how many go it at a time, [`slots`]; how all of it ends, [`drain`].
 //! The main loop takes whatever the broker hands out: the prefetch bounds how much that is.
 
-mod answered;
+mod blocking;
 mod coding;
 mod control;
 mod disposition;
 mod drain;
 mod health;
-mod live;
+mod in_flight;
 mod outgoing;
+mod output_streamer;
 mod pipeline;
-mod running;
+mod recent_results;
+mod redelivery;
+mod reply;
+mod request;
 mod slots;
 mod watchdog;
 
@@ -26,7 +30,7 @@ use tokio_util::task::TaskTracker;
 
 pub use drain::{Ended, Shutdown};
 pub use health::Health;
-pub use running::REMEMBERED_MAX;
+pub use in_flight::MAX_CANCELLATIONS;
 pub use watchdog::Watchdog;
 
 use crate::amqp::{Addresses, Consumer, Publisher};
@@ -34,11 +38,15 @@ use crate::config::{self, Config};
 use crate::ops::metrics::Metrics;
 use crate::ops::traces::Traces;
 use crate::sandbox::Sandbox;
-use answered::Answered;
 use control::Control;
+use disposition::Settlement;
+use in_flight::InFlightJobs;
 use outgoing::Outgoing;
 use pipeline::Pipeline;
-use running::Running;
+use recent_results::RecentResults;
+use redelivery::Redelivery;
+use reply::Replies;
+use request::Requests;
 use slots::Slots;
 
 /// Takes jobs until `shutdown` says otherwise, or `once` so many have been answered. The broker need not be
@@ -67,8 +75,8 @@ pub async fn serve(
     let timeout = config.consumer_timeout();
     let mut consumer =
         Consumer::start(&config.amqp, &name, prefetch, timeout, publisher.cut_off(), metrics, drain.clone());
-    let running = Running::default();
-    health.watch(consumer.state(), publisher.state(), drain.clone(), running.clone(), outgoing.clone());
+    let in_flight = InFlightJobs::default();
+    health.watch(consumer.state(), publisher.state(), drain.clone(), in_flight.clone(), outgoing.clone());
     let pulse = tokio::spawn(health.clone().pulse());
     tracing::info!(worker = name, slots = config.worker.slots, "taking jobs");
 
@@ -81,15 +89,40 @@ pub async fn serve(
         drain: drain.clone(),
         addresses: Addresses::new(&config.amqp),
         operators: config.amqp.operators.clone(),
-        running: running.clone(),
+        in_flight: in_flight.clone(),
         publisher: publisher.clone(),
     });
-    let pipeline = Arc::new(Pipeline {
-        worker: name,
+    let recent_results = RecentResults::default();
+    let requests = Requests {
+        worker: name.clone(),
         admission: config.admission(),
         addresses: Addresses::new(&config.amqp),
+        metrics: metrics.clone(),
+    };
+    let redelivery = Redelivery {
+        recent_results: recent_results.clone(),
+        publisher: publisher.clone(),
+        delivery_limit: config.amqp.delivery_limit,
+        draining: drain.clone(),
+        kill: kill.clone(),
+    };
+    let replies = Replies {
+        worker: name,
         amqp: config.amqp.clone(),
-        start_timeout: config.sandbox.start_timeout,
+        addresses: Addresses::new(&config.amqp),
+        publisher: publisher.clone(),
+        outgoing,
+        recent_results: recent_results.clone(),
+        metrics: metrics.clone(),
+        traces: traces.clone(),
+        kill: kill.clone(),
+    };
+    let pipeline = Arc::new(Pipeline {
+        requests,
+        redelivery,
+        replies,
+        recent_results,
+        in_flight,
         slots: Slots::new(
             config.worker.slots,
             config.amqp.queues.iter().map(|queue| queue.weight),
@@ -97,22 +130,19 @@ pub async fn serve(
             drain.clone(),
             metrics,
         ),
-        running,
-        outgoing,
         sandbox: sandbox.clone(),
+        start_timeout: config.sandbox.start_timeout,
         publisher: publisher.clone(),
-        answered: Answered::default(),
         metrics: metrics.clone(),
-        traces: traces.clone(),
         kill: kill.clone(),
     });
-    let commands = tokio::spawn(control.obey(consumer.commands()));
+    let commands = tokio::spawn(control.run(consumer.commands()));
     let jobs = TaskTracker::new();
     let quota = once.map(|jobs| Quota::new(jobs.get(), drain.clone()));
     let work = async {
         loop {
-            let place = match &quota {
-                Some(quota) => quota.place().await,
+            let permit = match &quota {
+                Some(quota) => quota.permit().await,
                 None => None,
             };
             let Some(delivery) = consumer.next().await else { break };
@@ -122,9 +152,9 @@ pub async fn serve(
             }
             let (pipeline, quota) = (pipeline.clone(), quota.clone());
             jobs.spawn(async move {
-                let answered = pipeline.process(delivery).await;
-                if let (Some(quota), Some(place), true) = (quota, place, answered) {
-                    quota.used(place);
+                let settlement = pipeline.process(delivery).await;
+                if let (Some(quota), Some(permit), Settlement::Answered) = (quota, permit, settlement) {
+                    quota.used(permit);
                 }
             });
         }
@@ -139,32 +169,32 @@ pub async fn serve(
     ended
 }
 
-/// So many jobs and no more. A job that is given back unanswered does not count.
+/// So many jobs and no more. A job that is requeued unanswered does not count.
 #[derive(Clone, Debug)]
 struct Quota {
-    places: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     left: Arc<AtomicUsize>,
     drain: CancellationToken,
 }
 
 impl Quota {
     fn new(jobs: usize, drain: CancellationToken) -> Self {
-        // More places than a semaphore has are as good as no limit.
-        let places = Arc::new(Semaphore::new(jobs.min(Semaphore::MAX_PERMITS)));
-        Self { places, left: Arc::new(AtomicUsize::new(jobs)), drain }
+        // More permits than a semaphore has are as good as no limit.
+        let permits = Arc::new(Semaphore::new(jobs.min(Semaphore::MAX_PERMITS)));
+        Self { permits, left: Arc::new(AtomicUsize::new(jobs)), drain }
     }
 
-    /// A place for one more job; none when the worker drains.
-    async fn place(&self) -> Option<OwnedSemaphorePermit> {
-        let place = self.places.clone().acquire_owned();
-        self.drain.run_until_cancelled(place).await.and_then(Result::ok)
+    /// A permit for one more job; none when the worker drains.
+    async fn permit(&self) -> Option<OwnedSemaphorePermit> {
+        let permit = self.permits.clone().acquire_owned();
+        self.drain.run_until_cancelled(permit).await.and_then(Result::ok)
     }
 
     /// A job was answered. After the last one the worker drains.
-    fn used(&self, place: OwnedSemaphorePermit) {
-        place.forget();
+    fn used(&self, permit: OwnedSemaphorePermit) {
+        permit.forget();
         if self.left.fetch_sub(1, Ordering::Relaxed) == 1 {
-            tracing::info!("as many jobs as were wanted have been answered");
+            tracing::info!("--once limit reached; draining");
             self.drain.cancel();
         }
     }

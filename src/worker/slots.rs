@@ -1,4 +1,5 @@
-//! How many jobs run at one time, whose turn it is, and when none may start.
+//! Weighted fair queueing of the slots over the queues, and the gate that keeps jobs from starting while results cannot be
+//! published.
 //!
 //! Queues share the slots by weight. What counts is the time that their jobs hold slots, so a queue of long jobs
 //! gets no more than one of short ones. A slot that falls free goes to the queue that has used least for its
@@ -19,23 +20,23 @@ use crate::worker::disposition::{NotRun, not_run};
 
 /// What a job that runs counts for on top of the seconds that it has run, so that slots which fall free in the same
 /// moment do not all go to one queue.
-const RUNNING: f64 = 0.1;
+const RUNNING_BIAS_S: f64 = 0.1;
 
-/// The places for running jobs.
+/// The permits for running jobs.
 #[derive(Debug)]
 pub(super) struct Slots {
-    places: Places,
+    permits: FairQueue,
     /// How the way out for results is: while there is none, no job starts.
     publishing: watch::Receiver<LinkState>,
     drain: CancellationToken,
     metrics: Metrics,
 }
 
-/// A place, held while a job runs.
+/// A permit, held while a job runs.
 #[derive(Debug)]
-#[must_use = "the place is free again as soon as this is dropped"]
+#[must_use = "the permit is free again as soon as this is dropped"]
 pub(super) struct Slot {
-    _place: Place,
+    _permit: SlotPermit,
     _running: Running,
 }
 
@@ -48,7 +49,7 @@ impl Slots {
         drain: CancellationToken,
         metrics: &Metrics,
     ) -> Self {
-        Self { places: Places::new(slots, weights), publishing, drain, metrics: metrics.clone() }
+        Self { permits: FairQueue::new(slots, weights), publishing, drain, metrics: metrics.clone() }
     }
 
     /// Cancelled when no job may start any more.
@@ -56,66 +57,66 @@ impl Slots {
         &self.drain
     }
 
-    /// A place for `delivery`, or why it shall not run here.
+    /// A permit for `delivery`, or why it shall not run here.
     pub(super) async fn take(&self, delivery: &Delivery, stop: &CancellationToken) -> Result<Slot, NotRun> {
         let mut publishing = self.publishing.clone();
-        let place = async {
-            let place = self.places.take(delivery.queue).await;
+        let permit = async {
+            let permit = self.permits.take(delivery.queue).await;
             let open = publishing.wait_for(|state| *state == LinkState::Up).await.map(drop);
-            place.filter(|_| open.is_ok())
+            permit.filter(|_| open.is_ok())
         };
-        let place = tokio::select! {
+        let permit = tokio::select! {
             biased;
             () = self.drain.cancelled() => None,
             () = stop.cancelled() => return Err(not_run(Status::Cancelled, "cancelled on request, before it ran")),
             // Somebody else has it by now; running it here as well would only double it.
             () = delivery.gone() => return Err(NotRun::ChannelClosed),
-            place = place => place,
+            permit = permit => permit,
         };
-        let place = place.ok_or(NotRun::Requeue)?;
+        let permit = permit.ok_or(NotRun::Requeue)?;
         if delivery.is_gone() {
             return Err(NotRun::ChannelClosed);
         }
-        Ok(Slot { _place: place, _running: self.metrics.running() })
+        Ok(Slot { _permit: permit, _running: self.metrics.running() })
     }
 }
 
-/// The places, without what is known of jobs. Cheap to clone.
+/// The permits, without what is known of jobs. Cheap to clone.
 #[derive(Clone, Debug)]
-struct Places(Arc<Mutex<Shares>>);
+struct FairQueue(Arc<Mutex<QueueShares>>);
 
 #[derive(Debug)]
-struct Shares {
+struct QueueShares {
     free: usize,
     /// All times are seconds since then.
     epoch: Instant,
-    queues: Vec<Share>,
+    queues: Vec<QueueShare>,
 }
 
-/// What one queue has of the places.
+/// What one queue has of the permits.
 #[derive(Debug)]
-struct Share {
+struct QueueShare {
     weight: f64,
-    /// Seconds that its jobs held places, those that still do left out.
+    /// Seconds that its jobs held permits, those that still do left out.
     used: f64,
     running: usize,
     /// The sum of the times at which those that run began.
     began: f64,
-    waiting: VecDeque<oneshot::Sender<Place>>,
+    waiting: VecDeque<oneshot::Sender<SlotPermit>>,
 }
 
-/// One place; free again when this is dropped.
+/// One permit; free again when this is dropped.
 #[derive(Debug)]
-struct Place {
+struct SlotPermit {
     /// None where it was never given away.
-    places: Option<Places>,
+    permits: Option<FairQueue>,
     queue: usize,
     began: f64,
 }
 
-impl Places {
+impl FairQueue {
     fn new(count: usize, weights: impl Iterator<Item = u32>) -> Self {
-        let share = |weight: u32| Share {
+        let share = |weight: u32| QueueShare {
             weight: f64::from(weight),
             used: 0.0,
             running: 0,
@@ -123,20 +124,20 @@ impl Places {
             waiting: VecDeque::new(),
         };
         let queues = weights.map(share).collect();
-        Self(Arc::new(Mutex::new(Shares { free: count, epoch: Instant::now(), queues })))
+        Self(Arc::new(Mutex::new(QueueShares { free: count, epoch: Instant::now(), queues })))
     }
 
-    /// Waits for a place. None where there is no such queue.
-    async fn take(&self, queue: usize) -> Option<Place> {
+    /// Waits for a permit. None where there is no such queue.
+    async fn take(&self, queue: usize) -> Option<SlotPermit> {
         let turn = {
             let mut shares = self.lock();
             let now = shares.now();
-            let level = shares.level(queue, now);
+            let min_virtual_time = shares.min_virtual_time(queue, now);
             let (sender, turn) = oneshot::channel();
             let share = shares.queues.get_mut(queue)?;
-            if let (Some(level), true) = (level, share.idle()) {
+            if let (Some(min_virtual_time), true) = (min_virtual_time, share.idle()) {
                 // Time that it left to others is gone.
-                share.used = share.used.max(level * share.weight);
+                share.used = share.used.max(min_virtual_time * share.weight);
             }
             share.waiting.push_back(sender);
             shares.hand_out(self);
@@ -145,23 +146,23 @@ impl Places {
         turn.await.ok()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Shares> {
+    fn lock(&self) -> MutexGuard<'_, QueueShares> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Shares {
+impl QueueShares {
     fn now(&self) -> f64 {
         self.epoch.elapsed().as_secs_f64()
     }
 
     /// How little the queues other than this one have used that want something.
-    fn level(&self, queue: usize, now: f64) -> Option<f64> {
+    fn min_virtual_time(&self, queue: usize, now: f64) -> Option<f64> {
         let others = self.queues.iter().enumerate().filter(|(at, share)| *at != queue && !share.idle());
-        others.map(|(_, share)| share.for_its_weight(now)).min_by(f64::total_cmp)
+        others.map(|(_, share)| share.virtual_time(now)).min_by(f64::total_cmp)
     }
 
-    fn hand_out(&mut self, places: &Places) {
+    fn hand_out(&mut self, permits: &FairQueue) {
         let now = self.now();
         while self.free > 0 {
             for share in &mut self.queues {
@@ -169,40 +170,40 @@ impl Shares {
                 share.waiting.retain(|waiting| !waiting.is_closed());
             }
             let waiting = self.queues.iter_mut().enumerate().filter(|(_, share)| !share.waiting.is_empty());
-            let next = waiting
-                .min_by(|(_, one), (_, two)| one.for_its_weight(now).total_cmp(&two.for_its_weight(now)));
+            let next =
+                waiting.min_by(|(_, one), (_, two)| one.virtual_time(now).total_cmp(&two.virtual_time(now)));
             let Some((queue, share)) = next else { return };
             let Some(waiting) = share.waiting.pop_front() else { return };
-            let place = Place { places: Some(places.clone()), queue, began: now };
-            match waiting.send(place) {
+            let permit = SlotPermit { permits: Some(permits.clone()), queue, began: now };
+            match waiting.send(permit) {
                 Ok(()) => {
                     self.free -= 1;
                     share.running += 1;
                     share.began += now;
                 }
-                // It gave up in this moment. The lock is ours: the place must not be given back by itself.
-                Err(mut place) => place.places = None,
+                // It gave up in this moment. The lock is ours: the permit must not be given back by itself.
+                Err(mut permit) => permit.permits = None,
             }
         }
     }
 }
 
-impl Share {
+impl QueueShare {
     fn idle(&self) -> bool {
         self.running == 0 && self.waiting.is_empty()
     }
 
     #[expect(clippy::cast_precision_loss, reason = "a number of slots")]
-    fn for_its_weight(&self, now: f64) -> f64 {
+    fn virtual_time(&self, now: f64) -> f64 {
         let running = self.running as f64;
-        (self.used + running * (now + RUNNING) - self.began) / self.weight
+        (self.used + running * (now + RUNNING_BIAS_S) - self.began) / self.weight
     }
 }
 
-impl Drop for Place {
+impl Drop for SlotPermit {
     fn drop(&mut self) {
-        let Some(places) = self.places.take() else { return };
-        let mut shares = places.lock();
+        let Some(permits) = self.permits.take() else { return };
+        let mut shares = permits.lock();
         let now = shares.now();
         shares.free += 1;
         if let Some(share) = shares.queues.get_mut(self.queue) {
@@ -214,7 +215,7 @@ impl Drop for Place {
                 share.began = 0.0;
             }
         }
-        shares.hand_out(&places);
+        shares.hand_out(&permits);
     }
 }
 
@@ -225,15 +226,15 @@ mod tests {
     use std::time::Duration;
 
     /// A queue that always has as many jobs waiting as are `held`, each of which takes so long. Returns the seconds
-    /// that they had places.
-    async fn backlog(places: &Places, queue: usize, held: usize, job: Duration, until: Instant) -> f64 {
+    /// that they had permits.
+    async fn backlog(permits: &FairQueue, queue: usize, held: usize, job: Duration, until: Instant) -> f64 {
         let mut tasks = tokio::task::JoinSet::new();
         for _ in 0..held {
-            let places = places.clone();
+            let permits = permits.clone();
             tasks.spawn(async move {
                 let mut used = Duration::ZERO;
                 while Instant::now() < until {
-                    let _place = places.take(queue).await.unwrap();
+                    let _permit = permits.take(queue).await.unwrap();
                     if Instant::now() < until {
                         tokio::time::sleep(job).await;
                         used += job;
@@ -257,11 +258,11 @@ mod tests {
         for (slots, jobs) in
             [(4, [SHORT, SHORT]), (1, [SHORT, SHORT]), (2, [LONG, SHORT]), (3, [SHORT, LONG])]
         {
-            let places = Places::new(slots, [3, 1].into_iter());
+            let permits = FairQueue::new(slots, [3, 1].into_iter());
             let until = after(300);
             let (three, one) = tokio::join!(
-                backlog(&places, 0, slots + 2, jobs[0], until),
-                backlog(&places, 1, slots + 2, jobs[1], until),
+                backlog(&permits, 0, slots + 2, jobs[0], until),
+                backlog(&permits, 1, slots + 2, jobs[1], until),
             );
             let ratio = three / one;
             assert!((2.8..3.2).contains(&ratio), "{slots} slots, {jobs:?}: {ratio}");
@@ -271,42 +272,42 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_one_queue_leaves_the_others_use_and_it_is_not_made_up_for() {
-        let places = Places::new(2, [1, 9].into_iter());
-        let alone = backlog(&places, 0, 4, SHORT, after(100)).await;
+        let permits = FairQueue::new(2, [1, 9].into_iter());
+        let alone = backlog(&permits, 0, 4, SHORT, after(100)).await;
         assert!(alone > 198.0, "only {alone} of 200 seconds");
         let until = after(100);
         let (light, heavy) =
-            tokio::join!(backlog(&places, 0, 4, SHORT, until), backlog(&places, 1, 4, SHORT, until));
+            tokio::join!(backlog(&permits, 0, 4, SHORT, until), backlog(&permits, 1, 4, SHORT, until));
         assert!((19.0..21.0).contains(&light) && heavy > 177.0, "{light} and {heavy}");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_backlog_of_long_jobs_delays_another_queue_by_one_of_them_at_most() {
-        let places = Places::new(1, [1, 1].into_iter());
+        let permits = FairQueue::new(1, [1, 1].into_iter());
         let until = after(100);
         let backlog = tokio::spawn({
-            let places = places.clone();
-            async move { backlog(&places, 0, 50, LONG, until).await }
+            let permits = permits.clone();
+            async move { backlog(&permits, 0, 50, LONG, until).await }
         });
         tokio::time::sleep(Duration::from_secs(50)).await;
         let begin = Instant::now();
-        drop(places.take(1).await);
+        drop(permits.take(1).await);
         assert!(begin.elapsed() <= LONG, "{:?}", begin.elapsed());
         backlog.await.unwrap();
     }
 
     #[tokio::test(start_paused = true)]
     async fn who_gives_up_waiting_takes_no_place_with_him() {
-        let places = Places::new(1, [1].into_iter());
-        let held = places.take(0).await.unwrap();
+        let permits = FairQueue::new(1, [1].into_iter());
+        let held = permits.take(0).await.unwrap();
         for _ in 0..3 {
-            assert!(tokio::time::timeout(SHORT, places.take(0)).await.is_err());
+            assert!(tokio::time::timeout(SHORT, permits.take(0)).await.is_err());
         }
         // Handed over in the moment in which it is given up.
-        let mut late = Box::pin(places.take(0));
+        let mut late = Box::pin(permits.take(0));
         assert!(futures_util::poll!(&mut late).is_pending());
         drop(held);
         drop(late);
-        assert!(tokio::time::timeout(SHORT, places.take(0)).await.unwrap().is_some());
+        assert!(tokio::time::timeout(SHORT, permits.take(0)).await.unwrap().is_some());
     }
 }

@@ -1,33 +1,33 @@
 //! Output of a job while it runs, for a requester that asked to see it.
 //!
-//! A task beside the job's own takes from the tap and publishes piece by piece, each after the one before was
+//! A task beside the job's own takes from the tap and publishes chunk by chunk, each after the one before was
 //! confirmed, so that they arrive in order. The job never waits for it: what was not sent in time is sent in
-//! larger pieces. The result, which holds all of it once more, follows the last piece.
+//! larger chunks. The result, which holds all of it once more, follows the last chunk.
 
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::amqp::{Address, Message, Properties, Publisher, Told};
+use crate::amqp::{Address, Message, Properties, PublishOnce, Publisher};
 use crate::job::{Chunk, Outcome, Stream, incomplete_end};
 use crate::sandbox::Tap;
 
 /// Output is gathered for so long before it is sent.
-const GATHER: Duration = Duration::from_millis(100);
+const BATCH_DELAY: Duration = Duration::from_millis(100);
 
 /// Or until there is as much as this.
-const PIECE: usize = 64 << 10;
+const CHUNK_BYTES: usize = 64 << 10;
 
-/// The largest piece, where more than a few of the usual size have gathered.
-const LARGEST: usize = 1 << 20;
+/// The largest chunk, if more than a few of the usual size have gathered.
+const MAX_CHUNK_BYTES: usize = 1 << 20;
 
-/// Between two attempts at one piece.
-const PAUSE: Duration = Duration::from_millis(500);
+/// Between two attempts at one chunk.
+const RETRY_DELAY: Duration = Duration::from_millis(500);
 
 /// The sending of one job's output.
 #[derive(Debug)]
-pub(super) struct Live {
+pub(super) struct OutputStreamer {
     tap: Tap,
     over: CancellationToken,
     task: JoinHandle<Sender>,
@@ -53,8 +53,8 @@ struct State {
     given_up: bool,
 }
 
-impl Live {
-    /// Sends what comes through the tap until [`Live::finish`].
+impl OutputStreamer {
+    /// Sends what comes through the tap until [`OutputStreamer::finish`].
     pub(super) fn start(
         publisher: Publisher,
         to: Address,
@@ -93,15 +93,15 @@ impl Sender {
         loop {
             over.run_until_cancelled(tap.holds(1)).await;
             tokio::select! {
-                () = tap.holds(PIECE) => {}
-                () = tokio::time::sleep(GATHER) => {}
+                () = tap.holds(CHUNK_BYTES) => {}
+                () = tokio::time::sleep(BATCH_DELAY) => {}
                 () = over.cancelled() => {}
             }
             // Asked before the tap is emptied: nothing is added after it is over.
             let last = over.is_cancelled();
             while let Some((stream, bytes)) = {
-                let behind = tap.pending() > 4 * PIECE;
-                tap.take(if behind { LARGEST } else { PIECE })
+                let behind = tap.pending() > 4 * CHUNK_BYTES;
+                tap.take(if behind { MAX_CHUNK_BYTES } else { CHUNK_BYTES })
             } {
                 let mut bytes = [std::mem::take(self.unfinished(stream)), bytes].concat();
                 *self.unfinished(stream) = incomplete_end(&mut bytes);
@@ -117,7 +117,7 @@ impl Sender {
         &mut self.state.unfinished[usize::from(stream == Stream::Stderr)]
     }
 
-    /// One piece. Repeated after a fault while the job runs, with the same number and message id.
+    /// Sends one chunk. Repeated after a fault while the job runs, with the same number and message id.
     async fn send(&mut self, stream: Stream, bytes: Vec<u8>, over: &CancellationToken) {
         if self.state.given_up || bytes.is_empty() {
             return;
@@ -131,12 +131,12 @@ impl Sender {
             Message::output(self.to.clone(), &self.asked, &message_id, body).of_job(Some(self.id.clone()));
         loop {
             let last = over.is_cancelled();
-            match self.publisher.tell(&message).await {
-                Told::Heard => return,
-                Told::Failed if !last => {
-                    over.run_until_cancelled(tokio::time::sleep(PAUSE)).await;
+            match self.publisher.publish_once(&message).await {
+                PublishOnce::Confirmed => return,
+                PublishOnce::Unknown if !last => {
+                    over.run_until_cancelled(tokio::time::sleep(RETRY_DELAY)).await;
                 }
-                Told::NobodyThere | Told::Failed => {
+                PublishOnce::Unroutable | PublishOnce::Unknown => {
                     self.state.given_up = true;
                     return;
                 }

@@ -1,4 +1,4 @@
-//! Which jobs are here, so that they can be cancelled, and found when they never end.
+//! The jobs that this worker holds, so that they can be cancelled, listed, and found when they never end.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,29 +7,29 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::amqp::Held;
+use crate::amqp::JobInfo;
 use crate::job::Status;
 use crate::worker::disposition::{NotRun, not_run};
 
 /// A cancellation is kept this long for jobs that are still in the queue.
-const REMEMBERED: Duration = Duration::from_secs(600);
+const CANCELLATION_TTL: Duration = Duration::from_secs(600);
 
 /// And at most so many of them: they come from anyone who may publish.
-pub const REMEMBERED_MAX: usize = 1_024;
+pub const MAX_CANCELLATIONS: usize = 1_024;
 
-/// Past its time limit a job is killed at once; one that is still here this much later is stuck. And a job that waits
-/// gets a slot as soon as one is free; where none does for this long, though none is in use, they are stuck.
-pub(super) const STUCK: Duration = Duration::from_secs(120);
+/// Past its time limit a job is killed at once; one that is still listed this much later is stuck. And a job that waits
+/// gets a slot as soon as one is free; if none does for this long, though none is in use, they are stuck.
+pub(super) const STUCK_AFTER: Duration = Duration::from_secs(120);
 
-/// All jobs that this worker holds. Cheap to clone.
+/// All of them. Cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Running(Arc<Mutex<Jobs>>);
+pub(super) struct InFlightJobs(Arc<Mutex<Jobs>>);
 
 #[derive(Debug, Default)]
 struct Jobs {
     next: u64,
     /// By the order in which they came.
-    here: BTreeMap<u64, Job>,
+    entries: BTreeMap<u64, Job>,
     /// When a job last came, started or went.
     moved: Option<Instant>,
     cancelled: VecDeque<Cancelled>,
@@ -69,22 +69,22 @@ struct Job {
     due: Option<Instant>,
 }
 
-/// One job's place in the list, until it is dropped.
+/// A job is listed as long as this lives.
 #[derive(Debug)]
-pub(super) struct Entry {
-    running: Running,
+pub(super) struct InFlightJob {
+    running: InFlightJobs,
     key: u64,
     stop: CancellationToken,
 }
 
-impl Running {
+impl InFlightJobs {
     /// Enters a job that `kill` ends, too. Not one that was cancelled while it waited in the queue.
     pub(super) fn enter(
         &self,
         id: &str,
         owner: Option<&str>,
         kill: &CancellationToken,
-    ) -> Result<Entry, NotRun> {
+    ) -> Result<InFlightJob, NotRun> {
         let stop = kill.child_token();
         let mut jobs = self.lock();
         jobs.forget();
@@ -104,18 +104,18 @@ impl Running {
             since: jiff::Timestamp::now(),
             due: None,
         };
-        jobs.here.insert(key, job);
-        Ok(Entry { running: self.clone(), key, stop })
+        jobs.entries.insert(key, job);
+        Ok(InFlightJob { running: self.clone(), key, stop })
     }
 
-    /// Ends every job of that id which is the asker's business, now or when it comes. Returns how many are here.
+    /// Ends every job of that id which is the asker's business, now or when it comes. Returns how many are listed.
     pub(super) fn cancel(&self, id: &str, asker: &Asker) -> usize {
         let mut jobs = self.lock();
-        let meant = jobs.here.values().filter(|job| job.id == id && asker.may(job.owner.as_deref()));
+        let meant = jobs.entries.values().filter(|job| job.id == id && asker.may(job.owner.as_deref()));
         let count = meant.inspect(|job| job.stop.cancel()).count();
         jobs.forget();
         jobs.cancelled.retain(|cancelled| cancelled.id != id || cancelled.asker != *asker);
-        if jobs.cancelled.len() == REMEMBERED_MAX {
+        if jobs.cancelled.len() == MAX_CANCELLATIONS {
             jobs.cancelled.pop_front();
         }
         jobs.cancelled.push_back(Cancelled { when: Instant::now(), id: id.to_owned(), asker: asker.clone() });
@@ -123,23 +123,23 @@ impl Running {
     }
 
     /// Those that are the asker's business, in the order in which they came.
-    pub(super) fn list(&self, asker: &Asker) -> Vec<Held> {
-        let held = |job: &Job| Held { id: job.id.clone(), since: job.since, running: job.due.is_some() };
+    pub(super) fn list(&self, asker: &Asker) -> Vec<JobInfo> {
+        let held = |job: &Job| JobInfo { id: job.id.clone(), since: job.since, running: job.due.is_some() };
         let jobs = self.lock();
-        jobs.here.values().filter(|job| asker.may(job.owner.as_deref())).map(held).collect()
+        jobs.entries.values().filter(|job| asker.may(job.owner.as_deref())).map(held).collect()
     }
 
     /// The id of a job that should have ended long ago.
     pub(super) fn overdue(&self, now: Instant) -> Option<String> {
-        let overdue = |job: &&Job| job.due.is_some_and(|due| due + STUCK < now);
-        self.lock().here.values().find(overdue).map(|job| job.id.clone())
+        let overdue = |job: &&Job| job.due.is_some_and(|due| due + STUCK_AFTER < now);
+        self.lock().entries.values().find(overdue).map(|job| job.id.clone())
     }
 
     /// Jobs wait, and none runs that they could wait for: since when nothing has moved.
     pub(super) fn still_since(&self, now: Instant) -> Option<Instant> {
         let jobs = self.lock();
-        let waits = jobs.here.values().any(|job| job.due.is_none());
-        let runs = jobs.here.values().any(|job| job.due.is_some_and(|due| due >= now));
+        let waits = jobs.entries.values().any(|job| job.due.is_none());
+        let runs = jobs.entries.values().any(|job| job.due.is_some_and(|due| due >= now));
         jobs.moved.filter(|_| waits && !runs)
     }
 
@@ -150,13 +150,13 @@ impl Running {
 
 impl Jobs {
     fn forget(&mut self) {
-        while self.cancelled.front().is_some_and(|cancelled| cancelled.when.elapsed() > REMEMBERED) {
+        while self.cancelled.front().is_some_and(|cancelled| cancelled.when.elapsed() > CANCELLATION_TTL) {
             self.cancelled.pop_front();
         }
     }
 }
 
-impl Entry {
+impl InFlightJob {
     /// Cancelled when the job shall end.
     pub(super) fn stop(&self) -> &CancellationToken {
         &self.stop
@@ -167,17 +167,17 @@ impl Entry {
         let mut jobs = self.running.lock();
         let now = Instant::now();
         jobs.moved = Some(now);
-        if let Some(job) = jobs.here.get_mut(&self.key) {
+        if let Some(job) = jobs.entries.get_mut(&self.key) {
             job.due = Some(now + time);
         }
     }
 }
 
-impl Drop for Entry {
+impl Drop for InFlightJob {
     fn drop(&mut self) {
         let mut jobs = self.running.lock();
         jobs.moved = Some(Instant::now());
-        jobs.here.remove(&self.key);
+        jobs.entries.remove(&self.key);
     }
 }
 
@@ -188,7 +188,7 @@ mod tests {
 
     #[test]
     fn a_cancelled_job_stops_here_and_does_not_start_later() {
-        let (running, kill) = (Running::default(), CancellationToken::new());
+        let (running, kill) = (InFlightJobs::default(), CancellationToken::new());
         let one = running.enter("one", None, &kill).unwrap();
         let two = running.enter("two", None, &kill).unwrap();
         two.due_in(Duration::from_secs(1));
@@ -204,7 +204,7 @@ mod tests {
 
     #[test]
     fn a_job_with_a_user_is_that_users_and_the_operators() {
-        let (running, kill) = (Running::default(), CancellationToken::new());
+        let (running, kill) = (InFlightJobs::default(), CancellationToken::new());
         let user = |name: &str| Asker { user: Some(name.into()), operator: false };
         let (nobody, operator) = (Asker::default(), Asker { operator: true, ..user("operator") });
         let alices = running.enter("job", Some("alice"), &kill).unwrap();
@@ -228,23 +228,23 @@ mod tests {
 
     #[test]
     fn cancellations_are_bounded() {
-        let running = Running::default();
-        for at in 0..3 * REMEMBERED_MAX {
+        let running = InFlightJobs::default();
+        for at in 0..3 * MAX_CANCELLATIONS {
             assert_eq!(running.cancel(&at.to_string(), &Asker::default()), 0);
         }
-        assert_eq!(running.lock().cancelled.len(), REMEMBERED_MAX);
+        assert_eq!(running.lock().cancelled.len(), MAX_CANCELLATIONS);
         assert!(running.enter("0", None, &CancellationToken::new()).is_ok());
     }
 
     #[test]
     fn only_a_job_far_past_its_time_is_stuck_and_only_while_it_is_here() {
-        let running = Running::default();
+        let running = InFlightJobs::default();
         let entry = running.enter("slow", None, &CancellationToken::new()).unwrap();
         let now = Instant::now();
         assert_eq!(running.overdue(now + Duration::from_secs(9_999)), None, "it has not started");
         entry.due_in(Duration::from_secs(5));
         assert_eq!(running.overdue(now + Duration::from_secs(6)), None);
-        let late = now + Duration::from_secs(6) + STUCK;
+        let late = now + Duration::from_secs(6) + STUCK_AFTER;
         assert_eq!(running.overdue(late).as_deref(), Some("slow"));
         drop(entry);
         assert_eq!(running.overdue(late), None);
@@ -252,7 +252,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn jobs_stand_still_that_wait_for_none() {
-        let (running, kill) = (Running::default(), CancellationToken::new());
+        let (running, kill) = (InFlightJobs::default(), CancellationToken::new());
         assert_eq!(running.still_since(Instant::now()), None, "there are none");
         let waits = running.enter("waits", None, &kill).unwrap();
         let came = Instant::now();

@@ -12,7 +12,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Instant;
 
-use sandpiper::sandbox::inner_wall::{Arch, Judgement, Options, Policy, Program, describe};
+use sandpiper::sandbox::inner_wall::{Arch, Judgement, Options, Policy, FilterProgram, describe};
 
 const STRICT: Options<'_> = Options::CLOSED;
 
@@ -24,7 +24,7 @@ fn strict() -> Policy {
 }
 
 /// Installs a program on the calling thread. With a listener, returns it. Only system calls.
-fn install(program: &Program, listener: bool) -> Result<c_long, i32> {
+fn install(program: &FilterProgram, listener: bool) -> Result<c_long, i32> {
     let code = program.instructions();
     let program = libc::sock_fprog {
         len: u16::try_from(code.len()).unwrap_or(0),

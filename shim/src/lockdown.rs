@@ -16,7 +16,7 @@ use crate::sys::{self, Errno};
 /// The steps of the lockdown, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-pub enum Step {
+pub enum LockdownStep {
     /// Groups, gid and uid.
     Identity = 1,
     /// The capability sets.
@@ -31,7 +31,7 @@ pub enum Step {
     Report = 6,
 }
 
-impl Step {
+impl LockdownStep {
     /// A name for messages, from the number in a report.
     #[must_use]
     pub fn name(number: u32) -> &'static str {
@@ -51,7 +51,7 @@ impl Step {
 ///
 /// # Errors
 /// The step that failed, and its errno. The caller must end the process.
-pub fn lockdown(uid: u32, gid: u32, enable_network: bool) -> Result<(), (Step, Errno)> {
+pub fn lockdown(uid: u32, gid: u32, enable_network: bool) -> Result<(), (LockdownStep, Errno)> {
     let result = lock(uid, gid, enable_network);
     if let Err((step, errno)) = result {
         let report = Report::Failed { stage: Stage::Lockdown, step: step as u32, errno };
@@ -61,17 +61,17 @@ pub fn lockdown(uid: u32, gid: u32, enable_network: bool) -> Result<(), (Step, E
     result
 }
 
-fn lock(uid: u32, gid: u32, enable_network: bool) -> Result<(), (Step, Errno)> {
+fn lock(uid: u32, gid: u32, enable_network: bool) -> Result<(), (LockdownStep, Errno)> {
     let at = |step| move |errno| (step, errno);
-    let policy = Policy::map().map_err(at(Step::Policy))?;
+    let policy = Policy::map().map_err(at(LockdownStep::Policy))?;
     if policy.header.network != u32::from(enable_network) {
-        return Err((Step::Policy, libc::EINVAL));
+        return Err((LockdownStep::Policy, libc::EINVAL));
     }
 
-    drop_identity(uid, gid, policy.header.keeps_groups != 0).map_err(at(Step::Identity))?;
-    drop_capabilities().map_err(at(Step::Capabilities))?;
-    sys::set_no_new_privileges().map_err(at(Step::NoNewPrivileges))?;
-    let listener = policy.install().map_err(at(Step::Filter))?;
+    drop_identity(uid, gid, policy.header.keeps_groups != 0).map_err(at(LockdownStep::Identity))?;
+    drop_capabilities().map_err(at(LockdownStep::Capabilities))?;
+    sys::set_no_new_privileges().map_err(at(LockdownStep::NoNewPrivileges))?;
+    let listener = policy.install().map_err(at(LockdownStep::Filter))?;
 
     let report = if listener.is_some() { Report::Locked } else { Report::LockedWithoutListener };
     // The filter is on: this is the first call that it lets through.
@@ -79,7 +79,7 @@ fn lock(uid: u32, gid: u32, enable_network: bool) -> Result<(), (Step, Errno)> {
         Some(listener) => report::send(CONTROL_FD, report, &[listener, WORK_FD]),
         None => report::send(CONTROL_FD, report, &[WORK_FD]),
     });
-    let sent = sent.map_err(at(Step::Report));
+    let sent = sent.map_err(at(LockdownStep::Report));
     if let Some(listener) = listener {
         sys::close(listener);
     }

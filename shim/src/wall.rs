@@ -10,7 +10,7 @@ use crate::sys::{self, Errno, syscall};
 
 /// The step that failed, counted from 0, and what the kernel said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Failure {
+pub struct StepFailure {
     /// Its place in the plan.
     pub step: u32,
     /// As the kernel gave it.
@@ -21,10 +21,10 @@ pub struct Failure {
 ///
 /// # Errors
 /// The first step that fails. The process is then in no defined state and must end.
-pub fn raise(plan: &[u8]) -> Result<(), Failure> {
+pub fn raise(plan: &[u8]) -> Result<(), StepFailure> {
     let mut ruleset = Ruleset(None);
     for (at, step) in Steps::new(plan).enumerate() {
-        let failed = |errno| Failure { step: u32::try_from(at).unwrap_or(u32::MAX), errno };
+        let failed = |errno| StepFailure { step: u32::try_from(at).unwrap_or(u32::MAX), errno };
         let step = step.map_err(|_| failed(libc::EBADMSG))?;
         carry_out(&step, &mut ruleset).map_err(failed)?;
     }

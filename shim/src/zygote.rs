@@ -17,7 +17,7 @@ use crate::abi::{CONTROL_FD, MAX_ORDER, ORDER_FD, ORDER_FDS, Report, Stage};
 use crate::pages;
 use crate::report;
 use crate::sys::{self, Errno, syscall};
-use crate::wall::{self, Failure};
+use crate::wall::{self, StepFailure};
 
 /// What a zygote keeps between its calls. Python calls in with one thread, and each call is over before the
 /// next.
@@ -185,7 +185,7 @@ impl Zygote {
     ///
     /// # Errors
     /// The step that failed; the worker has been told, and the process must end.
-    pub fn enter(&self) -> Result<(), Failure> {
+    pub fn enter(&self) -> Result<(), StepFailure> {
         wall::raise(&self.plan[..self.length]).inspect_err(|failure| {
             let report = Report::Failed { stage: Stage::Wall, step: failure.step, errno: failure.errno };
             // The job's own control socket is still at its first place. Where this fails, the worker sees the

@@ -54,7 +54,7 @@ pub enum ClientError {
 
 /// A message on our reply queue.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Answer {
+pub struct ReplyMessage {
     /// The id under which the job was submitted; empty where the message carries none.
     pub id: String,
     /// The same for every duplicate.
@@ -177,7 +177,7 @@ impl Client {
     ///
     /// # Errors
     /// The connection is gone, and the queue with it.
-    pub async fn next(&self) -> Result<Answer, ClientError> {
+    pub async fn next(&self) -> Result<ReplyMessage, ClientError> {
         let mut answers = self.0.answers.lock().await;
         let message = tokio::select! {
             message = answers.next() => message,
@@ -188,12 +188,12 @@ impl Client {
             tracing::debug!(error = chain(&error), "the reply queue is gone");
             error
         })?;
-        Ok(Answer::new(message))
+        Ok(ReplyMessage::new(message))
     }
 
     /// Those that have come and were not read. With them the reply queue ends: what comes later goes to the results
     /// queue. A broker that does not answer, because it takes nothing or is gone, is not waited for.
-    pub async fn rest(&self) -> Vec<Answer> {
+    pub async fn rest(&self) -> Vec<ReplyMessage> {
         let mut answers = self.0.answers.lock().await;
         let ending = self.0.listening.basic_cancel(answers.tag(), BasicCancelOptions::default());
         let ended = self.0.link.ask_in_time("end the reply queue", ending).await;
@@ -204,7 +204,7 @@ impl Client {
                 Err(_) => answers.next().now_or_never().flatten(),
             };
             match next {
-                Some(Ok(message)) => rest.push(Answer::new(message)),
+                Some(Ok(message)) => rest.push(ReplyMessage::new(message)),
                 _ => return rest,
             }
         }
@@ -283,7 +283,7 @@ impl Client {
     }
 }
 
-impl Answer {
+impl ReplyMessage {
     fn new(message: Delivery) -> Self {
         let text =
             |property: &Option<ShortString>| property.as_ref().map(ToString::to_string).unwrap_or_default();

@@ -29,7 +29,7 @@ use crate::amqp::{Address, Error, Message, chain, faults};
 use crate::config;
 use crate::ops::metrics::{Body, Metrics, Published, Role};
 use crate::retry::Delays;
-use attempt::{Answer, Care, Late};
+use attempt::{BrokerAnswer, Care, Late};
 
 /// The first pause between two attempts; it grows up to [`LONGEST_DELAY`].
 const FIRST_DELAY: Duration = Duration::from_millis(100);
@@ -202,11 +202,11 @@ impl Publisher {
             // A direct address costs nobody anything: the broker drops what nobody listens for.
             let care = Care { unawaited: tried == Try::Unawaited, ..Care::default() };
             let late = match self.attempt(message, &message.to, care).await {
-                Ok(Answer::Confirmed) if tried == Try::Unawaited => {
+                Ok(BrokerAnswer::Confirmed) if tried == Try::Unawaited => {
                     refusals.forget(to);
                     return Ok(Sent::Delivered);
                 }
-                Ok(Answer::Overdue(late)) if tried == Try::Unawaited => Some(late),
+                Ok(BrokerAnswer::Overdue(late)) if tried == Try::Unawaited => Some(late),
                 _ => {
                     refusals.given_up(to);
                     None
@@ -223,33 +223,33 @@ impl Publisher {
             let answer = self.attempt(message, &message.to, care).await;
             self.count(&answer, is_direct);
             let why = match answer {
-                Ok(Answer::Confirmed) => {
+                Ok(BrokerAnswer::Confirmed) => {
                     refusals.forget(to);
                     self.0.metrics.body(Body::Result, message.body.len());
                     return Ok(Sent::Delivered);
                 }
-                Ok(Answer::Returned) => {
+                Ok(BrokerAnswer::Returned) => {
                     refusals.forget(to);
                     let gone = NotTaken { why: "is gone", late: None };
                     return if is_direct { Ok(Sent::Dropped) } else { Err(gone) };
                 }
-                Ok(Answer::TooLarge(most)) => return Ok(Sent::TooLarge(most)),
+                Ok(BrokerAnswer::TooLarge(most)) => return Ok(Sent::TooLarge(most)),
                 // A queue that elects its leader refuses on old channels, and would not on a new one.
-                Ok(Answer::Nacked) if !care.fresh => {
+                Ok(BrokerAnswer::Nacked) if !care.fresh => {
                     care.fresh = true;
                     continue;
                 }
-                Ok(Answer::Nacked) => "refuses results",
-                Ok(Answer::Refused(error)) if !care.fresh => {
+                Ok(BrokerAnswer::Nacked) => "refuses results",
+                Ok(BrokerAnswer::Refused(error)) if !care.fresh => {
                     tracing::warn!(id = message.job(), error = chain(&*error), ONCE_MORE);
                     care.fresh = true;
                     continue;
                 }
-                Ok(Answer::Refused(error)) => {
+                Ok(BrokerAnswer::Refused(error)) => {
                     tracing::warn!(id = message.job(), error = chain(&*error), "the broker refuses a result");
                     "makes the broker refuse results"
                 }
-                Ok(Answer::Overdue(late)) => {
+                Ok(BrokerAnswer::Overdue(late)) => {
                     refusals.refused_again(to);
                     return Err(NotTaken { why: "does not confirm results", late: Some(late) });
                 }
@@ -294,21 +294,21 @@ impl Publisher {
             let answer = self.attempt(message, to, care).await;
             self.count(&answer, false);
             match answer {
-                Ok(Answer::Confirmed) => {
+                Ok(BrokerAnswer::Confirmed) => {
                     self.0.metrics.body(Body::Result, message.body.len());
                     return Sent::Delivered;
                 }
                 // It is declared again by the next attempt.
-                Ok(Answer::Returned) => {
+                Ok(BrokerAnswer::Returned) => {
                     tracing::warn!(
                         id = message.job(),
                         to = to.name(),
                         "a queue of our own is gone; trying again"
                     );
                 }
-                Ok(Answer::TooLarge(most)) => return Sent::TooLarge(most),
-                Ok(Answer::Nacked | Answer::Overdue(_)) => refused = refused.max(1),
-                Ok(Answer::Refused(error)) => {
+                Ok(BrokerAnswer::TooLarge(most)) => return Sent::TooLarge(most),
+                Ok(BrokerAnswer::Nacked | BrokerAnswer::Overdue(_)) => refused = refused.max(1),
+                Ok(BrokerAnswer::Refused(error)) => {
                     tracing::warn!(
                         id = message.job(),
                         error = chain(&*error),
@@ -336,29 +336,29 @@ impl Publisher {
         }
         let care = Care { unawaited: tried == Try::Unawaited, ..Care::default() };
         let answer = self.attempt(message, &message.to, care).await;
-        if care.unawaited && !matches!(answer, Ok(Answer::Overdue(_))) {
+        if care.unawaited && !matches!(answer, Ok(BrokerAnswer::Overdue(_))) {
             refusals.given_up(to);
         }
         match answer {
             // It may be only slow.
-            Ok(Answer::Overdue(_)) if tried == Try::Unawaited => PublishOnce::Unknown,
-            Ok(Answer::Confirmed) => {
+            Ok(BrokerAnswer::Overdue(_)) if tried == Try::Unawaited => PublishOnce::Unknown,
+            Ok(BrokerAnswer::Confirmed) => {
                 refusals.forget(to);
                 PublishOnce::Confirmed
             }
-            Ok(Answer::Returned | Answer::TooLarge(_)) => {
+            Ok(BrokerAnswer::Returned | BrokerAnswer::TooLarge(_)) => {
                 refusals.forget(to);
                 PublishOnce::Unroutable
             }
-            Ok(Answer::Overdue(_)) if !self.is_own(&message.to) => {
+            Ok(BrokerAnswer::Overdue(_)) if !self.is_own(&message.to) => {
                 self.is_late(&message.to);
                 PublishOnce::Unknown
             }
-            Ok(Answer::Refused(_)) if !self.is_own(&message.to) => {
+            Ok(BrokerAnswer::Refused(_)) if !self.is_own(&message.to) => {
                 refusals.refused(to);
                 PublishOnce::Unroutable
             }
-            Ok(Answer::Nacked | Answer::Overdue(_) | Answer::Refused(_)) => {
+            Ok(BrokerAnswer::Nacked | BrokerAnswer::Overdue(_) | BrokerAnswer::Refused(_)) => {
                 // A full queue may have room for the next piece; one that is probed has had its chance.
                 refusals.refused_again(to);
                 PublishOnce::Unknown
@@ -385,14 +385,14 @@ impl Publisher {
             .any(|own| own == name)
     }
 
-    fn count(&self, answer: &Result<Answer, Error>, is_direct: bool) {
+    fn count(&self, answer: &Result<BrokerAnswer, Error>, is_direct: bool) {
         self.0.metrics.published(match answer {
-            Ok(Answer::Confirmed) => Published::Confirmed,
-            Ok(Answer::Returned) if is_direct => Published::Dropped,
-            Ok(Answer::Returned) => Published::Returned,
-            Ok(Answer::Nacked) => Published::Nacked,
-            Ok(Answer::Overdue(_)) => Published::TimedOut,
-            Ok(Answer::Refused(_) | Answer::TooLarge(_)) => Published::Refused,
+            Ok(BrokerAnswer::Confirmed) => Published::Confirmed,
+            Ok(BrokerAnswer::Returned) if is_direct => Published::Dropped,
+            Ok(BrokerAnswer::Returned) => Published::Returned,
+            Ok(BrokerAnswer::Nacked) => Published::Nacked,
+            Ok(BrokerAnswer::Overdue(_)) => Published::TimedOut,
+            Ok(BrokerAnswer::Refused(_) | BrokerAnswer::TooLarge(_)) => Published::Refused,
             Err(_) => Published::Failed,
         });
     }

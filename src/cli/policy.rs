@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::cli::args::ConfigArgs;
 use crate::cli::{End, output};
-use crate::sandbox::inner_wall::{Arch, Entry, Options, describe};
+use crate::sandbox::inner_wall::{Arch, Options, PolicyEntry, describe};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -83,7 +83,7 @@ struct Document {
     arch: String,
     network: bool,
     exec: bool,
-    syscalls: Vec<Entry>,
+    syscalls: Vec<PolicyEntry>,
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<End> {
@@ -100,8 +100,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
         cpu_group: !args.no_cgroups,
         extra: &config.sandbox.allow_syscalls,
     };
-    let wanted = |entry: &Entry| args.class.is_none_or(|class| entry.class == class.name());
-    let syscalls: Vec<Entry> = describe(arch, &options)?.filter(wanted).collect();
+    let wanted = |entry: &PolicyEntry| args.class.is_none_or(|class| entry.class == class.name());
+    let syscalls: Vec<PolicyEntry> = describe(arch, &options)?.filter(wanted).collect();
     if args.json {
         let arch = match arch {
             Arch::X86_64 => "x86_64",
@@ -120,7 +120,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
 }
 
 /// The calls under the reason that they share, in the table's order.
-fn page(syscalls: &[Entry]) -> String {
+fn page(syscalls: &[PolicyEntry]) -> String {
     let width = syscalls.iter().map(|entry| entry.name.len()).max().unwrap_or(0);
     let mut page = String::new();
     let mut reason = "";

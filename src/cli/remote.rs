@@ -7,7 +7,7 @@ use anyhow::Context;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use crate::amqp::client::{Answer, Client};
+use crate::amqp::client::{Client, ReplyMessage};
 use crate::cli::output;
 use crate::cli::signals::Signals;
 use crate::config::Config;
@@ -168,7 +168,7 @@ where
         Ok(Over::Complete)
     }
 
-    fn take(&mut self, answer: Answer) -> anyhow::Result<()> {
+    fn take(&mut self, answer: ReplyMessage) -> anyhow::Result<()> {
         if answer.kind == "output" && self.pending.contains_key(&answer.id) {
             let chunk = serde_json::from_slice(&answer.body).context("output cannot be understood")?;
             return (self.written)(chunk, &answer.message_id);

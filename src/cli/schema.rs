@@ -5,7 +5,7 @@ use clap::ValueEnum;
 use crate::amqp::{CONTROL, Command, Pong};
 use crate::cli::args::ConfigArgs;
 use crate::cli::{End, output};
-use crate::job::asyncapi::{self, Names};
+use crate::job::asyncapi::{self, BrokerNames};
 use crate::job::schema;
 
 const EXAMPLES: &str = "\
@@ -47,7 +47,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
             let amqp = args.config.load()?.amqp;
             let others = amqp.queues.iter().map(|queue| &*queue.name).filter(|name| *name != amqp.jobs_queue);
             let jobs: Vec<&str> = std::iter::once(&*amqp.jobs_queue).chain(others).collect();
-            asyncapi::document::<Command, Pong>(&Names {
+            asyncapi::document::<Command, Pong>(&BrokerNames {
                 jobs: &jobs,
                 results: &amqp.results_queue,
                 dead: &amqp.dead_queue,

@@ -18,7 +18,7 @@ use crate::ops::service_manager::ServiceManager;
 use crate::ops::traces::Traces;
 use crate::sandbox::Sandbox;
 use crate::sandbox::doctor::{Check, demand, examine};
-use crate::worker::{self, Ended, Health, Shutdown, Watchdog};
+use crate::worker::{self, Health, Shutdown, Stopped, Watchdog};
 
 /// Far more than it takes to kill what runs and to remove its control groups.
 const CLEANING: Duration = Duration::from_secs(2);
@@ -104,15 +104,15 @@ async fn serve(config: &Config, sandbox: Sandbox, once: Option<NonZeroUsize>) ->
     };
     let ended = worker::serve(config, sandbox, &metrics, &traces, &health, &shutdown, once).await;
     closed.cancel();
-    if ended == Ended::Drained {
+    if ended == Stopped::Drained {
         traces.close().await;
     }
-    if let (Some(port), Ended::Drained) = (port, ended) {
+    if let (Some(port), Stopped::Drained) = (port, ended) {
         port.await.map_err(anyhow::Error::new).and_then(|ended| Ok(ended?)).context(PORT_FAILED)?;
     }
     Ok(match ended {
-        Ended::Drained => End::Done,
-        Ended::Abandoned => End::Abandoned,
+        Stopped::Drained => End::Done,
+        Stopped::Abandoned => End::Abandoned,
     })
 }
 

@@ -17,7 +17,7 @@ pub(super) struct Raw {
     pub(super) amqp: RawAmqp,
     pub(super) worker: RawWorker,
     pub(super) sandbox: RawSandbox,
-    pub(super) limits: RawLimits,
+    pub(super) limits: RawBounds,
     pub(super) environments: BTreeMap<String, RawEnvironment>,
     pub(super) http: RawHttp,
     pub(super) log: RawLog,
@@ -99,7 +99,7 @@ pub(super) struct RawSandbox {
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct RawLimits {
+pub(super) struct RawBounds {
     pub(super) timeout_ms: Bound,
     pub(super) cpu_ms: Bound,
     pub(super) memory_bytes: Bound,
@@ -213,7 +213,7 @@ impl Raw {
                 allow_syscalls: sandbox.allow_syscalls,
                 require: sandbox.require,
             },
-            limits: RawLimits::from(limits),
+            limits: RawBounds::from(limits),
             environments: environments.into_iter().map(|(name, it)| (name, it.into())).collect(),
             http: RawHttp { listen: http.listen.map(|address| address.to_string()).unwrap_or_default() },
             log: RawLog {
@@ -245,7 +245,7 @@ impl From<Environment> for RawEnvironment {
     }
 }
 
-impl From<Bounds> for RawLimits {
+impl From<Bounds> for RawBounds {
     fn from(bounds: Bounds) -> Self {
         let bound =
             |of: fn(&Limits) -> u64| Bound { default: of(&bounds.default), maximum: of(&bounds.maximum) };
@@ -265,8 +265,8 @@ impl From<Bounds> for RawLimits {
     }
 }
 
-impl From<&RawLimits> for Bounds {
-    fn from(raw: &RawLimits) -> Self {
+impl From<&RawBounds> for Bounds {
+    fn from(raw: &RawBounds) -> Self {
         let limits = |of: fn(&Bound) -> u64| Limits {
             timeout_ms: of(&raw.timeout_ms),
             cpu_ms: of(&raw.cpu_ms),

@@ -12,7 +12,7 @@ use super::reply::Reply;
 
 /// What the queues and the exchange are called.
 #[derive(Clone, Copy, Debug)]
-pub struct Names<'a> {
+pub struct BrokerNames<'a> {
     /// Where jobs come from, the one first that is for whoever has no choice.
     pub jobs: &'a [&'a str],
     /// Where results go that have no reply queue.
@@ -24,7 +24,7 @@ pub struct Names<'a> {
 }
 
 /// The document. `Command` is what workers are told, `Pong` what they say of themselves.
-pub fn document<Command: JsonSchema, Pong: JsonSchema>(names: &Names<'_>) -> Value {
+pub fn document<Command: JsonSchema, Pong: JsonSchema>(names: &BrokerNames<'_>) -> Value {
     let settings = || SchemaSettings::draft07().with(|s| s.definitions_path = "/components/schemas".into());
     let mut read = settings().for_deserialize().into_generator();
     let mut written = settings().for_serialize().into_generator();

@@ -10,7 +10,7 @@ use super::explain::{nearest, quote};
 use super::metadata::METADATA_MAX;
 use super::model::{Admission, InputFile, Job};
 use super::raw::{
-    Capped, FILES_MAX, Input, Object, PATTERNS_MAX, RawFile, RawJob, RawLimits, STRINGS_MAX, Strings,
+    Capped, FILES_MAX, Object, PATTERNS_MAX, RawFile, RawJob, RawLimits, RawStdin, STRINGS_MAX, Strings,
 };
 use super::whole::Whole;
 use crate::job::{Cpus, Limits};
@@ -149,11 +149,11 @@ fn check_limits(
     })
 }
 
-fn check_stdin(stdin: Option<Input>) -> Result<Vec<u8>, String> {
+fn check_stdin(stdin: Option<RawStdin>) -> Result<Vec<u8>, String> {
     match stdin {
         None => Ok(Vec::new()),
-        Some(Input::Text(text)) => Ok(text.into_bytes()),
-        Some(Input::Encoded(encoded)) => decode("stdin.base64", &encoded.base64),
+        Some(RawStdin::Text(text)) => Ok(text.into_bytes()),
+        Some(RawStdin::Encoded(encoded)) => decode("stdin.base64", &encoded.base64),
     }
 }
 

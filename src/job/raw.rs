@@ -51,7 +51,7 @@ pub(super) struct RawJob {
     pub(super) environment: Option<String>,
     /// Standard input: text, or bytes as base64.
     #[schemars(extend("default" = ""))]
-    pub(super) stdin: Option<Input>,
+    pub(super) stdin: Option<RawStdin>,
     /// `sys.argv[1:]`.
     #[schemars(with = "Option<Vec<String>>", length(max = 1024), extend("default" = []))]
     pub(super) args: Option<Capped<String, STRINGS_MAX>>,
@@ -136,7 +136,7 @@ pub(super) struct RawFile {
 /// Bytes, written as text or as base64.
 #[derive(Debug, JsonSchema)]
 #[schemars(untagged, rename = "JobInput")]
-pub(super) enum Input {
+pub(super) enum RawStdin {
     /// The bytes are this text in UTF-8.
     Text(String),
     /// The bytes are encoded.
@@ -153,22 +153,22 @@ pub(super) struct Encoded {
     pub(super) base64: String,
 }
 
-impl<'de> Deserialize<'de> for Input {
+impl<'de> Deserialize<'de> for RawStdin {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct InputVisitor;
         impl<'de> Visitor<'de> for InputVisitor {
-            type Value = Input;
+            type Value = RawStdin;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("text or {\"base64\": …}")
             }
-            fn visit_str<E: Error>(self, text: &str) -> Result<Input, E> {
-                Ok(Input::Text(text.to_owned()))
+            fn visit_str<E: Error>(self, text: &str) -> Result<RawStdin, E> {
+                Ok(RawStdin::Text(text.to_owned()))
             }
-            fn visit_string<E: Error>(self, text: String) -> Result<Input, E> {
-                Ok(Input::Text(text))
+            fn visit_string<E: Error>(self, text: String) -> Result<RawStdin, E> {
+                Ok(RawStdin::Text(text))
             }
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Input, A::Error> {
-                Encoded::deserialize(MapAccessDeserializer::new(map)).map(Input::Encoded)
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<RawStdin, A::Error> {
+                Encoded::deserialize(MapAccessDeserializer::new(map)).map(RawStdin::Encoded)
             }
         }
         deserializer.deserialize_any(InputVisitor)

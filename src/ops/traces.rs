@@ -16,7 +16,7 @@ pub use otlp::Traces;
 /// What a span tells of a job besides its outcome.
 #[cfg_attr(not(feature = "otlp"), expect(dead_code, reason = "a build that sends no spans reads none of it"))]
 #[derive(Debug)]
-pub struct Ended<'a> {
+pub struct EndedJob<'a> {
     /// The queue it came from.
     pub queue: &'a str,
     /// Its id.
@@ -100,7 +100,7 @@ impl Traces {
     }
 
     /// Nothing.
-    pub fn job(&self, _: &Ended<'_>) -> Span {
+    pub fn job(&self, _: &EndedJob<'_>) -> Span {
         Span
     }
 

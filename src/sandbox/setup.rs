@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use super::cgroup::{self, Group};
+use super::cgroup::{self, Cgroup};
 use super::environment::{Environment, Machine};
 use super::error::StartError;
 use super::host::{Host, Privilege};
@@ -67,7 +67,7 @@ pub(super) fn set_up(config: &Config, trace: Option<Trace>) -> Result<Engine, St
         host,
         seats: seat_count,
         memory_group: !groups.is_empty(),
-        cpu_group: groups.iter().all(Group::shares_the_processor) && !groups.is_empty(),
+        cpu_group: groups.iter().all(Cgroup::shares_the_processor) && !groups.is_empty(),
         traces: trace.is_some(),
     };
     let (mut environments, mut warm_pools) = (BTreeMap::new(), BTreeMap::new());

@@ -18,7 +18,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use sandpiper_shim::abi::{CONTROL_FD, Report, Stage};
 use sandpiper_shim::plan::Steps;
-use sandpiper_shim::wall::{self, Failure};
+use sandpiper_shim::wall::{self, StepFailure};
 
 use super::fd;
 use super::process::{Child, Exit};
@@ -283,7 +283,7 @@ fn errno() -> i32 {
     io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)
 }
 
-fn report(fd: RawFd, stage: Stage, failure: Failure) -> ! {
+fn report(fd: RawFd, stage: Stage, failure: StepFailure) -> ! {
     let bytes = Report::Failed { stage, step: failure.step, errno: failure.errno }.encode();
     // SAFETY: the buffer is live. Where the write fails, the worker sees the process end without a report.
     let _ = unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) };
@@ -292,7 +292,7 @@ fn report(fd: RawFd, stage: Stage, failure: Failure) -> ! {
 
 fn run_origin(launch: &Launch<'_>, kept: &Kept, pids: RawFd, worker: libc::pid_t) -> ! {
     let control = launch.control.as_raw_fd();
-    let failed = |errno| report(control, Stage::Origin, Failure { step: u32::MAX, errno });
+    let failed = |errno| report(control, Stage::Origin, StepFailure { step: u32::MAX, errno });
     if let Err(errno) = kept.close_others() {
         failed(errno);
     }
@@ -354,7 +354,7 @@ fn run_init(launch: &Launch<'_>) -> ! {
             libc::AT_EMPTY_PATH,
         )
     };
-    report(control, Stage::Init, Failure { step: u32::MAX, errno: errno() })
+    report(control, Stage::Init, StepFailure { step: u32::MAX, errno: errno() })
 }
 
 fn run_job(launch: &Launch<'_>) -> ! {
@@ -365,5 +365,5 @@ fn run_job(launch: &Launch<'_>) -> ! {
     // SAFETY: every string and both lists end in NUL and outlive the call.
     unsafe { libc::execve(program.path.as_ptr(), program.arguments.as_ptr(), program.environment.as_ptr()) };
     // The wall's last step has closed the control socket under its old number.
-    report(CONTROL_FD, Stage::Exec, Failure { step: 0, errno: errno() })
+    report(CONTROL_FD, Stage::Exec, StepFailure { step: 0, errno: errno() })
 }

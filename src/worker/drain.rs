@@ -26,7 +26,7 @@ pub struct Shutdown {
 
 /// How a worker ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ended {
+pub enum Stopped {
     /// Every job was answered or given back.
     Drained,
     /// At once: jobs were cut off, and the broker delivers them again.
@@ -41,7 +41,7 @@ pub(super) async fn until_empty(
     shutdown: &Shutdown,
     drain_timeout: Duration,
     metrics: &Metrics,
-) -> Ended {
+) -> Stopped {
     let deadline = async {
         shutdown.drain.cancelled().await;
         metrics.draining();
@@ -64,10 +64,10 @@ pub(super) async fn until_empty(
         () = shutdown.now.cancelled() => {
             // Whatever is still polled for the rest of the process's life should know.
             kill.cancel();
-            Ended::Abandoned
+            Stopped::Abandoned
         }
-        () = all_done => Ended::Drained,
-        () = deadline => Ended::Drained,
+        () = all_done => Stopped::Drained,
+        () = deadline => Stopped::Drained,
     }
 }
 

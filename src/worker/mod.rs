@@ -28,7 +28,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use drain::{Ended, Shutdown};
+pub use drain::{Shutdown, Stopped};
 pub use health::Health;
 pub use in_flight::MAX_CANCELLATIONS;
 pub use watchdog::Watchdog;
@@ -59,7 +59,7 @@ pub async fn serve(
     health: &Health,
     shutdown: &Shutdown,
     once: Option<NonZeroUsize>,
-) -> Ended {
+) -> Stopped {
     let name = name(config);
     sandbox.warm_up(Some(metrics));
     metrics.slots(config.worker.slots);
@@ -160,7 +160,7 @@ pub async fn serve(
         }
     };
     let ended = drain::until_empty(work, &jobs, &kill, shutdown, config.worker.drain_timeout, metrics).await;
-    if ended == Ended::Drained {
+    if ended == Stopped::Drained {
         drain::say_goodbye(consumer, &publisher).await;
         sandbox.close().await;
     }

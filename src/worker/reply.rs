@@ -134,7 +134,7 @@ impl Replies {
         outcome: Outcome,
     ) -> Option<()> {
         self.report(delivery, &context, &outcome);
-        let _until_kept = self.traces.job(&traces::Ended {
+        let _until_kept = self.traces.job(&traces::EndedJob {
             queue: self.queue(delivery),
             id: &context.id,
             correlation_id: delivery.properties.correlation_id.as_deref(),

@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot read the sources has failed")]
 
 mod circles;
+mod names;
 mod source;
 
 use std::collections::BTreeSet;

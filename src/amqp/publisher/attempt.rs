@@ -27,7 +27,7 @@ const ENVELOPE: usize = 4_096;
 
 /// What the broker said to one attempt.
 #[derive(Debug)]
-pub(super) enum Answer {
+pub(super) enum BrokerAnswer {
     Confirmed,
     Returned,
     Nacked,
@@ -66,7 +66,12 @@ pub(super) struct Care {
 
 impl Publisher {
     /// One attempt, on a channel that has nothing else under way.
-    pub(super) async fn attempt(&self, message: &Message, to: &Address, care: Care) -> Result<Answer, Error> {
+    pub(super) async fn attempt(
+        &self,
+        message: &Message,
+        to: &Address,
+        care: Care,
+    ) -> Result<BrokerAnswer, Error> {
         match to {
             Address::Queue(name) if self.is_own(to) => self.attempt_own(message, name, care).await,
             Address::Queue(name) => {
@@ -77,7 +82,7 @@ impl Publisher {
     }
 
     /// To a queue of our own: the confirm is waited for as any other answer of the broker's.
-    async fn attempt_own(&self, message: &Message, name: &str, care: Care) -> Result<Answer, Error> {
+    async fn attempt_own(&self, message: &Message, name: &str, care: Care) -> Result<BrokerAnswer, Error> {
         let outlet = self.outlet().await?;
         let channel = outlet.channel(care.fresh).await?;
         let start = Instant::now();
@@ -97,7 +102,7 @@ impl Publisher {
                     to = name,
                     "a result is not confirmed in time; it is published again"
                 );
-                return Ok(Answer::Overdue(Late::new(&outlet)));
+                return Ok(BrokerAnswer::Overdue(Late::new(&outlet)));
             }
             Err(error) => return self.refused(error, message),
         };
@@ -115,7 +120,7 @@ impl Publisher {
         name: &str,
         mandatory: bool,
         care: Care,
-    ) -> Result<Answer, Error> {
+    ) -> Result<BrokerAnswer, Error> {
         let what = "have a result confirmed";
         let channel = outlet.channel(care.fresh).await?;
         let start = Instant::now();
@@ -156,7 +161,7 @@ impl Publisher {
                         refusals.given_up(&name);
                     }
                 });
-                return Ok(Answer::Overdue(late));
+                return Ok(BrokerAnswer::Overdue(late));
             }
         };
         match confirmation {
@@ -170,7 +175,7 @@ impl Publisher {
     /// To a requester that listens on a channel of its own. The broker hands it over if there is one, and drops it if
     /// there is none, without a word. So it is asked at the same time: it may hang over an address that names a process
     /// of its own which is no channel.
-    async fn attempt_direct(&self, message: &Message, name: &str, care: Care) -> Result<Answer, Error> {
+    async fn attempt_direct(&self, message: &Message, name: &str, care: Care) -> Result<BrokerAnswer, Error> {
         // While there is no broker no address is at fault.
         self.outlet().await?;
         let outlet = self.direct(care.alone).await?;
@@ -183,15 +188,15 @@ impl Publisher {
             tokio::spawn(async move { outlet.listens(&name).await })
         };
         let answer = self.attempt_strange(outlet.clone(), message, name, false, care).await?;
-        if !matches!(answer, Answer::Confirmed) {
+        if !matches!(answer, BrokerAnswer::Confirmed) {
             return Ok(answer);
         }
         let mut asking = asking;
         tokio::select! {
             biased;
             listens = &mut asking => match listens {
-                Ok(Ok(true)) => Ok(Answer::Confirmed),
-                Ok(Ok(false)) => Ok(Answer::Returned),
+                Ok(Ok(true)) => Ok(BrokerAnswer::Confirmed),
+                Ok(Ok(false)) => Ok(BrokerAnswer::Returned),
                 Ok(Err(error)) => Err(error),
                 // A panic in it was reported by the runtime.
                 Err(_) => Err(Error::Lost(None)),
@@ -211,7 +216,7 @@ impl Publisher {
                         refusals.forget(&name);
                     }
                 });
-                Ok(Answer::Overdue(late))
+                Ok(BrokerAnswer::Overdue(late))
             }
         }
     }
@@ -231,31 +236,31 @@ impl Publisher {
         channel: Channel,
         confirmation: Confirmation,
         start: Instant,
-    ) -> Answer {
+    ) -> BrokerAnswer {
         match confirmation {
             Confirmation::Ack(None) => {
                 let took = start.elapsed();
                 self.0.pace.confirmed(took);
                 self.0.metrics.confirm(took);
                 outlet.give_back(channel);
-                Answer::Confirmed
+                BrokerAnswer::Confirmed
             }
             Confirmation::Ack(Some(_)) => {
                 outlet.give_back(channel);
-                Answer::Returned
+                BrokerAnswer::Returned
             }
-            Confirmation::Nack(_) | Confirmation::NotRequested => Answer::Nacked,
+            Confirmation::Nack(_) | Confirmation::NotRequested => BrokerAnswer::Nacked,
         }
     }
 
     /// The broker closed the channel over this message and over nothing else; or the connection is gone.
-    fn refused(&self, error: Error, message: &Message) -> Result<Answer, Error> {
+    fn refused(&self, error: Error, message: &Message) -> Result<BrokerAnswer, Error> {
         let Error::Operation { source, .. } = error else { return Err(error) };
         match faults::too_large(&source) {
             _ if !faults::is_refusal(&source) => {
                 Err(Error::Operation { what: "have a result confirmed".into(), source })
             }
-            None => Ok(Answer::Refused(source)),
+            None => Ok(BrokerAnswer::Refused(source)),
             Some(most) => {
                 // Some versions count more than the body. Less each time, whatever it says.
                 let body = message.body.len();
@@ -267,7 +272,7 @@ impl Publisher {
                     "a message is larger than the broker takes"
                 );
                 self.0.largest.fetch_min(most, Ordering::Relaxed);
-                Ok(Answer::TooLarge(most))
+                Ok(BrokerAnswer::TooLarge(most))
             }
         }
     }

@@ -110,13 +110,13 @@ label! {
 /// A label whose values are not known here: names of the configuration, or of system calls. The first so many
 /// are taken as they are; all further ones share one value, so that nobody can make the worker forget its limits.
 #[derive(Debug)]
-pub(super) struct Names {
+pub(super) struct BoundedLabel {
     most: usize,
     rest: &'static str,
     seen: Mutex<BTreeSet<String>>,
 }
 
-impl Names {
+impl BoundedLabel {
     pub(super) fn new(most: usize, rest: &'static str) -> Self {
         Self { most, rest, seen: Mutex::default() }
     }
@@ -137,7 +137,7 @@ impl Names {
 
 /// A system call's name as the kernel's table has it. A number without a name (`syscall_999`, `i386:11`) is for
 /// the job to choose, a thousand of them an ABI: as a label they are all one.
-pub(super) fn syscall<'a>(names: &Names, name: &'a str) -> &'a str {
+pub(super) fn syscall<'a>(names: &BoundedLabel, name: &'a str) -> &'a str {
     let nameless = name.contains(':') || name.starts_with("syscall_");
     if nameless { names.rest } else { names.bounded(name) }
 }

@@ -7,16 +7,16 @@ use prometheus::{
 
 use super::UNKNOWN_SYSCALL;
 use super::ages::Ages;
-use super::labels::{Body, DeadReason, Label, Names, Published, Role, Settled, Start};
+use super::labels::{Body, BoundedLabel, DeadReason, Label, Published, Role, Settled, Start};
 use crate::job::Status;
 
 /// The metrics themselves, and what they are made of when somebody looks.
 #[derive(Debug)]
 pub(super) struct Inner {
     pub(super) registry: Registry,
-    pub(super) queues: Names,
-    pub(super) environments: Names,
-    pub(super) syscalls: Names,
+    pub(super) queues: BoundedLabel,
+    pub(super) environments: BoundedLabel,
+    pub(super) syscalls: BoundedLabel,
     pub(super) runs: Ages,
     pub(super) deliveries: Ages,
     pub(super) publishes: Ages,
@@ -199,9 +199,9 @@ pub(super) fn build(registry: Registry) -> prometheus::Result<Inner> {
     }
 
     Ok(Inner {
-        queues: Names::new(QUEUES, OTHER),
-        environments: Names::new(ENVIRONMENTS, OTHER),
-        syscalls: Names::new(SYSCALLS, UNKNOWN_SYSCALL),
+        queues: BoundedLabel::new(QUEUES, OTHER),
+        environments: BoundedLabel::new(ENVIRONMENTS, OTHER),
+        syscalls: BoundedLabel::new(SYSCALLS, UNKNOWN_SYSCALL),
         runs: Ages::default(),
         deliveries: Ages::default(),
         publishes: Ages::default(),

@@ -11,7 +11,7 @@ use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider};
 
-use super::{Ended, TracesError, endpoint, first_said};
+use super::{EndedJob, TracesError, endpoint, first_said};
 use crate::job;
 
 /// For the last batch, when the worker ends: a collector that is away must not hold it up.
@@ -67,7 +67,7 @@ impl Traces {
 
     /// The span of a job that has ended, but for its result's way back. It has one of its start and one of its run
     /// below it.
-    pub fn job(&self, ended: &Ended<'_>) -> Span {
+    pub fn job(&self, ended: &EndedJob<'_>) -> Span {
         Span { _context: self.0.as_ref().map(|(_, tracer)| job(tracer, ended)) }
     }
 
@@ -81,7 +81,7 @@ impl Traces {
     }
 }
 
-fn job(tracer: &SdkTracer, ended: &Ended<'_>) -> Context {
+fn job(tracer: &SdkTracer, ended: &EndedJob<'_>) -> Context {
     let parent = TraceContextPropagator::new().extract(&Requester(ended));
     let outcome = ended.outcome;
     let status = outcome.status.as_str();
@@ -127,7 +127,7 @@ fn job(tracer: &SdkTracer, ended: &Ended<'_>) -> Context {
 }
 
 /// The headers that a requester's trace comes in.
-struct Requester<'a>(&'a Ended<'a>);
+struct Requester<'a>(&'a EndedJob<'a>);
 
 impl Extractor for Requester<'_> {
     fn get(&self, key: &str) -> Option<&str> {

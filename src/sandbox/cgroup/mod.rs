@@ -2,7 +2,7 @@
 //!
 //! Version 2 is tried first, then version 1; where neither can be had, the caller is left with rlimits. The groups
 //! are made once, below the worker's own, and handed from job to job with their seat: making one for every job
-//! would cost more than the job. How a job gets in is its group's [`Entry`]; the first process of its pid namespace
+//! would cost more than the job. How a job gets in is its group's [`EnterBy`]; the first process of its pid namespace
 //! stays outside, so that it outlives a kill for memory.
 
 mod counters;
@@ -99,21 +99,21 @@ impl Homes {
     }
 
     /// How a process gets into a group of these directories, without a trial but for the first of them.
-    fn entry(&self, directories: &[PathBuf], doors: &[OwnedFd]) -> Entry {
+    fn entry(&self, directories: &[PathBuf], doors: &[OwnedFd]) -> EnterBy {
         let quickly = |trial: &dyn Fn() -> bool| *self.entered_quickly.get_or_init(trial);
         let entry = match self.version {
             Version::One => launch::namespace("cgroup", cold::cgroup_namespace(doors).bytes())
                 .and_then(fd::out_of_the_way)
                 .map(|namespace| {
                     let join = trials::joining(&namespace, libc::CLONE_NEWCGROUP);
-                    quickly(&|| launch::can(0, join.bytes())).then_some(Entry::Admission(namespace))
+                    quickly(&|| launch::can(0, join.bytes())).then_some(EnterBy::ParentWrite(namespace))
                 }),
             Version::Two => fs::File::open(&directories[0]).and_then(fd::out_of_the_way).map(|directory| {
                 let born = || launch::born_into(directory.as_fd()).and_then(|child| child.wait());
-                quickly(&|| born().is_ok()).then_some(Entry::Birth(directory))
+                quickly(&|| born().is_ok()).then_some(EnterBy::CloneIntoCgroup(directory))
             }),
         };
-        entry.ok().flatten().unwrap_or(Entry::ByItself)
+        entry.ok().flatten().unwrap_or(EnterBy::SelfWrite)
     }
 
     /// Writes the limits of the group `name`.
@@ -139,10 +139,10 @@ impl Homes {
 ///
 /// # Errors
 /// What each version lacks here.
-pub(super) fn start(count: usize, limits: &Limits) -> Result<Vec<Group>, CgroupError> {
+pub(super) fn start(count: usize, limits: &Limits) -> Result<Vec<Cgroup>, CgroupError> {
     let attempt = |homes: Result<Homes, CgroupError>| {
         let groups = make(homes?, count, limits)?;
-        let doors: Vec<BorrowedFd<'_>> = groups.iter().take(1).flat_map(Group::doors).collect();
+        let doors: Vec<BorrowedFd<'_>> = groups.iter().take(1).flat_map(Cgroup::doors).collect();
         probe::entering(&doors)?;
         Ok::<_, CgroupError>(groups)
     };
@@ -161,9 +161,9 @@ pub(super) fn own_oom_counters() -> Vec<PathBuf> {
     two.into_iter().chain(one).collect()
 }
 
-fn make(homes: Homes, count: usize, limits: &Limits) -> Result<Vec<Group>, CgroupError> {
+fn make(homes: Homes, count: usize, limits: &Limits) -> Result<Vec<Cgroup>, CgroupError> {
     let homes = Arc::new(homes);
-    (0..count).map(|number| Group::make(&homes, format!("slot-{number}"), limits)).collect()
+    (0..count).map(|number| Cgroup::make(&homes, format!("slot-{number}"), limits)).collect()
 }
 
 /// A huge page that did not fit leaves as much of a limit unused, and some more is on its way in other hands.
@@ -171,12 +171,12 @@ const UNUSED: u64 = 4 << 20;
 
 /// One seat's control group, version 1 or 2: the same directory in every hierarchy.
 #[derive(Debug)]
-pub(super) struct Group {
+pub(super) struct Cgroup {
     homes: Arc<Homes>,
     name: String,
     /// `cgroup.procs`, open for writing.
     doors: Arc<[OwnedFd]>,
-    entry: Entry,
+    entry: EnterBy,
     counters: Counters,
     /// Memory, processes and processors, as the kernel has them.
     set: Option<[u64; 3]>,
@@ -184,16 +184,16 @@ pub(super) struct Group {
     began: Reading,
 }
 
-/// How a new process gets in. Walking through the [doors](Group::doors) can take the kernel ten milliseconds.
+/// How a new process gets in. Walking through the [doors](Cgroup::doors) can take the kernel ten milliseconds.
 #[derive(Debug)]
-pub(super) enum Entry {
+pub(super) enum EnterBy {
     /// It is born inside, by the directory of version 2.
-    Birth(OwnedFd),
-    /// It is [admitted](Group::admit) while it does something else, and joins the namespace of the group, in which
+    CloneIntoCgroup(OwnedFd),
+    /// It is [admitted](Cgroup::admit) while it does something else, and joins the namespace of the group, in which
     /// this is the root, before.
-    Admission(OwnedFd),
+    ParentWrite(OwnedFd),
     /// Only through the doors, by itself.
-    ByItself,
+    SelfWrite,
 }
 
 /// What the processes of a group have used together.
@@ -205,7 +205,7 @@ pub(super) struct Used {
     pub(super) system: Duration,
 }
 
-impl Group {
+impl Cgroup {
     /// Waits for the kernel, and on version 1 for a child.
     fn make(homes: &Arc<Homes>, name: String, limits: &Limits) -> Result<Self, CgroupError> {
         let (mut doors, mut directories) = (Vec::new(), Vec::new());
@@ -303,7 +303,7 @@ impl Group {
     }
 
     /// How a new process gets in that needs no time for it.
-    pub(super) fn entry(&self) -> &Entry {
+    pub(super) fn entry(&self) -> &EnterBy {
         &self.entry
     }
 

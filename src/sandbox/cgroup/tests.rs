@@ -19,7 +19,7 @@ fn skip(why: &dyn std::fmt::Display) {
 }
 
 /// Groups as the sandbox makes them; without the trial of a child, for a test has more than one thread.
-fn groups(count: usize, limits: &Limits) -> Option<Vec<Group>> {
+fn groups(count: usize, limits: &Limits) -> Option<Vec<Cgroup>> {
     let (mounts, own) = (place::mounts().unwrap(), place::own().unwrap());
     let made = v2::start(&mounts, &own, count)
         .and_then(|homes| make(homes, count, limits))
@@ -27,16 +27,16 @@ fn groups(count: usize, limits: &Limits) -> Option<Vec<Group>> {
     made.inspect_err(|error| skip(error)).ok()
 }
 
-fn group(limits: &Limits) -> Option<Group> {
+fn group(limits: &Limits) -> Option<Cgroup> {
     groups(1, limits)?.pop()
 }
 
-fn directories(group: &Group) -> Vec<PathBuf> {
+fn directories(group: &Cgroup) -> Vec<PathBuf> {
     group.homes.list.iter().map(|home| home.path().join(&group.name)).collect()
 }
 
 /// Runs a line of shell inside of the group.
-fn inside(group: &Group, line: &str) -> ExitStatus {
+fn inside(group: &Cgroup, line: &str) -> ExitStatus {
     let enter = "for group; do echo 0 > \"$group/cgroup.procs\" || exit 9; done; ";
     let mut shell = Command::new("sh");
     shell.args(["-c", &format!("{enter}{line}"), "sh"]).args(directories(group));
@@ -172,7 +172,7 @@ fn many_groups_are_renewed_at_one_time() {
     drop(renewed);
     // Far more than it takes; not the runtime's own clock, whose threads may be those that wait.
     let done = std::iter::from_fn(|| all.recv_timeout(Duration::from_secs(60)).ok());
-    let done: Vec<Group> = done.take(GROUPS).collect();
+    let done: Vec<Cgroup> = done.take(GROUPS).collect();
     runtime.shutdown_background();
     assert_eq!(done.len(), GROUPS, "renewals wait for each other, or one failed");
     assert!(done.iter().all(|group| inside(group, "true").success()));

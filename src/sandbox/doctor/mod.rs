@@ -235,7 +235,7 @@ fn uids(config: &Config) -> Check {
 /// Makes control groups as the sandbox does, and removes them.
 fn cgroups(config: &Config) -> Result<String, String> {
     let groups = cgroup::start(1, &config.limits.default).map_err(|error| error.to_string())?;
-    Ok(groups.first().map(cgroup::Group::describe).unwrap_or_default())
+    Ok(groups.first().map(cgroup::Cgroup::describe).unwrap_or_default())
 }
 
 fn told(tried: Result<(), Failed>) -> Result<String, String> {

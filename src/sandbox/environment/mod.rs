@@ -12,7 +12,7 @@ use sandpiper_shim::abi::{POLICY_MAGIC, SHIM_PATH};
 
 use crate::config;
 use crate::sandbox::host::{Host, Privilege};
-use crate::sandbox::inner_wall::{Options, Policy, PolicyError, Program as Filter};
+use crate::sandbox::inner_wall::{FilterProgram, Options, Policy, PolicyError};
 use crate::sandbox::outer_wall::rootfs::Root;
 use crate::sandbox::outer_wall::{INSIDE, cold, layers, trials};
 use crate::script::Prescript;
@@ -148,7 +148,7 @@ fn prepare(root: &Root, host: &Host) -> Option<OwnedFd> {
 
 /// As [`PolicyHeader`](sandpiper_shim::abi::PolicyHeader) lays it out, in a file that cannot change.
 fn policy_file(policy: &Policy, network: bool, privilege: Privilege) -> io::Result<OwnedFd> {
-    let count = |filters: &[Filter]| u32::try_from(filters.len()).unwrap_or(u32::MAX);
+    let count = |filters: &[FilterProgram]| u32::try_from(filters.len()).unwrap_or(u32::MAX);
     let header = [
         POLICY_MAGIC,
         network.into(),

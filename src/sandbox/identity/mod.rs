@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::sandbox::cgroup::Group;
+use crate::sandbox::cgroup::Cgroup;
 use crate::sandbox::error::StartError;
 use crate::sandbox::host::Privilege;
 use crate::sandbox::outer_wall::{INSIDE, trials};
@@ -54,7 +54,7 @@ pub(super) struct Seat {
     /// The user namespace to join; none where the job makes its own, or where there are none.
     pub(super) namespace: Option<OwnedFd>,
     /// What limits all of the job's processes together; none where there are no control groups.
-    pub(super) group: Option<Group>,
+    pub(super) group: Option<Cgroup>,
 }
 
 impl Seat {
@@ -96,7 +96,7 @@ impl Seats {
         count: usize,
         privilege: Privilege,
         uid_base: u32,
-        groups: Vec<Group>,
+        groups: Vec<Cgroup>,
     ) -> Arc<Self> {
         let mut groups = groups.into_iter();
         let seats = (0..count).map(|at| {

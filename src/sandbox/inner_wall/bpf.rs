@@ -35,9 +35,9 @@ const SHORT: usize = 100;
 
 /// A seccomp program, ready to be installed.
 #[derive(Debug, Clone)]
-pub struct Program(Vec<sock_filter>);
+pub struct FilterProgram(Vec<sock_filter>);
 
-impl Program {
+impl FilterProgram {
     /// The instructions, laid out as `struct sock_filter`.
     pub fn instructions(&self) -> &[sock_filter] {
         &self.0
@@ -195,7 +195,7 @@ impl Tests<'_> {
 }
 
 /// What a program does.
-pub(super) struct Plan<L> {
+pub(super) struct FilterPlan<L> {
     pub(super) arch: Arch,
     /// For calls through another ABI: int 0x80, x32.
     pub(super) foreign: u32,
@@ -207,8 +207,8 @@ pub(super) struct Plan<L> {
     pub(super) sections: Vec<Section>,
 }
 
-impl<L: Fn(u32) -> Leaf> Plan<L> {
-    pub(super) fn assemble(self) -> Program {
+impl<L: Fn(u32) -> Leaf> FilterPlan<L> {
+    pub(super) fn assemble(self) -> FilterProgram {
         let mut code = vec![
             statement(LD_W_ABS, OFFSET_ARCH),
             sock_filter { code: JMP_JEQ_K, jt: 1, jf: 0, k: self.arch.audit() },
@@ -226,7 +226,7 @@ impl<L: Fn(u32) -> Leaf> Plan<L> {
         for (at, section) in jumps {
             code[at].k = distance(at, starts[section]);
         }
-        Program(code)
+        FilterProgram(code)
     }
 
     /// The first number of each range, in ascending order, and what it meets.

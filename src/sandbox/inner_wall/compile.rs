@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::Decided;
-use super::bpf::{Leaf, Plan, Program, Section};
+use super::bpf::{FilterPlan, FilterProgram, Leaf, Section};
 use super::rules::{Arch, Denial, Filter, Until, Verdict};
 
 type Calls = BTreeMap<u32, Decided>;
@@ -19,7 +19,7 @@ const fn errno(errno: i32) -> u32 {
 }
 
 /// Refuse and kill both go to the listener.
-pub(super) fn notifying(arch: Arch, calls: &Calls) -> Program {
+pub(super) fn notifying(arch: Arch, calls: &Calls) -> FilterProgram {
     let filters = filters(calls.values());
     let sections =
         filters.iter().map(|filter| Section::new(filter.allow, ALLOW, Leaf::Return(NOTIFY))).collect();
@@ -30,12 +30,12 @@ pub(super) fn notifying(arch: Arch, calls: &Calls) -> Program {
         Some(Verdict::Partly(filter)) => Leaf::Section(position(&filters, filter)),
         None => Leaf::Return(ENOSYS),
     };
-    Plan { arch, foreign: NOTIFY, newer: ENOSYS, leaf, sections }.assemble()
+    FilterPlan { arch, foreign: NOTIFY, newer: ENOSYS, leaf, sections }.assemble()
 }
 
 /// Everything that is not allowed goes to the listener, what is otherwise answered inside the filter as well: for a
 /// listener that lets it all through.
-pub(super) fn tracing(arch: Arch, calls: &Calls) -> Program {
+pub(super) fn tracing(arch: Arch, calls: &Calls) -> FilterProgram {
     let filters = filters(calls.values());
     let sections =
         filters.iter().map(|filter| Section::new(filter.allow, ALLOW, Leaf::Return(NOTIFY))).collect();
@@ -44,11 +44,11 @@ pub(super) fn tracing(arch: Arch, calls: &Calls) -> Program {
         Some(Verdict::Partly(filter)) => Leaf::Section(position(&filters, filter)),
         _ => Leaf::Return(NOTIFY),
     };
-    Plan { arch, foreign: NOTIFY, newer: NOTIFY, leaf, sections }.assemble()
+    FilterPlan { arch, foreign: NOTIFY, newer: NOTIFY, leaf, sections }.assemble()
 }
 
 /// Refuse is a plain errno, kill ends the whole process.
-pub(super) fn fallback(arch: Arch, calls: &Calls) -> Program {
+pub(super) fn fallback(arch: Arch, calls: &Calls) -> FilterProgram {
     let filters = filters(calls.values());
     // In front of what may be allowed, the arguments that a call has to die of.
     let deadly: Vec<&Filter> = filters.iter().copied().filter(|filter| !filter.kill.is_empty()).collect();
@@ -70,11 +70,11 @@ pub(super) fn fallback(arch: Arch, calls: &Calls) -> Program {
         Some(Verdict::Partly(filter)) => Leaf::Section(position(&deadly, filter)),
         None => Leaf::Return(ENOSYS),
     };
-    Plan { arch, foreign: KILL, newer: ENOSYS, leaf, sections }.assemble()
+    FilterPlan { arch, foreign: KILL, newer: ENOSYS, leaf, sections }.assemble()
 }
 
 /// Forbids what is forbidden later and needed by nobody before; `walled` if the outer wall stands.
-pub(super) fn coarse(arch: Arch, calls: &Calls, walled: bool) -> Program {
+pub(super) fn coarse(arch: Arch, calls: &Calls, walled: bool) -> FilterProgram {
     let closed = |until| match until {
         Until::Never => true,
         Until::OuterWall => walled,
@@ -90,7 +90,7 @@ pub(super) fn coarse(arch: Arch, calls: &Calls, walled: bool) -> Program {
         Some(Verdict::Quiet(_) | Verdict::Refuse(_) | Verdict::Kill) => Leaf::Return(TRACE),
         Some(Verdict::Allow) | None => Leaf::Return(ALLOW),
     };
-    Plan { arch, foreign: TRACE, newer: TRACE, leaf, sections }.assemble()
+    FilterPlan { arch, foreign: TRACE, newer: TRACE, leaf, sections }.assemble()
 }
 
 /// The filters of these calls, each once.

@@ -8,7 +8,7 @@ use super::{Options, PolicyError, decide, table};
 /// One call, its class and why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
-pub struct Entry {
+pub struct PolicyEntry {
     /// As in the kernel's table.
     pub name: &'static str,
     /// On the architecture asked for.
@@ -22,7 +22,7 @@ pub struct Entry {
 }
 
 /// Every call of an architecture under the options, by theme.
-pub fn describe(arch: Arch, options: &Options<'_>) -> Result<impl Iterator<Item = Entry>, PolicyError> {
+pub fn describe(arch: Arch, options: &Options<'_>) -> Result<impl Iterator<Item = PolicyEntry>, PolicyError> {
     let calls = decide(arch, options)?;
     Ok(table::calls(arch).filter_map(move |(number, name, group)| {
         let (class, detail) = match calls.get(&number)?.verdict {
@@ -32,7 +32,7 @@ pub fn describe(arch: Arch, options: &Options<'_>) -> Result<impl Iterator<Item 
             Verdict::Kill => ("kill", String::new()),
             Verdict::Partly(filter) => ("partly", arguments(filter)),
         };
-        Some(Entry { name, number, class, detail, reason: group.reason })
+        Some(PolicyEntry { name, number, class, detail, reason: group.reason })
     }))
 }
 

@@ -21,8 +21,8 @@ mod trace;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-pub use bpf::Program;
-pub use describe::{Entry, describe};
+pub use bpf::FilterProgram;
+pub use describe::{PolicyEntry, describe};
 pub use rules::Arch;
 use rules::{Denial, NOTHING, Until, Verdict};
 pub use trace::{Denied, Remedy};
@@ -78,11 +78,11 @@ pub enum PolicyError {
 pub struct Policy {
     arch: Arch,
     calls: BTreeMap<u32, Decided>,
-    coarse: Program,
-    coarse_before_wall: Program,
-    notifying: [Program; 1],
+    coarse: FilterProgram,
+    coarse_before_wall: FilterProgram,
+    notifying: [FilterProgram; 1],
     /// None where the policy is only traced: without a listener there is nobody to tell.
-    fallback: Option<Program>,
+    fallback: Option<FilterProgram>,
 }
 
 /// What a notified call meets. Names are bounded in number, so that they can label a metric.
@@ -142,23 +142,23 @@ impl Policy {
     /// What no import ever needs, to be installed behind the outer wall and before any code that is not
     /// ours. A forbidden call gets ENOSYS there (`SECCOMP_RET_TRACE` without a tracer), the weakest action
     /// that forbids: once the filter proper is stacked on it, that one's verdict counts.
-    pub fn coarse(&self) -> &Program {
+    pub fn coarse(&self) -> &FilterProgram {
         &self.coarse
     }
 
     /// The same for a process that has yet to raise the outer wall for its children: namespaces and mounts
     /// are left open.
-    pub fn coarse_before_wall(&self) -> &Program {
+    pub fn coarse_before_wall(&self) -> &FilterProgram {
         &self.coarse_before_wall
     }
 
     /// The filter, to be installed in order; only the last with a listener.
-    pub fn notifying(&self) -> &[Program] {
+    pub fn notifying(&self) -> &[FilterProgram] {
         &self.notifying
     }
 
     /// The filter where no listener can be had: the same verdicts, with nobody to tell the name.
-    pub fn fallback(&self) -> &[Program] {
+    pub fn fallback(&self) -> &[FilterProgram] {
         self.fallback.as_slice()
     }
 

@@ -9,7 +9,7 @@ use super::mounts::{file_system, mount_proc, writable};
 use super::plan::{Plan, flag, number};
 use super::rootfs::Root;
 use super::steps::{JOB_GOES, enter_cgroups, join, namespaces, origin_as, start_python, wait_for_ever};
-use super::{Descriptors, INSIDE, Job, confine};
+use super::{ConfinedJob, Descriptors, INSIDE, confine};
 use crate::sandbox::host::{Host, Privilege};
 
 /// What the origin does: an identity to make namespaces with, and the pid namespace.
@@ -42,7 +42,7 @@ pub(in crate::sandbox) fn prepared_root(host: &Host, root: &Root) -> Plan {
 
 /// The outer wall of a job that starts cold, on its prepared root where there is one.
 pub(in crate::sandbox) fn wall(
-    job: &Job<'_>,
+    job: &ConfinedJob<'_>,
     root: &Root,
     prepared: Option<&OwnedFd>,
     coarse: &[u8],

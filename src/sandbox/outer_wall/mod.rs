@@ -44,7 +44,7 @@ pub(super) struct Descriptors<'a> {
 
 /// What a job's wall depends on.
 #[derive(Debug)]
-pub(super) struct Job<'a> {
+pub(super) struct ConfinedJob<'a> {
     pub(super) host: &'a Host,
     /// Its uid and gid, as itself sees them.
     pub(super) inside: u32,
@@ -68,7 +68,7 @@ pub(super) struct Job<'a> {
 const BEHIND_THE_WORKER: u64 = 5;
 
 /// Nobody, with nothing: what every job's process is from here on. `besides` processes of ours count as the job's.
-fn confine(plan: &mut Plan, job: &Job<'_>, besides: u64) {
+fn confine(plan: &mut Plan, job: &ConfinedJob<'_>, besides: u64) {
     let keeps_groups = (job.host.privilege == Privilege::None).into();
     plan.push(&Step::Identity { uid: job.inside.into(), gid: job.inside.into(), keeps_groups });
     plan.push(&Step::DropCapabilities {});

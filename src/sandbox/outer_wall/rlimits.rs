@@ -3,7 +3,7 @@
 use nix::sys::resource::{Resource, getrlimit};
 use sandpiper_shim::plan::Step;
 
-use super::Job;
+use super::ConfinedJob;
 use super::plan::Plan;
 use crate::sandbox::host::PROCESSORS;
 
@@ -23,7 +23,7 @@ fn reserved_without_cgroup(memory_bytes: u64) -> [u64; 2] {
     [memory_bytes.saturating_mul(32).max(1 << 30), memory_bytes.saturating_mul(2).saturating_add(buffers)]
 }
 
-pub(super) fn resources(plan: &mut Plan, job: &Job<'_>, besides: u64) {
+pub(super) fn resources(plan: &mut Plan, job: &ConfinedJob<'_>, besides: u64) {
     let limits = job.limits;
     // In whole seconds, and only a backstop: the worker itself looks at the clock.
     let cpu = limits.cpu_ms.div_ceil(1000).saturating_add(1);

@@ -6,7 +6,7 @@ use sandpiper_shim::abi;
 use sandpiper_shim::plan::Step;
 
 use super::plan::{Plan, flag, number};
-use super::{Descriptors, Job};
+use super::{ConfinedJob, Descriptors};
 use crate::sandbox::host::{Host, Privilege};
 
 /// What the namespace helper does: an identity to make namespaces with, and the pid namespace. An ordinary user is
@@ -55,7 +55,7 @@ pub(super) fn wait_for_ever(plan: &mut Plan) {
     plan.push(&Step::DieWithParent {});
 }
 
-pub(super) fn enter_cgroups(plan: &mut Plan, job: &Job<'_>) {
+pub(super) fn enter_cgroups(plan: &mut Plan, job: &ConfinedJob<'_>) {
     for &fd in job.cgroups {
         plan.push(&Step::WriteFd { fd, content: b"0" });
     }

@@ -12,12 +12,12 @@ use super::steps::{
     ZYGOTE_GOES, enter_cgroups, goes_first, join, namespaces, origin_as, own_user_namespace, start_python,
     wait_for_ever,
 };
-use super::{Descriptors, INSIDE, Job, confine};
+use super::{ConfinedJob, Descriptors, INSIDE, confine};
 use crate::sandbox::host::{Host, Privilege};
 
 /// The `/proc` in which a warm child writes its maps.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::sandbox) enum Proc {
+pub(in crate::sandbox) enum ProcSource {
     /// The zygote's own; a new one comes to lie on it, which is the job's.
     Own,
     /// The worker's, whose descriptor comes with the order: the job has none.
@@ -27,7 +27,7 @@ pub(in crate::sandbox) enum Proc {
 }
 
 /// The outer wall of a job that a zygote starts, which stands behind one already.
-pub(in crate::sandbox) fn wall(job: &Job<'_>, proc: Proc) -> Plan {
+pub(in crate::sandbox) fn wall(job: &ConfinedJob<'_>, proc: ProcSource) -> Plan {
     let mut plan = Plan::default();
     enter_cgroups(&mut plan, job);
     // The network is the zygote's own, which has none.
@@ -40,12 +40,12 @@ pub(in crate::sandbox) fn wall(job: &Job<'_>, proc: Proc) -> Plan {
     };
     writable(&mut plan, owner, job.limits.disk_bytes);
     match proc {
-        Proc::Own => {
+        ProcSource::Own => {
             plan.push(&Step::Chdir { path: c"/proc" });
             mount_proc(&mut plan, c"/proc", true);
         }
-        Proc::Lent(fd) => plan.push(&Step::ChdirTo { fd }),
-        Proc::None => {}
+        ProcSource::Lent(fd) => plan.push(&Step::ChdirTo { fd }),
+        ProcSource::None => {}
     }
     if job.host.privilege == Privilege::None {
         own_user_namespace(&mut plan, INSIDE, [0; 2]);

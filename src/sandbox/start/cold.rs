@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::job::{Limits, Outcome, Status};
-use crate::sandbox::cgroup::{Entry, Group};
+use crate::sandbox::cgroup::{Cgroup, EnterBy};
 use crate::sandbox::environment::{Environment, Variant};
 use crate::sandbox::identity::Lease;
 use crate::sandbox::start::launcher::Order;
@@ -55,7 +55,7 @@ pub(in crate::sandbox) async fn start(
     let mut watch = Watch::new(launched, ends, lease.outside)?;
     let admitted = async {
         match lease.group.as_ref().filter(|_| !payload.has_preload) {
-            Some(group) if matches!(group.entry(), Entry::Admission(_)) => {
+            Some(group) if matches!(group.entry(), EnterBy::ParentWrite(_)) => {
                 let pid = pid.ok_or_else(|| io::Error::other("the kernel does not tell its number"))?;
                 group.admit(pid).await
             }
@@ -111,13 +111,13 @@ fn prepare(
     let (mut group, mut cgroup_namespace, mut doors) = (None, None, Vec::new());
     match seat.group.as_ref().map(|group| (group, group.entry())) {
         None => {}
-        Some((_, Entry::Birth(directory))) => group = Some(directory.try_clone()?),
-        Some((_, Entry::Admission(namespace))) if !payload.has_preload => {
+        Some((_, EnterBy::CloneIntoCgroup(directory))) => group = Some(directory.try_clone()?),
+        Some((_, EnterBy::ParentWrite(namespace))) if !payload.has_preload => {
             cgroup_namespace = Some(namespace.as_fd());
         }
         Some((group, _)) => doors = group.doors().map(outer_wall::plan::number).collect(),
     }
-    let job = outer_wall::Job {
+    let job = outer_wall::ConfinedJob {
         host: &context.host,
         inside,
         outside: seat.outside,
@@ -125,7 +125,7 @@ fn prepare(
         network: payload.network,
         limits,
         memory_by_cgroup: seat.group.is_some(),
-        processor_by_cgroup: seat.group.as_ref().is_some_and(Group::shares_the_processor),
+        processor_by_cgroup: seat.group.as_ref().is_some_and(Cgroup::shares_the_processor),
         cgroups: &doors,
         cgroup_namespace,
     };

@@ -13,7 +13,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::job::Limits;
-use crate::sandbox::cgroup::Group;
+use crate::sandbox::cgroup::Cgroup;
 use crate::sandbox::environment::Environment;
 use crate::sandbox::host::Privilege;
 use crate::sandbox::identity::Seat;
@@ -146,22 +146,22 @@ impl Process {
         let (stderr_end, stderr) = fd::pipe()?;
         let (control_end, control) = fd::socket_pair()?;
         // In the order of their places, of which the plan knows.
-        let doors: Vec<BorrowedFd<'_>> = seat.group.iter().flat_map(Group::doors).collect();
+        let doors: Vec<BorrowedFd<'_>> = seat.group.iter().flat_map(Cgroup::doors).collect();
         let streams = [&control, &stdin, &stdout, &stderr].map(AsRawFd::as_raw_fd);
         let mut fds: Vec<RawFd> = streams.into_iter().chain(doors.iter().map(AsRawFd::as_raw_fd)).collect();
         let doors: Vec<u64> = (4..).take(doors.len()).map(outer_wall::plan::place).collect();
         let lent;
         let proc = match (environment.variant(false).root.has_proc(), context.host.privilege) {
-            (true, _) => outer_wall::warm::Proc::Own,
-            (false, Privilege::Full) => outer_wall::warm::Proc::None,
+            (true, _) => outer_wall::warm::ProcSource::Own,
+            (false, Privilege::Full) => outer_wall::warm::ProcSource::None,
             (false, Privilege::None) => {
                 let flags = libc::O_PATH | libc::O_DIRECTORY;
                 lent = OpenOptions::new().read(true).custom_flags(flags).open("/proc")?;
                 fds.push(lent.as_raw_fd());
-                outer_wall::warm::Proc::Lent(outer_wall::plan::place(fds.len() as u64 - 1))
+                outer_wall::warm::ProcSource::Lent(outer_wall::plan::place(fds.len() as u64 - 1))
             }
         };
-        let job = outer_wall::Job {
+        let job = outer_wall::ConfinedJob {
             host: &context.host,
             inside: seat.inside_warm(context.host.privilege),
             outside: seat.outside,
@@ -169,7 +169,7 @@ impl Process {
             network: false,
             limits,
             memory_by_cgroup: seat.group.is_some(),
-            processor_by_cgroup: seat.group.as_ref().is_some_and(Group::shares_the_processor),
+            processor_by_cgroup: seat.group.as_ref().is_some_and(Cgroup::shares_the_processor),
             cgroups: &doors,
             cgroup_namespace: None,
         };

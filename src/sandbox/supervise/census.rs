@@ -5,7 +5,7 @@ use std::io::Read;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use crate::sandbox::cgroup::Group;
+use crate::sandbox::cgroup::Cgroup;
 
 /// Record locks of files that a job may hold. The kernel keeps them in memory that is on nobody's account, and in
 /// lists that each who closes the file has to walk. Programs hold a few.
@@ -81,14 +81,14 @@ impl Census {
     }
 
     /// Notes what a control group tells between two counts.
-    pub(in crate::sandbox) fn sample(&mut self, group: &Group, main: i32) {
+    pub(in crate::sandbox) fn sample(&mut self, group: &Cgroup, main: i32) {
         self.peak = self.peak.max(group.memory());
         self.mapped = self.mapped.max(mapped_files(&[main]));
     }
 
     /// The most bytes at one time, without files of others: by samples, by the group if there is one, and by `resident`,
     /// what the kernel kept as the peak of the main process with the files that it had mapped.
-    pub(in crate::sandbox) fn peak(&self, resident: u64, group: Option<&Group>) -> u64 {
+    pub(in crate::sandbox) fn peak(&self, resident: u64, group: Option<&Cgroup>) -> u64 {
         let resident = resident.saturating_sub(self.mapped);
         self.peak.max(group.map_or(resident, |group| group.memory_peak(resident)))
     }

@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::job::{Captured, InputFile, Limits, Stream};
-use crate::sandbox::cgroup::Group;
+use crate::sandbox::cgroup::Cgroup;
 use crate::sandbox::host::PROCESSORS;
 use crate::sandbox::inner_wall::{Judgement, Policy};
 use crate::sandbox::supervise::census::{Census, Counted, Excess, OomKills};
@@ -113,7 +113,7 @@ pub(super) struct Terms<'a> {
     pub(super) limits: &'a Limits,
     pub(super) policy: &'a Policy,
     /// Where all of its processes are; else each is looked at alone.
-    pub(super) group: Option<&'a Group>,
+    pub(super) group: Option<&'a Cgroup>,
     /// What counts the kernel's kills where there is no group.
     pub(super) kills: Option<&'a OomKills>,
     pub(super) assignment: Vec<u8>,
@@ -264,13 +264,13 @@ impl Watch {
                     if let (Some(group), Some(main)) = (group, self.job.get_ref().pid()) {
                         self.census.sample(group, main);
                     }
-                    if group.is_some_and(Group::killed_for_memory) {
+                    if group.is_some_and(Cgroup::killed_for_memory) {
                         return Ok(Cause::MemoryLimit);
                     }
                     if let Some(cause) = self.count(limits, group.is_some()).await {
                         return Ok(cause);
                     }
-                    let used = group.and_then(Group::cpu_time).or_else(|| self.job.get_ref().cpu_time());
+                    let used = group.and_then(Cgroup::cpu_time).or_else(|| self.job.get_ref().cpu_time());
                     let left = cpu_limit.saturating_sub(used.unwrap_or_default());
                     if left.is_zero() {
                         return Ok(Cause::CpuLimit);
@@ -321,7 +321,7 @@ impl Watch {
         mut self,
         cause: Cause,
         limits: &Limits,
-        group: Option<&Group>,
+        group: Option<&Cgroup>,
     ) -> io::Result<Observation> {
         self.kill();
         let (exit, mut resources) = match self.exit {
@@ -343,7 +343,7 @@ impl Watch {
         let cause = match cause {
             // Its end may have come before anyone looked; and where its start failed, that is why.
             Cause::Ended | Cause::StartFailed(_) | Cause::MemoryLimit
-                if group.is_some_and(Group::killed_for_memory) =>
+                if group.is_some_and(Cgroup::killed_for_memory) =>
             {
                 let own = group.is_none_or(|group| group.came_near(limits.memory_bytes));
                 if own { Cause::MemoryLimit } else { Cause::MemoryElsewhere }

@@ -165,7 +165,7 @@ pub(in crate::sandbox) fn failed_step(report: Report, [origin, init, wall]: &[Pl
         Stage::Init => ("start init", of(init)),
         Stage::Wall => ("raise the outer wall", of(wall)),
         Stage::Exec => ("start python", "execve".to_owned()),
-        Stage::Lockdown => ("lock down", lockdown::Step::name(step).to_owned()),
+        Stage::Lockdown => ("lock down", lockdown::LockdownStep::name(step).to_owned()),
         Stage::Zygote if step == 0 => {
             ("make a zygote of python", "find where libc keeps the thread's id".to_owned())
         }

@@ -3,7 +3,7 @@
 
 use libc::sock_filter;
 
-use super::super::bpf::Program;
+use super::super::bpf::FilterProgram;
 
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Data {
@@ -31,7 +31,7 @@ impl Data {
 }
 
 /// The action, and how many instructions it took.
-pub(super) fn run(program: &Program, data: &Data) -> (u32, usize) {
+pub(super) fn run(program: &FilterProgram, data: &Data) -> (u32, usize) {
     let code = program.instructions();
     let (mut at, mut accumulator, mut steps) = (0, 0, 0);
     loop {
@@ -55,7 +55,7 @@ pub(super) fn run(program: &Program, data: &Data) -> (u32, usize) {
 }
 
 /// What the kernel checks before it takes a program.
-pub(super) fn verify(program: &Program) {
+pub(super) fn verify(program: &FilterProgram) {
     let code = program.instructions();
     assert!(!code.is_empty() && code.len() <= 4096, "{} instructions", code.len());
     assert_eq!(code.last().unwrap().code, 0x06, "the last instruction returns");

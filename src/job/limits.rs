@@ -1,5 +1,7 @@
 //! What one job may use, and what the operator lets it ask for.
 
+use std::sync::LazyLock;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -21,10 +23,13 @@ impl Cpus {
         (0.0..=f64::from(u32::MAX)).contains(&thousandths).then_some(Self { thousandths: thousandths as u32 })
     }
 
-    /// All that there are here, if the system tells.
+    /// All that there are here, if the system tells. Asked once: the answer comes out of a dozen files of control groups.
     pub fn of_this_machine() -> Option<Self> {
-        let number = std::thread::available_parallelism().ok()?.get();
-        Self::new(f64::from(u32::try_from(number).ok()?))
+        static ALL: LazyLock<Option<Cpus>> = LazyLock::new(|| {
+            let number = std::thread::available_parallelism().ok()?.get();
+            Cpus::new(f64::from(u32::try_from(number).ok()?))
+        });
+        *ALL
     }
 
     /// The lower of two caps, of which each may be none.

@@ -89,17 +89,17 @@ OVERVIEW = {
     "description": "For the person on call: are jobs taken, answered in time, and is nothing lost?",
     "rows": [
         ("Now", [
-            stat(1, "Ready workers", "Workers that take jobs: connected, not blocked, not draining. None of them means"
-                 " that jobs only pile up.", "short", f"sum(sandpiper_ready{W})",
+            stat(1, "Ready workers", "Workers that take jobs: connected, not blocked, not draining. If there is none,"
+                 " jobs only queue up.", "short", f"sum(sandpiper_ready{W})",
                  steps(RED, (1, GREEN)), more="sandpiper-link"),
-            stat(2, "Success ratio", "Jobs whose program ended with exit code 0, among all that came to an end. What"
-                 " users do wrong lowers it; a sudden fall may still be ours.", "percentunit",
+            stat(2, "Success ratio", "Jobs whose program ended with exit code 0, among all that came to an end. Failing"
+                 " programs lower it; a sudden fall may still be a fault of the service.", "percentunit",
                  f"{SUCCEEDED} / {COMPLETED}", steps(RED, (0.5, YELLOW), (0.9, GREEN)),
                  more="sandpiper-jobs", decimals=1),
-            stat(3, "Free of our faults", "Jobs that did not end as worker_error. This is the promise to the users;"
-                 " their own failures do not count.", "percentunit", f"1 - {OUR_FAULT} / {COMPLETED}",
+            stat(3, "Without worker errors", "Jobs that did not end as worker_error: the service level. Failures of the"
+                 " programs themselves do not count.", "percentunit", f"1 - {OUR_FAULT} / {COMPLETED}",
                  steps(RED, (0.99, YELLOW), (0.999, GREEN)), more="sandpiper-jobs", decimals=2),
-            stat(4, "Jobs a second", "Jobs that came to an end, whatever that was.", "short", COMPLETED,
+            stat(4, "Jobs/s", "Jobs that ended, whatever their status.", "short", COMPLETED,
                  steps(BLUE), more="sandpiper-jobs", decimals=1),
             stat(5, "Busy slots", "Jobs that run, of those that may run at one time. All busy and jobs waiting: more"
                  " workers are needed.", "percentunit", f"sum(sandpiper_jobs_running{W}) / sum(sandpiper_slots{W})",
@@ -109,40 +109,40 @@ OVERVIEW = {
             stat(7, "Oldest running job", "Of all workers. No job may run longer than limits.timeout_ms allows;"
                  " beyond its maximum a job is stuck.", "s", f"max(sandpiper_oldest_running_job_seconds{W})",
                  steps(GREEN, (300, YELLOW), (420, RED)), more="sandpiper-jobs", decimals=1),
-            stat(8, "Dead queue", "Messages that could not be handled and wait for a person: `sandpiper dead list`.",
+            stat(8, "Dead-letter queue", "Messages that could not be handled and wait for an operator: `sandpiper dead list`.",
                  "short", f"sum(max by (vhost, queue) (rabbitmq_detailed_queue_messages{DEAD}))", bad_from(1),
                  more="sandpiper-rabbitmq"),
         ]),
         ("Over time", [
-            lines(9, "Jobs a second by status", "How jobs ended. Red is our own fault; the other colours are the"
-                  " programs' doing.", "short", {"{{status}}": rate("sandpiper_jobs_completed_total", W, "status")},
+            lines(9, "Jobs/s by status", "How jobs ended. Red is a fault of the service; the other colours are the"
+                  " programs' own results.", "short", {"{{status}}": rate("sandpiper_jobs_completed_total", W, "status")},
                   colors=STATUS, stacked=True, width=12, more="sandpiper-jobs"),
-            lines(10, "From delivery to answer", "From the delivery of a job to its settlement, its run included.",
+            lines(10, "From delivery to settlement", "From the delivery of a job to its settlement, its run included.",
                   "s", quantiles("sandpiper_job_total_seconds", W), width=12, more="sandpiper-jobs"),
-            lines(11, "Waiting and under way", "In the queues, by RabbitMQ's count: ready to be delivered, and"
+            lines(11, "Ready and unacknowledged", "In the queues, by RabbitMQ's count: ready to be delivered, and"
                   " delivered but not yet acknowledged.", "short", {
-                      "waiting": WAITING,
-                      "under way": f"sum(max by (vhost, queue) (rabbitmq_detailed_queue_messages_unacked{Q}))",
-                  }, colors={"waiting": ORANGE, "under way": BLUE}, more="sandpiper-rabbitmq"),
+                      "ready": WAITING,
+                      "unacknowledged": f"sum(max by (vhost, queue) (rabbitmq_detailed_queue_messages_unacked{Q}))",
+                  }, colors={"ready": ORANGE, "unacknowledged": BLUE}, more="sandpiper-rabbitmq"),
             lines(12, "Waiting time in the queue", "From publishing a job, by its timestamp, to its delivery. Jobs"
                   " without a timestamp do not count.", "s", quantiles("sandpiper_job_queue_wait_seconds", W),
                   thresholds=bad_from(60), more="sandpiper-autoscaling"),
             lines(13, "Slots", "Jobs that run, and how many may.", "short", {
                 "running": f"sum(sandpiper_jobs_running{W})", "slots": f"sum(sandpiper_slots{W})",
             }, colors={"running": BLUE, "slots": GREY}, more="sandpiper-autoscaling"),
-            lines(14, "Our own faults a second", "Jobs answered with worker_error, processes that could not be started,"
-                  " acknowledgements that got lost with their channel.", "short", {
+            lines(14, "Worker faults/s", "Jobs answered with worker_error, processes that could not be started,"
+                  " acks lost with their channel.", "short", {
                       "worker_error": OUR_FAULT,
                       "not started": rate("sandpiper_job_start_failures_total", W),
                       "acks lost": 'sum(rate(sandpiper_deliveries_settled_total{job=~"$job",instance=~"$instance",'
                                    'action="lost"}[$__rate_interval]))',
                   }, colors={"worker_error": RED, "not started": ORANGE, "acks lost": PURPLE}, more="sandpiper-link"),
-            lines(15, "Workers", "Seen by Prometheus, ready, and on their way out.", "short", {
+            lines(15, "Workers", "Scraped by Prometheus, ready, and draining.", "short", {
                 "up": f"count(sandpiper_ready{W})", "ready": f"sum(sandpiper_ready{W})",
                 "draining": f"sum(sandpiper_draining{W})",
             }, colors={"up": GREY, "ready": GREEN, "draining": YELLOW}, more="sandpiper-link"),
-            lines(16, "Sent to the dead queue a second", "Malformed: not a job at all. Too large: above"
-                  " amqp.max_body_bytes. Poison: delivered again and again without coming to an end.", "short",
+            lines(16, "Dead-lettered/s", "Malformed: not a job at all. Too large: above amqp.max_body_bytes. Poison: delivered"
+                  " again and again without a result.", "short",
                   {"{{reason}}": rate("sandpiper_jobs_dead_lettered_total", W, "reason")},
                   colors={"malformed": YELLOW, "too_large": ORANGE, "poison": RED}, more="sandpiper-rabbitmq"),
         ]),
@@ -154,33 +154,33 @@ JOBS = {
     "description": "Rate, errors and duration of jobs, by status and by environment.",
     "rows": [
         ("Rate", [
-            lines(1, "Ended a second by status", "Every job, also those that never ran.", "short",
+            lines(1, "Jobs/s by status", "Every job, also those that never ran.", "short",
                   {"{{status}}": rate("sandpiper_jobs_completed_total", W, "status")}, colors=STATUS, stacked=True),
-            lines(2, "Run a second by environment", "Jobs that were handed over to a process.", "short",
+            lines(2, "Runs/s by environment", "Jobs whose code was handed over to a process.", "short",
                   {"{{environment}}": rate("sandpiper_job_run_seconds_count", WE, "environment")}, stacked=True),
-            lines(3, "Taken a second by queue", "Deliveries, those of a message that comes again included.", "short",
+            lines(3, "Deliveries/s by queue", "Redelivered messages included.", "short",
                   {"{{queue}}": rate("sandpiper_jobs_received_total", WQ, "queue")}),
         ]),
         ("Errors", [
-            lines(4, "Users' failures, share by status", "Among all jobs that ended. The programs' own doing.",
+            lines(4, "Failures of programs, share by status", "Among all jobs that ended.",
                   "percentunit", {"{{status}}":
                       'sum by (status) (rate(sandpiper_jobs_completed_total{job=~"$job",instance=~"$instance",'
                       'status!~"succeeded|worker_error"}[$__rate_interval])) / ignoring(status) group_left '
                       + COMPLETED}, colors=STATUS, stacked=True),
-            lines(5, "Our own failures, share", "worker_error among all jobs that ended. The alert on it burns through"
-                  " an error budget of one in a thousand.", "percentunit", {"worker_error": f"{OUR_FAULT} / {COMPLETED}"},
+            lines(5, "Worker errors, share", "worker_error among all jobs that ended. The alert on it is a burn rate of an"
+                  " error budget of one in a thousand.", "percentunit", {"worker_error": f"{OUR_FAULT} / {COMPLETED}"},
                   colors={"worker_error": RED}, thresholds=bad_from(0.001)),
             table(6, "Jobs by environment and status", "How many ended in the time range shown.", "short",
                   {"": f"sum by (environment, status) (increase(sandpiper_job_run_seconds_count{WE}[$__range])) > 0"},
                   width=8, decimals=0),
         ]),
         ("Duration", [
-            lines(7, "Run time, p95 by environment", "From handing over the code to everything of the job being dead.",
+            lines(7, "Run time, p95 by environment", "From the hand-over of the code until every process of the job is dead.",
                   "s", {"{{environment}}": quantile(0.95, "sandpiper_job_run_seconds", WE, "environment")}),
             lines(8, "Run time, p95 by status", "Timeouts stand at their time limit.", "s",
                   {"{{status}}": quantile(0.95, "sandpiper_job_run_seconds", WE, "status")}, colors=STATUS),
             lines(9, "Run time", "Of all jobs that ran.", "s", quantiles("sandpiper_job_run_seconds", WE)),
-            lines(10, "From delivery to answer", "With the wait for a slot, the start, the run and the confirm.", "s",
+            lines(10, "From delivery to settlement", "With the wait for a slot, the start, the run and the confirm.", "s",
                   quantiles("sandpiper_job_total_seconds", W)),
             lines(11, "Waiting time in the queue", "By the timestamp that the publisher wrote.", "s",
                   quantiles("sandpiper_job_queue_wait_seconds", W), thresholds=bad_from(60)),
@@ -188,12 +188,12 @@ JOBS = {
                 "running job": f"max(sandpiper_oldest_running_job_seconds{W})",
                 "delivery": f"max(sandpiper_oldest_delivery_seconds{W})",
             }, thresholds=steps(GREEN, (420, RED))),
-            lines(13, "Message bodies, p95", "Jobs as they came, results as they went.", "bytes",
+            lines(13, "Message bodies, p95", "Jobs as received, results as published.", "bytes",
                   {"{{body}}": quantile(0.95, "sandpiper_message_body_bytes", W, "body")}),
             lines(14, "Peak memory of jobs", "Of all processes of a job together, where the kernel tells.", "bytes",
                   quantiles("sandpiper_job_memory_peak_bytes", W)),
-            lines(15, "Stuck workers", "Workers that stand still; /healthz says why and fails, and whoever"
-                  " supervises them should restart them.", "short", {"{{instance}}": f"sandpiper_stuck{W}"},
+            lines(15, "Stuck workers", "Workers that make no progress; /healthz fails and says why, and the"
+                  " supervisor should restart them.", "short", {"{{instance}}": f"sandpiper_stuck{W}"},
                   thresholds=bad_from(1)),
         ]),
     ],
@@ -201,15 +201,15 @@ JOBS = {
 
 SANDBOX = {
     "uid": "sandpiper-sandbox", "title": "Sandpiper / Sandbox", "variables": [*COMMON, "environment"],
-    "description": "What the sandbox ends and refuses, and how fast and how surely it starts.",
+    "description": "What the sandbox kills and refuses, and how fast and how reliably it starts.",
     "rows": [
-        ("What was ended", [
-            lines(1, "Limits reached a second", "Jobs ended for their wall time, CPU time, memory or output.", "short",
+        ("Kills and refusals", [
+            lines(1, "Limits reached/s", "Jobs ended for their wall time, CPU time, memory or output.", "short",
                   {"{{status}}": 'sum by (status) (rate(sandpiper_jobs_completed_total{job=~"$job",'
                                  'instance=~"$instance",status=~"timeout|.*_limit"}[$__rate_interval]))'},
                   colors=STATUS, stacked=True),
             lines(2, "Killed for a system call, by name", "A surge is an attack, or a library that the policy does not"
-                  " know: `sandpiper policy` tells what is forbidden and why.", "short",
+                  " know: `sandpiper policy` shows what is forbidden and why.", "short",
                   {"{{syscall}}": f"topk(10, {rate('sandpiper_syscall_kills_total', W, 'syscall')} > 0)"}),
             lines(3, "Refused system calls, by name", "Answered with an errno; the program goes on.", "short",
                   {"{{syscall}}": f"topk(10, {rate('sandpiper_syscalls_refused_total', W, 'syscall')} > 0)"}),
@@ -225,25 +225,25 @@ SANDBOX = {
                   width=8, decimals=0),
         ]),
         ("Starts", [
-            lines(7, "Start time, warm", "From taking a job on to handing over its code, for forks of a warm python.",
+            lines(7, "Start time, warm", "From accepting a job to handing over its code, for forks of a zygote.",
                   "s", quantiles("sandpiper_job_start_seconds", W[:-1] + ',start="warm"}')),
             lines(8, "Start time, cold", "The same for a new python.", "s",
                   quantiles("sandpiper_job_start_seconds", W[:-1] + ',start="cold"}')),
-            lines(9, "Starts a second", "Cold ones where the job needs it (network, preload) or no warm python is there.",
+            lines(9, "Starts/s", "Cold ones if the job needs it (network, preload) or no zygote is up.",
                   "short", {"{{start}}": rate("sandpiper_job_start_seconds_count", W, "start")},
                   colors={"warm": GREEN, "cold": BLUE}, stacked=True),
-            lines(10, "Children standing by", "Warm processes that wait for a job, of all workers.", "short",
+            lines(10, "Warm pool", "Forked interpreters that wait for a job, of all workers.", "short",
                   {"{{environment}}": f"sum by (environment) (sandpiper_standby_children{WE})"}),
-            lines(11, "Zygotes up", "Workers whose warm python is there. Down: every job of the environment starts"
-                  " cold; /readyz and the log say why.", "short",
+            lines(11, "Zygotes up", "Workers whose zygote runs. Down: every job of the environment starts cold;"
+                  " /readyz and the log say why.", "short",
                   {"{{environment}}": f"sum by (environment) (sandpiper_zygote_up{WE})"}),
-            lines(12, "Zygotes restarted and not started, a second", "Restarts after some thousand forks are in order."
-                  " Failures are an import that fails, or a system that denies a layer.", "short", {
+            lines(12, "Zygote restarts and failures/s", "Restarts after some thousand forks are normal. Failures are"
+                  " an import that fails, or a system that denies a layer.", "short", {
                       "restarted {{environment}}": rate("sandpiper_zygote_restarts_total", WE, "environment"),
                       "failed {{environment}}": rate("sandpiper_zygote_start_failures_total", WE, "environment"),
                   }),
-            lines(13, "Processes that could not be started, a second", "Each is tried again a few times, then answered"
-                  " as worker_error: `sandpiper doctor` on that machine.", "short",
+            lines(13, "Failed starts/s", "Each is retried a few times, then answered as worker_error: run"
+                  " `sandpiper doctor` on that machine.", "short",
                   {"{{environment}}": rate("sandpiper_job_start_failures_total", WE, "environment")},
                   thresholds=bad_from(0.01), width=12),
             lines(14, "Peak memory of jobs", "Of all processes of a job together, where the kernel tells.", "bytes",
@@ -254,39 +254,39 @@ SANDBOX = {
 
 LINK = {
     "uid": "sandpiper-link", "title": "Sandpiper / Broker link", "variables": [*COMMON],
-    "description": "The workers' side of the broker: connections, confirms, and what had to be done twice.",
+    "description": "The workers' side of the broker: connections, confirms and redeliveries.",
     "rows": [
         ("Connections", [
             lines(1, "Connections up", "Each worker has two: one takes jobs, one publishes results.", "short",
                   {"{{role}}": f"sum by (role) (sandpiper_connection_up{W})"}),
             lines(2, "Blocked by the broker", "The broker takes no messages: short of memory or disk.", "short",
                   {"{{role}}": f"sum by (role) (sandpiper_connection_blocked{W})"}, thresholds=bad_from(1)),
-            lines(3, "Reconnects a second", "Attempts after the first; they go on for ever.", "short",
+            lines(3, "Reconnects/s", "Attempts after the first; they never stop.", "short",
                   {"{{role}}": rate("sandpiper_connection_reconnects_total", W, "role")}),
         ]),
         ("Results", [
-            lines(4, "Publishing a second by outcome", "Confirmed is what should be. Returned: the queue is gone, and"
-                  " the result goes to the results queue.", "short",
+            lines(4, "Results/s by outcome", "Confirmed is the normal one. Returned: the queue is gone, and the result goes to"
+                  " the results queue.", "short",
                   {"{{outcome}}": rate("sandpiper_results_published_total", W, "outcome")},
                   colors={"confirmed": GREEN, "returned": YELLOW, "nacked": ORANGE, "refused": ORANGE, "timed_out": RED,
                           "dropped": GREY, "failed": PURPLE}, stacked=True),
-            lines(5, "Time to the confirm", "From publishing a result until the broker has it for good.", "s",
+            lines(5, "Time to the confirm", "From publishing a result to the broker's confirm.", "s",
                   quantiles("sandpiper_publish_confirm_seconds", W)),
-            lines(6, "Returned and redirected a second", "Results whose reply queue was gone, or did not take them.", "short", {
+            lines(6, "Returned and redirected/s", "Results whose reply queue was gone, or did not take them.", "short", {
                 "returned": 'sum(rate(sandpiper_results_published_total{job=~"$job",instance=~"$instance",'
                             'outcome="returned"}[$__rate_interval]))',
                 "to the results queue": rate("sandpiper_results_redirected_total", W),
             }),
         ]),
         ("Deliveries", [
-            lines(7, "Settled a second", "How deliveries were given back to the broker.", "short",
+            lines(7, "Settlements/s", "How deliveries were settled, by action.", "short",
                   {"{{action}}": rate("sandpiper_deliveries_settled_total", W, "action")},
                   colors={"acked": GREEN, "requeued": YELLOW, "dead_lettered": ORANGE, "counted": BLUE,
                           "lost": RED}, stacked=True),
-            lines(8, "Redelivered a second", "Messages that came once more. A few after a restart are in order; a storm"
-                  " is jobs that end their workers, or a broker that loses channels.", "short",
+            lines(8, "Redeliveries/s", "A few after a restart are normal; many are jobs that end their workers, or a broker"
+                  " that loses channels.", "short",
                   {"{{queue}}": rate("sandpiper_jobs_redelivered_total", WQ, "queue")}),
-            lines(9, "Lost acknowledgements a second", "Their channel was gone: these jobs come again.", "short",
+            lines(9, "Lost acks/s", "Their channel was closed: these jobs are redelivered.", "short",
                   {"lost": 'sum(rate(sandpiper_deliveries_settled_total{job=~"$job",instance=~"$instance",'
                            'action="lost"}[$__rate_interval]))'}, colors={"lost": RED}),
             lines(10, "Oldest delivery held", "The broker takes back one that is held for longer than its consumer"
@@ -294,7 +294,7 @@ LINK = {
                   {"{{instance}}": f"sandpiper_oldest_delivery_seconds{W}",
                    "{{instance}}, result not confirmed": f"sandpiper_oldest_publish_seconds{W}"},
                   thresholds=steps(GREEN, (1200, YELLOW), (1800, RED)), width=12),
-            lines(11, "Message bodies a second", "Bytes of jobs that came, and of results that went.", "Bps",
+            lines(11, "Message bodies, bytes/s", "Jobs received, and results published.", "Bps",
                   {"{{body}}": rate("sandpiper_message_body_bytes_sum", W, "body")}, width=12),
         ]),
     ],
@@ -303,21 +303,21 @@ LINK = {
 RABBITMQ = {
     "uid": "sandpiper-rabbitmq", "title": "Sandpiper / RabbitMQ",
     "variables": ["job", "queue", "rabbitmq", "node", "dead_queue", "results_queue"],
-    "description": "RabbitMQ's own count of the queues, and how its nodes are.",
+    "description": "The queues and the nodes, by RabbitMQ's own metrics.",
     "rows": [
         ("Queues", [
             lines(1, "Ready", "Jobs that wait for a worker.", "short",
                   {"{{queue}}": f"max by (vhost, queue) (rabbitmq_detailed_queue_messages_ready{Q})"}),
-            lines(2, "Unacknowledged", "Jobs that a worker has. At most slots and prefetch_surplus of each worker.", "short",
+            lines(2, "Unacknowledged", "Jobs that a worker holds: at most slots and prefetch_surplus of each.", "short",
                   {"{{queue}}": f"max by (vhost, queue) (rabbitmq_detailed_queue_messages_unacked{Q})"}),
-            lines(3, "Consumers", "One a worker and queue. None: nobody takes these jobs.", "short",
+            lines(3, "Consumers", "One for each worker and queue. None: nobody takes these jobs.", "short",
                   {"{{queue}}": f"max by (vhost, queue) (rabbitmq_detailed_queue_consumers{Q})"}),
-            lines(4, "Dead queue", "Wait for a person: `sandpiper dead list`.", "short",
+            lines(4, "Dead-letter queue", "Wait for an operator: `sandpiper dead list`.", "short",
                   {"{{queue}}": f"max by (vhost, queue) (rabbitmq_detailed_queue_messages{DEAD})"},
                   thresholds=bad_from(1)),
-            lines(5, "Results queue", "Results without a reply queue. Somebody has to read them.", "short", {
+            lines(5, "Results queue", "Results without a reply queue, until somebody reads them.", "short", {
                 "{{queue}}": 'max by (vhost, queue) (rabbitmq_detailed_queue_messages{queue=~"$results_queue"})'}),
-            lines(6, "Consumer capacity", "The share of time in which the queue could hand out at once. Below 1 with"
+            lines(6, "Consumer capacity", "The share of time in which the queue could deliver at once. Below 1 with"
                   " jobs waiting: the workers are busy.", "percentunit",
                   {"{{queue}}": f"max by (vhost, queue) (rabbitmq_detailed_queue_consumer_capacity{Q})"}),
             lines(7, "Bytes in the queues", "Bodies of all messages.", "bytes",
@@ -326,13 +326,13 @@ RABBITMQ = {
                   {"{{queue}}": f"max by (vhost, queue) (rabbitmq_detailed_queue_process_memory_bytes{Q})"}, width=12),
         ]),
         ("Nodes", [
-            lines(9, "Messages a second", "Over all queues of the nodes, not only those of the workers.", "short", {
+            lines(9, "Messages/s", "Over all queues of the nodes, not only those of the workers.", "short", {
                 "received": rate("rabbitmq_global_messages_received_total", NODE),
                 "confirmed": rate("rabbitmq_global_messages_confirmed_total", NODE),
                 "delivered": rate("rabbitmq_global_messages_delivered_total", NODE),
                 "acknowledged": rate("rabbitmq_global_messages_acknowledged_total", NODE),
             }),
-            lines(10, "Redelivered and unroutable a second", "By the nodes' own count.", "short", {
+            lines(10, "Redelivered and unroutable/s", "As the nodes count them.", "short", {
                 "redelivered": rate("rabbitmq_global_messages_redelivered_total", NODE),
                 "returned": rate("rabbitmq_global_messages_unroutable_returned_total", NODE),
                 "dropped": rate("rabbitmq_global_messages_unroutable_dropped_total", NODE),
@@ -359,11 +359,11 @@ ARRIVING = ('sum(rate(sandpiper_jobs_received_total{job=~"$job",instance=~"$inst
             "[$__rate_interval])))")
 AUTOSCALING = {
     "uid": "sandpiper-autoscaling", "title": "Sandpiper / Autoscaling", "variables": [*COMMON, "target"],
-    "description": "Are there as many workers as the jobs need, and do they have what they need?",
+    "description": "Are there enough workers, and do they have enough resources?",
     "rows": [
-        ("How many", [
-            lines(1, "Workers", "Ready ones, and how many the queues ask for: one for every so many jobs that wait or"
-                  " run, as the autoscaler is told.", "short", {
+        ("Demand", [
+            lines(1, "Workers", "Ready ones, and how many the queues ask for: one for each $target jobs that wait"
+                  " or run, as the autoscaler counts.", "short", {
                       "ready": f"sum(sandpiper_ready{W})",
                       "wanted": f"ceil(sum(max by (vhost, queue) (rabbitmq_detailed_queue_messages{Q})) / $target)",
                       "draining": f"sum(sandpiper_draining{W})",
@@ -372,29 +372,29 @@ AUTOSCALING = {
                 "busy": f"sum(sandpiper_jobs_running{W}) / sum(sandpiper_slots{W})",
                 "{{instance}}": f"sandpiper_jobs_running{W} / sandpiper_slots{W}"},
                 thresholds=bad_from(0.95)),
-            lines(3, "Slots needed", "Jobs taken a second, times what one holds its slot: so many are busy on average"
-                  " (Little's law). The slots that there are should stay above.", "short", {
+            lines(3, "Slots needed", "Jobs/s times the seconds that one holds its slot: so many are busy on average"
+                  " (Little's law). The number of slots should stay above.", "short", {
                       "needed": f"{rate('sandpiper_job_run_seconds_sum', W)} + {rate('sandpiper_job_start_seconds_sum', W)}",
                       "slots": f"sum(sandpiper_slots{W})",
                   }, colors={"needed": ORANGE, "slots": GREY}),
-            lines(4, "In and out, jobs a second", "Arriving is what is taken and what the queues grow by.", "short",
+            lines(4, "Arriving and ended, jobs/s", "Arriving: deliveries, and what the queues grow by.", "short",
                   {"arriving": ARRIVING, "ended": COMPLETED}, colors={"arriving": ORANGE, "ended": GREEN}),
-            lines(5, "Backlog in seconds", "Jobs that wait, at the pace of now.", "s", {"backlog": f"{WAITING} / {COMPLETED}"},
+            lines(5, "Backlog in seconds", "Jobs that wait, divided by the present throughput.", "s", {"backlog": f"{WAITING} / {COMPLETED}"},
                   thresholds=steps(GREEN, (60, YELLOW), (300, RED))),
-            lines(6, "Jobs waiting for each worker", "What the autoscaler looks at.", "short", {
+            lines(6, "Jobs waiting for each worker", "What the autoscaler compares with its target.", "short", {
                 "waiting": f"{WAITING} / sum(sandpiper_ready{W})", "target": "vector($target)"},
                 colors={"waiting": ORANGE, "target": GREY}),
         ]),
         ("What each worker uses", [
-            lines(7, "CPU of the worker itself", "Cores; its jobs' processes count for themselves.", "short",
+            lines(7, "CPU of the worker itself", "In cores, without its jobs' processes.", "short",
                   {"{{instance}}": f"rate(process_cpu_seconds_total{W}[$__rate_interval])"}),
-            lines(8, "Memory of the worker itself", "Resident; its jobs' processes count for themselves.", "bytes",
+            lines(8, "Memory of the worker itself", "Resident, without its jobs' processes.", "bytes",
                   {"{{instance}}": f"process_resident_memory_bytes{W}"}),
-            lines(9, "Open descriptors", "Of those that it may have.", "percentunit",
+            lines(9, "Open descriptors", "Of its limit.", "percentunit",
                   {"{{instance}}": f"process_open_fds{W} / process_max_fds{W}"}, thresholds=bad_from(0.9)),
-            lines(10, "Jobs a second by worker", "Fair shares look alike.", "short",
+            lines(10, "Jobs/s by worker", "Equal workers have about equal rates.", "short",
                   {"{{instance}}": rate("sandpiper_jobs_completed_total", W, "instance")}, stacked=True, width=12),
-            lines(11, "Given back a second", "By workers that drain, or could not start a job.", "short", {
+            lines(11, "Requeued/s", "By workers that drain, or could not start a job.", "short", {
                 "{{instance}}": 'sum by (instance) (rate(sandpiper_deliveries_settled_total{job=~"$job",'
                                 'instance=~"$instance",action="requeued"}[$__rate_interval]))'}, width=12),
         ]),

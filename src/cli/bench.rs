@@ -34,7 +34,7 @@ Times run from a job being accepted to everything of it being dead; through the 
 publishing it to reading its result. One job goes before the measurement and is not counted.
 Exit code 1 when any job did not succeed.";
 
-/// Measure jobs: p50, p90, p99, the longest, and jobs a second
+/// Measure jobs: p50, p90, p99, the longest, and jobs/s
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Args {

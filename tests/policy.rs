@@ -12,7 +12,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Instant;
 
-use sandpiper::sandbox::inner_wall::{Arch, Judgement, Options, Policy, FilterProgram, describe};
+use sandpiper::sandbox::inner_wall::{Arch, FilterProgram, Judgement, Options, Policy, describe};
 
 const STRICT: Options<'_> = Options::CLOSED;
 

@@ -1,6 +1,6 @@
 //! What must hold for any input where a hostile or damaged one could come: the body of a message, the rendered script
 //! and the assignment, the report of a starting process, the plan of a wall, and what the kernel asks of a job's system
-//! calls. Parsers that only their own module can call have theirs beside them: frames in `src/amqp/screen/`, encodings
+//! calls. Parsers that only their own module can call have theirs beside them: frames in `src/amqp/frames/filter/`, encodings
 //! in `src/worker/coding/`, reply addresses in `src/amqp/address.rs`.
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
 

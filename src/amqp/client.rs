@@ -14,8 +14,8 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation};
 use tokio::sync::watch;
 
-use crate::amqp::connection::Dialer;
-use crate::amqp::link::Link;
+use crate::amqp::connection::dialer::Dialer;
+use crate::amqp::connection::link::Link;
 use crate::amqp::message::now;
 use crate::amqp::{Command, Error, chain, faults, short, topology};
 use crate::config;

@@ -15,11 +15,11 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::amqp::connection::Dialer;
+use crate::amqp::connection::dialer::Dialer;
+use crate::amqp::connection::link::Link;
+use crate::amqp::connection::supervisor::{LinkState, Session, State, Supervisor};
 use crate::amqp::control::{Command, ReceivedCommand};
 use crate::amqp::delivery::{Delivery, Properties};
-use crate::amqp::link::Link;
-use crate::amqp::supervisor::{LinkState, Session, State, Supervisor};
 use crate::amqp::{Error, chain, short, topology};
 use crate::config::{self, QueueType};
 use crate::ops::metrics::{Metrics, Role, Settled};

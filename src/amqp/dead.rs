@@ -18,9 +18,9 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::amqp::client::ClientError;
-use crate::amqp::connection::Dialer;
+use crate::amqp::connection::dialer::Dialer;
+use crate::amqp::connection::link::Link;
 use crate::amqp::headers::{described, last_death, shown};
-use crate::amqp::link::Link;
 use crate::amqp::message::revived;
 use crate::amqp::{Error, faults, short};
 use crate::config;

@@ -12,10 +12,10 @@ use lapin::types::AMQPValue;
 use tokio::time::Instant;
 
 use crate::amqp::chain;
-use crate::amqp::envelope::SUBSTITUTE;
+use crate::amqp::connection::link::Link;
+use crate::amqp::connection::signer::Signer;
+use crate::amqp::frames::sanitize::SUBSTITUTE;
 use crate::amqp::headers::{DELIVERIES, SIGNATURE, USER, number, text as header};
-use crate::amqp::link::Link;
-use crate::amqp::signature::Signer;
 use crate::config::{self, QueueType};
 use crate::ops::metrics::{Metrics, Settled};
 

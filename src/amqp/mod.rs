@@ -11,24 +11,19 @@
 
 mod address;
 pub mod client;
+mod confirm_channels;
 mod connection;
 mod consumer;
 mod control;
 pub mod dead;
 mod delivery;
-mod envelope;
 mod faults;
+mod frames;
 mod headers;
-mod link;
 mod message;
-mod outlet;
-mod oversize;
 mod pace;
 mod publisher;
 mod refusals;
-mod screen;
-mod signature;
-mod supervisor;
 mod topology;
 
 use std::path::PathBuf;
@@ -37,12 +32,12 @@ use std::time::Duration;
 use crate::config::ConfigError;
 
 pub use address::{Address, AddressError, Addresses};
+pub use connection::supervisor::LinkState;
 pub use consumer::Consumer;
 pub use control::{Command, JobInfo, Pong, ReceivedCommand};
 pub use delivery::{Delivery, Properties};
 pub use message::Message;
 pub use publisher::{PublishOnce, Publisher, Sent};
-pub use supervisor::LinkState;
 pub use topology::CONTROL;
 
 /// What the broker, or the way to it, made impossible.

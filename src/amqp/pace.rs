@@ -7,7 +7,7 @@
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use crate::amqp::link::Link;
+use crate::amqp::connection::link::Link;
 
 /// So many times what a confirm usually takes is late.
 const LATE: u32 = 10;

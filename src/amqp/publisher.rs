@@ -19,12 +19,12 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::amqp::connection::Dialer;
-use crate::amqp::link::Link;
-use crate::amqp::outlet::Outlet;
+use crate::amqp::confirm_channels::Outlet;
+use crate::amqp::connection::dialer::Dialer;
+use crate::amqp::connection::link::Link;
+use crate::amqp::connection::supervisor::{LinkState, Session, State, Supervisor};
 use crate::amqp::pace::Pace;
 use crate::amqp::refusals::{Refusals, Try};
-use crate::amqp::supervisor::{LinkState, Session, State, Supervisor};
 use crate::amqp::{Address, Error, Message, chain, faults};
 use crate::config;
 use crate::ops::metrics::{Body, Metrics, Published, Role};

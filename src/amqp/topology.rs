@@ -4,7 +4,7 @@ use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, ErrorKind, ExchangeKind};
 
-use crate::amqp::link::Link;
+use crate::amqp::connection::link::Link;
 use crate::amqp::{Error, chain, short};
 use crate::config::{self, QueueType, Topology};
 

@@ -1,5 +1,5 @@
-//! lapin alone, with the envelopes that `src/amqp/screen.rs` makes harmless for the worker. Each of these tests fails on
-//! the day on which lapin survives: then that part of the screen can go, see "Remove when" there.
+//! lapin alone, with the envelopes that `src/amqp/frames/filter.rs` makes harmless for the worker. Each of these tests fails on
+//! the day on which lapin survives: then that part of the filter can go, see "Remove when" there.
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
@@ -34,7 +34,7 @@ async fn the_connection_ends(queue: &str, harmless: Envelope, harmful: Envelope)
     stranger.publish(b"", queue.as_bytes(), harmless, b"body");
     assert!(comes(&mut consumer).await, "lapin does not read what it should");
     stranger.publish(b"", queue.as_bytes(), harmful, b"body");
-    assert!(!comes(&mut consumer).await, "lapin survives: that part of src/amqp/screen.rs can go");
+    assert!(!comes(&mut consumer).await, "lapin survives: that part of src/amqp/frames/filter.rs can go");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -84,6 +84,6 @@ async fn lapin_ends_the_process_over_nested_headers() {
     println!("{ended}");
     assert!(
         !survived && ended.signal().is_some(),
-        "lapin survives: that part of src/amqp/envelope.rs can go"
+        "lapin survives: that part of src/amqp/frames/sanitize.rs can go"
     );
 }

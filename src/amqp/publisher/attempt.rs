@@ -9,8 +9,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::Publisher;
-use crate::amqp::link::Link;
-use crate::amqp::outlet::Outlet;
+use crate::amqp::confirm_channels::Outlet;
+use crate::amqp::connection::link::Link;
 use crate::amqp::{Address, Error, Message, faults, topology};
 
 /// No confirm is late before this, even where the usual one takes far less.

@@ -10,22 +10,27 @@ use ring::{digest, hmac};
 
 /// Signs, and tells what was signed. Cheap to clone.
 #[derive(Clone, Debug)]
-pub(super) struct Signer(hmac::Key);
+pub(in crate::amqp) struct Signer(hmac::Key);
 
 impl Signer {
-    pub(super) fn new(secret: &[u8]) -> Self {
+    pub(in crate::amqp) fn new(secret: &[u8]) -> Self {
         // No key of another purpose.
         let key = hmac::Key::new(hmac::HMAC_SHA256, b"sandpiper: words of a worker on a job");
         Self(hmac::Key::new(hmac::HMAC_SHA256, hmac::sign(&key, secret).as_ref()))
     }
 
     /// For `words` on this message.
-    pub(super) fn sign(&self, words: [&str; 2], properties: &BasicProperties, body: &[u8]) -> String {
+    pub(in crate::amqp) fn sign(
+        &self,
+        words: [&str; 2],
+        properties: &BasicProperties,
+        body: &[u8],
+    ) -> String {
         STANDARD.encode(hmac::sign(&self.0, &said(words, properties, body)))
     }
 
     /// Whether a worker wrote `words` on this message.
-    pub(super) fn verify(
+    pub(in crate::amqp) fn verify(
         &self,
         words: [&str; 2],
         properties: &BasicProperties,

@@ -12,20 +12,20 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::amqp::Error;
-use crate::amqp::oversize::Dropped;
-use crate::amqp::signature::Signer;
+use crate::amqp::connection::signer::Signer;
+use crate::amqp::frames::oversize::Dropped;
 
 /// A handle on the socket under a connection, to end it where lapin would wait on.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Socket(Arc<Mutex<Option<TcpStream>>>);
+pub(in crate::amqp) struct Socket(Arc<Mutex<Option<TcpStream>>>);
 
 impl Socket {
-    pub(super) fn keep(&self, stream: &impl AsFd) {
+    pub(in crate::amqp) fn keep(&self, stream: &impl AsFd) {
         let handle = stream.as_fd().try_clone_to_owned().ok().map(TcpStream::from);
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = handle;
     }
 
-    pub(super) fn shut(&self) {
+    pub(in crate::amqp) fn shut(&self) {
         if let Some(stream) = self.0.lock().unwrap_or_else(PoisonError::into_inner).take() {
             // It fails only where the connection is gone already.
             let _ = stream.shutdown(Shutdown::Both);
@@ -38,7 +38,7 @@ type Reason = Arc<OnceLock<Box<lapin::Error>>>;
 
 /// A connection that came up. Once lost it stays lost; dropping it closes it.
 #[derive(Debug)]
-pub(super) struct Link {
+pub(in crate::amqp) struct Link {
     connection: Connection,
     broker: String,
     socket: Socket,
@@ -54,7 +54,7 @@ pub(super) struct Link {
 }
 
 impl Link {
-    pub(super) fn new(
+    pub(in crate::amqp) fn new(
         connection: Connection,
         broker: String,
         socket: Socket,
@@ -94,74 +94,74 @@ impl Link {
     }
 
     /// Host and port, for logs.
-    pub(super) fn broker(&self) -> &str {
+    pub(in crate::amqp) fn broker(&self) -> &str {
         &self.broker
     }
 
     /// Ends when the connection is gone.
-    pub(super) async fn lost(&self) {
+    pub(in crate::amqp) async fn lost(&self) {
         self.lost.cancelled().await;
     }
 
     /// The same with notes of bodies that did not come through.
-    pub(super) fn noting(self, dropped: Dropped) -> Self {
+    pub(in crate::amqp) fn noting(self, dropped: Dropped) -> Self {
         Self { dropped, ..self }
     }
 
     /// The same with what signs for the workers of this broker.
-    pub(super) fn signing(self, signer: Signer) -> Self {
+    pub(in crate::amqp) fn signing(self, signer: Signer) -> Self {
         Self { signer, ..self }
     }
 
     /// The same with the user that logged in, where that is known.
-    pub(super) fn of_user(self, user: Option<String>) -> Self {
+    pub(in crate::amqp) fn of_user(self, user: Option<String>) -> Self {
         Self { user, ..self }
     }
 
     /// Signs for the workers of this broker.
-    pub(super) fn signer(&self) -> &Signer {
+    pub(in crate::amqp) fn signer(&self) -> &Signer {
         &self.signer
     }
 
     /// The user that logged in, where that is known.
-    pub(super) fn user(&self) -> Option<&str> {
+    pub(in crate::amqp) fn user(&self) -> Option<&str> {
         self.user.as_deref()
     }
 
     /// How large the body of a delivery was, if it was too large to come through.
-    pub(super) fn dropped(&self, channel: u16, delivery: u64) -> Option<u64> {
+    pub(in crate::amqp) fn dropped(&self, channel: u16, delivery: u64) -> Option<u64> {
         self.dropped.take(channel, delivery)
     }
 
     /// The error of whoever needed it after it was lost.
-    pub(super) fn loss(&self) -> Error {
+    pub(in crate::amqp) fn loss(&self) -> Error {
         Error::Lost(self.reason.get().cloned())
     }
 
     /// Whether it is gone.
-    pub(super) fn is_lost(&self) -> bool {
+    pub(in crate::amqp) fn is_lost(&self) -> bool {
         self.lost.is_cancelled()
     }
 
     /// Whether the broker takes no messages from it at the moment.
-    pub(super) fn blocked(&self) -> watch::Receiver<bool> {
+    pub(in crate::amqp) fn blocked(&self) -> watch::Receiver<bool> {
         self.blocked.clone()
     }
 
     /// Whether it waits for as long as that lasts.
-    pub(super) fn is_patient(&self) -> bool {
+    pub(in crate::amqp) fn is_patient(&self) -> bool {
         self.patient
     }
 
     /// Gives the connection up, because of something that only its user saw.
-    pub(super) fn give_up(&self) {
+    pub(in crate::amqp) fn give_up(&self) {
         self.lost.cancel();
         self.socket.shut();
     }
 
     /// How many bytes of headers a message may carry here: one frame has to hold them, beside everything else
     /// of its properties.
-    pub(super) fn headers_room(&self) -> usize {
+    pub(in crate::amqp) fn headers_room(&self) -> usize {
         /// Eight short strings of 255 bytes, and the frame around them.
         const OTHERS: usize = 2_200;
         let frame = usize::try_from(self.connection.configuration().frame_max()).unwrap_or(usize::MAX);
@@ -169,13 +169,13 @@ impl Link {
     }
 
     /// A new channel.
-    pub(super) async fn channel(&self) -> Result<lapin::Channel, Error> {
+    pub(in crate::amqp) async fn channel(&self) -> Result<lapin::Channel, Error> {
         self.ask("open a channel", self.connection.create_channel()).await
     }
 
     /// Waits for the answer to one operation: until it comes, the connection is lost, or it is overdue, which
     /// counts as lost.
-    pub(super) async fn ask<T>(
+    pub(in crate::amqp) async fn ask<T>(
         &self,
         what: &str,
         operation: impl Future<Output = lapin::Result<T>>,
@@ -191,7 +191,7 @@ impl Link {
 
     /// The same, and the connection is kept: none where the answer is overdue. While the broker blocks the
     /// connection the clock stands still, unless somebody waits: it owes us nothing then.
-    pub(super) async fn ask_for_now<T>(
+    pub(in crate::amqp) async fn ask_for_now<T>(
         &self,
         what: &str,
         operation: impl Future<Output = lapin::Result<T>>,
@@ -217,7 +217,7 @@ impl Link {
     }
 
     /// The same, and a blocked connection is no reason to wait longer.
-    pub(super) async fn ask_in_time<T>(
+    pub(in crate::amqp) async fn ask_in_time<T>(
         &self,
         what: &str,
         operation: impl Future<Output = lapin::Result<T>>,
@@ -227,7 +227,7 @@ impl Link {
     }
 
     /// Says goodbye, so that everything sent before has reached the broker.
-    pub(super) async fn close(&self) {
+    pub(in crate::amqp) async fn close(&self) {
         let goodbye = self.connection.close(lapin::protocol::constants::REPLY_SUCCESS, "goodbye".into());
         if let Err(error) = self.ask_in_time("close the connection", goodbye).await {
             tracing::debug!(error = crate::amqp::chain(&error), "the connection was gone before its end");

@@ -8,7 +8,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
-use crate::amqp::envelope::DEPTH;
+use crate::amqp::frames::sanitize::DEPTH;
 
 /// A stream that gives as many bytes at a time as its second part says, from the start again after the last.
 struct Pieces<'a>(&'a [u8], std::iter::Cycle<std::slice::Iter<'a, usize>>);
@@ -23,7 +23,7 @@ impl AsyncRead for Pieces<'_> {
     }
 }
 
-/// How a screen is set.
+/// How a filter is set.
 #[derive(Clone, Copy, Debug)]
 struct Settings {
     largest: Option<u32>,
@@ -33,14 +33,14 @@ struct Settings {
 const UNLIMITED: Settings = Settings { largest: None, most: None };
 
 /// What comes out, and that no more is kept than came in.
-fn screened(bytes: &[u8], sizes: &[usize], settings: Settings) -> Vec<u8> {
-    let mut screen = Screen::new(Pieces(bytes, sizes.iter().cycle()), settings.largest);
+fn filtered(bytes: &[u8], sizes: &[usize], settings: Settings) -> Vec<u8> {
+    let mut filter = FrameFilter::new(Pieces(bytes, sizes.iter().cycle()), settings.largest);
     if let Some(most) = settings.most {
-        screen = screen.limited(most, Dropped::default());
+        filter = filter.limited(most, Dropped::default());
     }
     let mut out = Vec::new();
-    screen.read_to_end(&mut out).now_or_never().expect("every read is ready").unwrap();
-    assert!(screen.buffer.len() <= bytes.len() + 2 * CHUNK, "{} bytes are kept", screen.buffer.len());
+    filter.read_to_end(&mut out).now_or_never().expect("every read is ready").unwrap();
+    assert!(filter.buffer.len() <= bytes.len() + 2 * CHUNK, "{} bytes are kept", filter.buffer.len());
     assert!(out.len() <= bytes.len());
     out
 }
@@ -156,7 +156,7 @@ fn any_frame(hostile: bool) -> BoxedStrategy<Vec<u8>> {
     .boxed()
 }
 
-/// Frames, and deliveries whole, which a screen may have to leave without their body.
+/// Frames, and deliveries whole, which a filter may have to leave without their body.
 fn any_frames(hostile: bool) -> BoxedStrategy<Vec<Vec<u8>>> {
     let body = vec(any::<u8>(), 1..60);
     let delivery =
@@ -212,13 +212,13 @@ proptest! {
     fn frames_in_order_pass_unchanged(frames in any_frames(false), sizes in sizes()) {
         let all = frames.concat();
         prop_assert_eq!(read(&all).0.len(), frames.len(), "these are none");
-        prop_assert!(screened(&all, &sizes, UNLIMITED) == all);
+        prop_assert!(filtered(&all, &sizes, UNLIMITED) == all);
     }
 
     #[test]
     fn whatever_strangers_write_can_be_read(frames in any_frames(true), sizes in sizes(), settings in settings()) {
         let all = frames.concat();
-        let out = screened(&all, &sizes, settings);
+        let out = filtered(&all, &sizes, settings);
         let (read, rest) = read(&out);
         prop_assert!(rest.is_empty(), "{rest:?}");
         let bodies = |frames: &[AMQPFrame]| frames.iter().filter(|frame| matches!(frame, AMQPFrame::Body(..))).count();
@@ -235,28 +235,28 @@ proptest! {
 
     #[test]
     fn pieces_make_no_difference(bytes in damaged(), sizes in sizes(), settings in settings()) {
-        prop_assert!(screened(&bytes, &sizes, settings) == screened(&bytes, &[], settings));
+        prop_assert!(filtered(&bytes, &sizes, settings) == filtered(&bytes, &[], settings));
     }
 
-    /// What the screen does not follow to its end is for lapin to refuse, and lapin must: what it went on to read
+    /// What the filter does not follow to its end is for lapin to refuse, and lapin must: what it went on to read
     /// there, nobody would have looked at.
     #[test]
     fn what_is_not_understood_cannot_be_read(
         payload in header(true), at in any::<prop::sample::Index>(), byte in any::<u8>(), cut in any::<bool>(),
     ) {
         let mut payload = payload;
-        prop_assert!(envelope::header(&mut payload.clone()).is_some(), "nothing is wrong with it");
+        prop_assert!(sanitize::header(&mut payload.clone()).is_some(), "nothing is wrong with it");
         let at = at.index(payload.len());
         if cut { payload.truncate(at) } else { payload[at] = byte }
         let before = payload.len();
-        let understood = envelope::header(&mut payload);
+        let understood = sanitize::header(&mut payload);
         prop_assert_eq!(payload.len(), before);
         if understood.is_none() {
             prop_assert!(parse_frame(&frame(2, 1, &payload)[..]).is_err());
         }
         // What was made harmless stays as it is.
         let once = payload.clone();
-        envelope::header(&mut payload);
+        sanitize::header(&mut payload);
         prop_assert_eq!(payload, once);
     }
 }

@@ -7,8 +7,8 @@ use lapin::Channel;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::FieldTable;
 
+use crate::amqp::connection::link::Link;
 use crate::amqp::headers::fitting;
-use crate::amqp::link::Link;
 use crate::amqp::{Error, Message, faults, short};
 
 /// Channels of a direct connection on which the broker hangs, before another one is dialled.

@@ -3,105 +3,105 @@
 //! Bytes that are not UTF-8 become [`SUBSTITUTE`]; tables and lists that are nested too deep become a string of bytes,
 //! which are written alike. No length changes. None where a payload is not what it should be.
 //!
-//! When this can be removed stands in [`screen`](super::screen); `screen/properties.rs` holds that lapin's parser can read
+//! When this can be removed stands in [`filter`](super::filter); `filter/properties.rs` holds that lapin's parser can read
 //! all that comes out, and refuses what is given up here.
 
 use std::ops::Range;
 
 /// Stands for a byte that was not UTF-8: the character that ASCII has for this.
-pub(super) const SUBSTITUTE: char = '\u{1a}';
+pub(in crate::amqp) const SUBSTITUTE: char = '\u{1a}';
 
 /// Headers in headers, so many times; what is deeper is left as bytes.
-pub(super) const DEPTH: usize = 16;
+pub(in crate::amqp) const DEPTH: usize = 16;
 
 /// The methods that carry words of a stranger: routing keys, and the broker's complaints, which quote names and are
 /// cut to 255 bytes wherever that falls.
-pub(super) fn method(payload: &mut [u8]) -> Option<()> {
-    let mut walk = Walk(payload);
-    match (walk.u16()?, walk.u16()?) {
+pub(in crate::amqp) fn method(payload: &mut [u8]) -> Option<()> {
+    let mut cursor = Cursor(payload);
+    match (cursor.u16()?, cursor.u16()?) {
         // connection.close, channel.close: a code, the text.
         (10, 50) | (20, 40) => {
-            walk.u16()?;
-            walk.short()
+            cursor.u16()?;
+            cursor.short()
         }
         // basic.return: a code, the text, exchange, routing key.
         (60, 50) => {
-            walk.u16()?;
-            (0..3).try_for_each(|_| walk.short())
+            cursor.u16()?;
+            (0..3).try_for_each(|_| cursor.short())
         }
         // basic.deliver: consumer, number, redelivered, exchange, routing key.
         (60, 60) => {
-            walk.short()?;
-            walk.skip(9)?;
-            (0..2).try_for_each(|_| walk.short())
+            cursor.short()?;
+            cursor.skip(9)?;
+            (0..2).try_for_each(|_| cursor.short())
         }
         // basic.get-ok: number, redelivered, exchange, routing key.
         (60, 71) => {
-            walk.skip(9)?;
-            (0..2).try_for_each(|_| walk.short())
+            cursor.skip(9)?;
+            (0..2).try_for_each(|_| cursor.short())
         }
         _ => Some(()),
     }
 }
 
 /// The properties of a message.
-pub(super) fn header(payload: &mut [u8]) -> Option<()> {
-    let mut walk = Walk(payload);
+pub(in crate::amqp) fn header(payload: &mut [u8]) -> Option<()> {
+    let mut cursor = Cursor(payload);
     // Class, weight, size of the body.
-    walk.skip(12)?;
-    let flags = walk.u16()?;
+    cursor.skip(12)?;
+    let flags = cursor.u16()?;
     for property in 0..14 {
         if flags & (0x8000 >> property) == 0 {
             continue;
         }
         match property {
-            2 => walk.table()?,
+            2 => cursor.table()?,
             // Delivery mode and priority; the timestamp.
-            3 | 4 => walk.skip(1)?,
-            9 => walk.skip(8)?,
-            _ => walk.short()?,
+            3 | 4 => cursor.skip(1)?,
+            9 => cursor.skip(8)?,
+            _ => cursor.short()?,
         }
     }
     Some(())
 }
 
 /// The number of the delivery that a method announces, if it announces one.
-pub(super) fn delivered(payload: &[u8]) -> Option<u64> {
+pub(in crate::amqp) fn delivered(payload: &[u8]) -> Option<u64> {
     let rest = payload.strip_prefix(&[0, 60, 0, 60])?;
     let consumer = usize::from(*rest.first()?);
     rest.get(1 + consumer..)?.first_chunk().copied().map(u64::from_be_bytes)
 }
 
 /// Where the headers stand among the properties of a message, and their length before them.
-pub(super) fn headers(payload: &mut [u8]) -> Option<Range<usize>> {
+pub(in crate::amqp) fn headers(payload: &mut [u8]) -> Option<Range<usize>> {
     let all = payload.len();
-    let mut walk = Walk(payload);
-    walk.skip(12)?;
-    let flags = walk.u16()?;
+    let mut cursor = Cursor(payload);
+    cursor.skip(12)?;
+    let flags = cursor.u16()?;
     for property in [0x8000, 0x4000] {
         if flags & property != 0 {
-            walk.short()?;
+            cursor.short()?;
         }
     }
     if flags & 0x2000 == 0 {
         return None;
     }
-    let from = all - walk.0.len();
-    walk.long()?;
-    Some(from..all - walk.0.len())
+    let from = all - cursor.0.len();
+    cursor.long()?;
+    Some(from..all - cursor.0.len())
 }
 
 /// The largest frame that the broker offers, where it offers anything: zero for no limit.
-pub(super) fn offered(payload: &[u8]) -> Option<u32> {
+pub(in crate::amqp) fn tuned_frame_max(payload: &[u8]) -> Option<u32> {
     // connection.tune: channels, the size.
     let offer = payload.strip_prefix(&[0, 10, 0, 30])?.get(2..)?;
     offer.first_chunk().copied().map(u32::from_be_bytes)
 }
 
 /// What is left of a payload.
-struct Walk<'a>(&'a mut [u8]);
+struct Cursor<'a>(&'a mut [u8]);
 
-impl<'a> Walk<'a> {
+impl<'a> Cursor<'a> {
     fn take(&mut self, count: usize) -> Option<&'a mut [u8]> {
         let bytes = std::mem::take(&mut self.0);
         let (taken, left) = bytes.split_at_mut_checked(count)?;
@@ -130,7 +130,7 @@ impl<'a> Walk<'a> {
 
     /// The headers.
     fn table(&mut self) -> Option<()> {
-        Walk(self.long()?).fields(b'F', DEPTH)
+        Cursor(self.long()?).fields(b'F', DEPTH)
     }
 
     /// Everything in a table, or in an array, which has no names.
@@ -159,7 +159,7 @@ impl<'a> Walk<'a> {
                 *kind = b'x';
                 return self.long().map(drop);
             }
-            kind @ (b'F' | b'A') => return Walk(self.long()?).fields(kind, depth - 1),
+            kind @ (b'F' | b'A') => return Cursor(self.long()?).fields(kind, depth - 1),
             _ => return None,
         };
         self.skip(length)

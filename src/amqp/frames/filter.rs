@@ -25,20 +25,14 @@
 //! learns of its size. It stays, and with it the reader of frames.
 
 use std::io;
-use std::net::SocketAddr;
 use std::ops::Range;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
 
-use async_rs::traits::Reactor;
-use async_rs::util::RuntimeParts;
-use async_rs::{Runtime, Tokio, TokioRuntime};
-use futures_util::{AsyncRead, AsyncWrite, Stream};
-use lapin::tcp::AsyncTcpStream;
+use futures_util::{AsyncRead, AsyncWrite};
 
-use crate::amqp::envelope;
-use crate::amqp::oversize::{Dropped, Limit};
+use crate::amqp::frames::oversize::{Dropped, Limit};
+use crate::amqp::frames::sanitize;
 
 /// A frame that is looked at is kept until all of it is there. No broker sends larger ones: it would have to be
 /// asked for them.
@@ -50,61 +44,9 @@ const CHUNK: usize = 64 << 10;
 /// A table with nothing in it: its length.
 const EMPTY: [u8; 4] = [0; 4];
 
-/// A stream as tokio has it, plain or in TLS.
-type Bare = AsyncTcpStream<<Tokio as Reactor>::TcpStream>;
-
-/// A stream whose incoming frames are screened.
-pub(super) type Screened = Screen<Bare>;
-
-/// The runtime of this process, with screened streams.
-pub(super) type ScreenedRuntime = Runtime<RuntimeParts<Tokio, Screening>>;
-
-/// The runtime that lapin shall use.
-pub(super) fn runtime() -> ScreenedRuntime {
-    Runtime::new(RuntimeParts::new(Tokio::current(), Screening(Tokio::current())))
-}
-
-/// The one that dials.
-pub(super) fn dialling() -> TokioRuntime {
-    Runtime::tokio_current()
-}
-
-/// tokio's reactor, but for the type of its streams.
-#[derive(Clone, Debug)]
-pub(super) struct Screening(Tokio);
-
-impl Reactor for Screening {
-    type TcpStream = Screened;
-    type Sleep = <Tokio as Reactor>::Sleep;
-
-    /// lapin takes only what was dialled.
-    fn register<H: io::Read + io::Write + Send + 'static>(
-        &self,
-        _: H,
-    ) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin + 'static> {
-        Err::<Screened, _>(io::ErrorKind::Unsupported.into())
-    }
-
-    fn sleep(&self, duration: Duration) -> Self::Sleep {
-        self.0.sleep(duration)
-    }
-
-    fn interval(&self, duration: Duration) -> impl Stream<Item = Instant> + Send + 'static {
-        self.0.interval(duration)
-    }
-
-    fn tcp_connect_addr(
-        &self,
-        address: SocketAddr,
-    ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
-        let connecting = self.0.tcp_connect_addr(address);
-        async { Ok(Screen::new(AsyncTcpStream::Plain(connecting.await?), None)) }
-    }
-}
-
 /// Reads whole frames where they have to be looked at, and writes straight through.
 #[derive(Debug)]
-pub(super) struct Screen<S> {
+pub(in crate::amqp) struct FrameFilter<S> {
     stream: S,
     buffer: Vec<u8>,
     /// Up to here the buffer was read by lapin,
@@ -114,37 +56,37 @@ pub(super) struct Screen<S> {
     /// up to here it has come in,
     filled: usize,
     /// and so many bytes after the clean ones need no look.
-    passing: usize,
+    unfiltered_left: usize,
     /// So many bytes after the clean ones are dropped.
     skipping: usize,
     limit: Option<Limit>,
     /// The largest frame that lapin takes.
     largest: usize,
     /// What comes is not AMQP.
-    blind: bool,
+    passthrough: bool,
 }
 
-impl<S> Screen<S> {
+impl<S> FrameFilter<S> {
     /// `largest` is what is asked of the broker; it may offer less.
-    pub(super) fn new(stream: S, largest: Option<u32>) -> Self {
+    pub(in crate::amqp) fn new(stream: S, largest: Option<u32>) -> Self {
         let mut this = Self {
             stream,
             buffer: Vec::new(),
             read: 0,
             clean: 0,
             filled: 0,
-            passing: 0,
+            unfiltered_left: 0,
             skipping: 0,
             limit: None,
             largest: usize::MAX,
-            blind: false,
+            passthrough: false,
         };
         this.agree_on(largest.unwrap_or(0));
         this
     }
 
     /// Drops bodies of deliveries that have more bytes than this.
-    pub(super) fn limited(mut self, most: usize, dropped: Dropped) -> Self {
+    pub(in crate::amqp) fn limited(mut self, most: usize, dropped: Dropped) -> Self {
         self.limit = Some(Limit::new(most, dropped));
         self
     }
@@ -160,7 +102,7 @@ impl<S> Screen<S> {
 
     /// Takes the headers out of the frame of properties that ends at `end`. Returns where it ends then.
     fn without_headers(&mut self, payload: Range<usize>, end: usize) -> usize {
-        let Some(headers) = envelope::headers(&mut self.buffer[payload.clone()]) else { return end };
+        let Some(headers) = sanitize::headers(&mut self.buffer[payload.clone()]) else { return end };
         let (from, to) = (payload.start + headers.start, payload.start + headers.end);
         self.buffer.copy_within(to..self.filled, from + EMPTY.len());
         self.buffer[from..from + EMPTY.len()].copy_from_slice(&EMPTY);
@@ -182,7 +124,7 @@ impl<S> Screen<S> {
     }
 
     /// Cleans as many frames as are there.
-    fn advance(&mut self) {
+    fn filter_complete_frames(&mut self) {
         /// Type, channel, size; and the mark at the end.
         const AROUND: usize = 1 + 2 + 4 + 1;
         const METHOD: u8 = 1;
@@ -190,7 +132,7 @@ impl<S> Screen<S> {
         const BODY: u8 = 3;
         const HEARTBEAT: u8 = 8;
         loop {
-            if self.blind {
+            if self.passthrough {
                 self.clean = self.filled;
                 return;
             }
@@ -203,9 +145,9 @@ impl<S> Screen<S> {
                     return;
                 }
             }
-            let passing = self.passing.min(self.filled - self.clean);
-            self.clean += passing;
-            self.passing -= passing;
+            let unfiltered_left = self.unfiltered_left.min(self.filled - self.clean);
+            self.clean += unfiltered_left;
+            self.unfiltered_left -= unfiltered_left;
             let Some([kind, high, low, size @ ..]) = self.buffer[self.clean..self.filled].first_chunk::<7>()
             else {
                 return;
@@ -217,7 +159,7 @@ impl<S> Screen<S> {
                 BODY if self.limit.as_mut().is_some_and(|limit| limit.drops(channel, size)) => {
                     self.skipping = frame;
                 }
-                BODY | HEARTBEAT => self.passing = frame,
+                BODY | HEARTBEAT => self.unfiltered_left = frame,
                 METHOD | HEADER if frame <= FRAME_MAX => {
                     let mut end = self.clean + frame;
                     if end > self.filled {
@@ -236,20 +178,20 @@ impl<S> Screen<S> {
                         end = self.without_headers(payload, end);
                     }
                     let payload = &mut self.buffer[self.clean + AROUND - 1..end - 1];
-                    let offered = if kind == METHOD { envelope::offered(payload) } else { None };
+                    let offered = if kind == METHOD { sanitize::tuned_frame_max(payload) } else { None };
                     // What cannot be understood here cannot be by lapin; it says so.
                     let _ =
-                        if kind == METHOD { envelope::method(payload) } else { envelope::header(payload) };
+                        if kind == METHOD { sanitize::method(payload) } else { sanitize::header(payload) };
                     self.agree_on(offered.unwrap_or(0));
                     self.clean = end;
                 }
-                _ => self.blind = true,
+                _ => self.passthrough = true,
             }
         }
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Screen<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for FrameFilter<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut [u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         while this.read == this.clean {
@@ -261,7 +203,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Screen<S> {
                 return Poll::Ready(Ok(0));
             }
             this.filled += got;
-            this.advance();
+            this.filter_complete_frames();
         }
         let part = &this.buffer[this.read..this.clean];
         let part = &part[..part.len().min(into.len())];
@@ -271,7 +213,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Screen<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Screen<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for FrameFilter<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.get_mut().stream).poll_write(cx, bytes)
     }
@@ -301,7 +243,7 @@ mod properties;
 #[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 mod tests {
     use super::*;
-    use crate::amqp::envelope::DEPTH;
+    use crate::amqp::frames::sanitize::DEPTH;
     use futures_util::AsyncReadExt;
     use futures_util::io::Cursor;
 
@@ -322,12 +264,12 @@ mod tests {
     }
 
     /// What comes out where `bytes` come in, read in parts of every size.
-    async fn screened(bytes: &[u8]) -> Vec<u8> {
+    async fn filtered(bytes: &[u8]) -> Vec<u8> {
         let mut whole = Vec::new();
-        Screen::new(Cursor::new(bytes), None).read_to_end(&mut whole).await.unwrap();
+        FrameFilter::new(Cursor::new(bytes), None).read_to_end(&mut whole).await.unwrap();
         for size in 1..40 {
-            let (mut parts, mut screen) = (Vec::new(), Screen::new(Bits(bytes, size), None));
-            screen.read_to_end(&mut parts).await.unwrap();
+            let (mut parts, mut filter) = (Vec::new(), FrameFilter::new(Bits(bytes, size), None));
+            filter.read_to_end(&mut parts).await.unwrap();
             assert!(parts == whole, "read {size} bytes at a time");
         }
         whole
@@ -360,10 +302,10 @@ mod tests {
             frame(8, b""),
         ]
         .concat();
-        assert_eq!(screened(&all).await, all);
+        assert_eq!(filtered(&all).await, all);
         // Another protocol altogether, whatever it looks like later on.
         let strange = [b"HTTP/1.1 400 no\r\n", &properties(1 << 10, &short(b"\xff"))[..]].concat();
-        assert_eq!(screened(&strange).await, strange);
+        assert_eq!(filtered(&strange).await, strange);
     }
 
     #[tokio::test]
@@ -425,7 +367,7 @@ mod tests {
         let (come, goes) = (come.concat(), goes.concat());
         for size in [1, 2, 3, 7, 39, 64, 1_000, 65_536, usize::MAX] {
             let dropped = Dropped::default();
-            let (mut out, stream) = (Vec::new(), Screen::new(Bits(&come, size), None));
+            let (mut out, stream) = (Vec::new(), FrameFilter::new(Bits(&come, size), None));
             stream.limited(10, dropped.clone()).read_to_end(&mut out).await.unwrap();
             assert!(out == goes, "read {size} bytes at a time");
             assert_eq!((dropped.take(1, 2), dropped.take(1, 4)), (Some(11), Some(100_000)));
@@ -448,10 +390,10 @@ mod tests {
         for (size, headers) in [(fits, field(fits)), (fits + 1, Vec::new()), (60_000, Vec::new())] {
             let come = [tune(5_000), message(&field(size)), message(b"")].concat();
             let goes = [tune(5_000), message(&headers), message(b"")].concat();
-            assert!(screened(&come).await == goes, "{size}");
+            assert!(filtered(&come).await == goes, "{size}");
         }
         let unlimited = [tune(0), message(&field(60_000))].concat();
-        assert_eq!(screened(&unlimited).await, unlimited);
+        assert_eq!(filtered(&unlimited).await, unlimited);
     }
 
     #[tokio::test]
@@ -464,19 +406,19 @@ mod tests {
                 let (first, rest) = words.split_at(3);
                 frame(1, &[before, first, &vec![0xff; gap], rest].concat())
             };
-            assert_eq!(screened(&method(bad(id))).await, method(good(id)));
+            assert_eq!(filtered(&method(bad(id))).await, method(good(id)));
         }
         // Every property that is a short string, one after the other.
         for property in [0_u16, 1, 5, 6, 7, 8, 10, 11, 12, 13] {
             let all = |text: &[u8]| properties(0x8000 >> property, &short(text));
-            assert_eq!(screened(&all(b"\xffabc\xc3")).await, all(b"\x1aabc\x1a"), "{property}");
+            assert_eq!(filtered(&all(b"\xffabc\xc3")).await, all(b"\x1aabc\x1a"), "{property}");
         }
         let fields = |name: &[u8]| {
             let inner = [short(name), vec![b'I', 0, 0, 0, 1], short(name), vec![b'V']].concat();
             let table = [short(name), vec![b'F'], long(&inner), short(name), vec![b't', 1]].concat();
             properties(1 << 13 | 1 << 12 | 1 << 6, &[long(&table), vec![2], vec![0xff; 8]].concat())
         };
-        assert_eq!(screened(&fields(b"n\x80")).await, fields(b"n\x1a"));
+        assert_eq!(filtered(&fields(b"n\x80")).await, fields(b"n\x1a"));
     }
 
     #[tokio::test]
@@ -484,9 +426,9 @@ mod tests {
         let nested =
             |depth: usize| (0..depth).fold(vec![b'V'], |inner, _| [vec![b'A'], long(&inner)].concat());
         let headers = |value: &[u8]| properties(1 << 13, &long(&[&short(b"deep"), value].concat()));
-        assert_eq!(screened(&headers(&nested(DEPTH))).await, headers(&nested(DEPTH)));
+        assert_eq!(filtered(&headers(&nested(DEPTH))).await, headers(&nested(DEPTH)));
         let hostile = headers(&nested(200));
-        let clean = screened(&hostile).await;
+        let clean = filtered(&hostile).await;
         let changed: Vec<usize> = (0..clean.len()).filter(|at| clean[*at] != hostile[*at]).collect();
         // One tag, so many levels below the first.
         let first = hostile.iter().position(|byte| *byte == b'A').unwrap();

@@ -10,8 +10,8 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::amqp::connection::Dialer;
-use crate::amqp::link::Link;
+use crate::amqp::connection::dialer::Dialer;
+use crate::amqp::connection::link::Link;
 use crate::amqp::{Error, chain};
 use crate::ops::metrics::{Metrics, Role};
 use crate::retry::Delays;
@@ -35,23 +35,23 @@ pub enum LinkState {
 
 /// Tells everybody concerned how a connection is.
 #[derive(Clone, Debug)]
-pub(super) struct State {
+pub(in crate::amqp) struct State {
     role: Role,
     metrics: Metrics,
     sender: watch::Sender<LinkState>,
 }
 
 impl State {
-    pub(super) fn new(role: Role, metrics: &Metrics) -> Self {
+    pub(in crate::amqp) fn new(role: Role, metrics: &Metrics) -> Self {
         Self { role, metrics: metrics.clone(), sender: watch::Sender::new(LinkState::Down) }
     }
 
-    pub(super) fn subscribe(&self) -> watch::Receiver<LinkState> {
+    pub(in crate::amqp) fn subscribe(&self) -> watch::Receiver<LinkState> {
         self.sender.subscribe()
     }
 
     /// The session has set `link` up and uses it.
-    pub(super) fn up(&self, link: &Link) {
+    pub(in crate::amqp) fn up(&self, link: &Link) {
         tracing::info!(role = self.role.as_str(), broker = link.broker(), "connected to the broker");
         self.set(if *link.blocked().borrow() { LinkState::Blocked } else { LinkState::Up });
     }
@@ -75,7 +75,7 @@ impl State {
 }
 
 /// What is done with a connection for as long as it lasts.
-pub(super) trait Session: Send + 'static {
+pub(in crate::amqp) trait Session: Send + 'static {
     /// Sets `link` up, tells `state` when that is done, and uses it. `Ok` is the end of all sessions; after an
     /// error there will be another one.
     fn run(&mut self, link: &Arc<Link>, state: &State) -> impl Future<Output = Result<(), Error>> + Send;
@@ -83,18 +83,18 @@ pub(super) trait Session: Send + 'static {
 
 /// Runs sessions of one role, one after the other.
 #[derive(Debug)]
-pub(super) struct Supervisor {
-    pub(super) dialer: Dialer,
-    pub(super) state: State,
+pub(in crate::amqp) struct Supervisor {
+    pub(in crate::amqp) dialer: Dialer,
+    pub(in crate::amqp) state: State,
     /// `amqp.reconnect_max`.
-    pub(super) longest_delay: Duration,
+    pub(in crate::amqp) longest_delay: Duration,
     /// Ends the supervisor where no session is under way; a session looks after itself.
-    pub(super) leave: CancellationToken,
+    pub(in crate::amqp) leave: CancellationToken,
 }
 
 impl Supervisor {
     /// Ends when a session says so, or after `leave`.
-    pub(super) async fn run(self, mut session: impl Session) {
+    pub(in crate::amqp) async fn run(self, mut session: impl Session) {
         let role = self.state.role;
         let mut delays = Delays::new(FIRST_DELAY, self.longest_delay);
         while !self.leave.is_cancelled() {

@@ -3,11 +3,11 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::amqp::envelope;
+use crate::amqp::frames::sanitize;
 
 /// Bodies that were larger than they may be, and did not come through. Cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Dropped(Arc<Mutex<VecDeque<(Of, u64)>>>);
+pub(in crate::amqp) struct Dropped(Arc<Mutex<VecDeque<(Of, u64)>>>);
 
 /// Names a delivery: its channel and its number.
 type Of = (u16, u64);
@@ -25,7 +25,7 @@ impl Dropped {
     }
 
     /// How large the body of this delivery was, if it was dropped.
-    pub(super) fn take(&self, channel: u16, delivery: u64) -> Option<u64> {
+    pub(in crate::amqp) fn take(&self, channel: u16, delivery: u64) -> Option<u64> {
         let mut notes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let at = notes.iter().position(|(of, _)| *of == (channel, delivery))?;
         notes.remove(at).map(|(_, bytes)| bytes)
@@ -34,7 +34,7 @@ impl Dropped {
 
 /// Which bodies do not come through.
 #[derive(Debug)]
-pub(super) struct Limit {
+pub(in crate::amqp) struct Limit {
     /// The largest that does.
     most: u64,
     dropped: Dropped,
@@ -45,22 +45,22 @@ pub(super) struct Limit {
 }
 
 impl Limit {
-    pub(super) fn new(most: usize, dropped: Dropped) -> Self {
+    pub(in crate::amqp) fn new(most: usize, dropped: Dropped) -> Self {
         let most = u64::try_from(most).unwrap_or(u64::MAX);
         Self { most, dropped, delivered: HashMap::new(), dropping: HashMap::new() }
     }
 
     /// A method came: what follows is the content of a delivery, or of nothing that is limited.
-    pub(super) fn method(&mut self, channel: u16, payload: &[u8]) {
+    pub(in crate::amqp) fn method(&mut self, channel: u16, payload: &[u8]) {
         self.dropping.remove(&channel);
-        match envelope::delivered(payload) {
+        match sanitize::delivered(payload) {
             Some(number) => self.delivered.insert(channel, number),
             None => self.delivered.remove(&channel),
         };
     }
 
     /// The header of a content came: one that is too large is made to say that no body follows.
-    pub(super) fn header(&mut self, channel: u16, payload: &mut [u8]) {
+    pub(in crate::amqp) fn header(&mut self, channel: u16, payload: &mut [u8]) {
         let Some(number) = self.delivered.remove(&channel) else { return };
         let Some(size) = payload.get_mut(4..12).and_then(|size| size.first_chunk_mut::<8>()) else { return };
         let bytes = u64::from_be_bytes(*size);
@@ -72,7 +72,7 @@ impl Limit {
     }
 
     /// Whether a part of a body, of so many bytes, is dropped.
-    pub(super) fn drops(&mut self, channel: u16, bytes: u32) -> bool {
+    pub(in crate::amqp) fn drops(&mut self, channel: u16, bytes: u32) -> bool {
         let Some(left) = self.dropping.get_mut(&channel) else { return false };
         *left = left.saturating_sub(bytes.into());
         if *left == 0 {

@@ -12,16 +12,16 @@ use lapin::uri::{AMQPScheme, AMQPUri, SASLMechanism};
 use lapin::{Connection, ConnectionProperties, ErrorKind};
 
 use crate::amqp::Error;
-use crate::amqp::link::{Link, Socket};
-use crate::amqp::oversize::Dropped;
-use crate::amqp::screen::{self, Screen};
-use crate::amqp::signature::Signer;
+use crate::amqp::connection::link::{Link, Socket};
+use crate::amqp::connection::signer::Signer;
+use crate::amqp::frames::oversize::Dropped;
+use crate::amqp::frames::{filter::FrameFilter, reactor};
 use crate::config;
 use crate::config::{Auth, Secret};
 
 /// Finds a broker among the configured addresses.
 #[derive(Clone, Debug)]
-pub(super) struct Dialer {
+pub(in crate::amqp) struct Dialer {
     config: config::Amqp,
     name: String,
     patient: bool,
@@ -35,24 +35,24 @@ pub(super) struct Dialer {
 
 impl Dialer {
     /// `name` is what operators see in the broker's list of connections.
-    pub(super) fn new(config: &config::Amqp, name: String) -> Self {
+    pub(in crate::amqp) fn new(config: &config::Amqp, name: String) -> Self {
         prepare_lapin();
         let (last, first) = (Arc::default(), Arc::default());
         Self { config: config.clone(), name, patient: true, most: None, last, first }
     }
 
     /// Bodies of deliveries that have more bytes than this do not come through.
-    pub(super) fn limited(self, most: usize) -> Self {
+    pub(in crate::amqp) fn limited(self, most: usize) -> Self {
         Self { most: Some(most), ..self }
     }
 
     /// For a person who waits: a broker that takes no messages is waited for no longer than any other answer.
-    pub(super) fn impatient(self) -> Self {
+    pub(in crate::amqp) fn impatient(self) -> Self {
         Self { patient: false, ..self }
     }
 
     /// Tries each address once, in turn, and returns the first connection that comes up, else the last error.
-    pub(super) async fn dial(&self) -> Result<Link, Error> {
+    pub(in crate::amqp) async fn dial(&self) -> Result<Link, Error> {
         let tls = self.tls().await?;
         let mut last = Error::NoAddress;
         let urls = self.addresses().await?;
@@ -71,7 +71,7 @@ impl Dialer {
     }
 
     /// Tries the address of the last connection last: its broker may let us in again and be of no use all the same.
-    pub(super) fn avoid_last(&self) {
+    pub(in crate::amqp) fn avoid_last(&self) {
         self.first.store(self.last.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
     }
 
@@ -135,9 +135,9 @@ impl Dialer {
         let timeout = self.config.connect_timeout;
         let connecting = Connection::connector(
             uri,
-            screen::runtime(),
+            reactor::runtime(),
             {
-                let (socket, runtime) = (socket.clone(), screen::dialling());
+                let (socket, runtime) = (socket.clone(), reactor::dialling());
                 let limit = self.most.map(|most| (most, dropped.clone()));
                 async move |uri: AMQPUri, _| {
                     // Here as well: this runs on a thread of lapin's that no timeout outside reaches.
@@ -155,10 +155,10 @@ impl Dialer {
                     };
                     let in_time = tokio::time::timeout(timeout, stream).await;
                     let stream = in_time.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))?;
-                    let screen = Screen::new(stream, largest_frame);
+                    let filter = FrameFilter::new(stream, largest_frame);
                     Ok(AsyncTcpStream::Plain(match limit.clone() {
-                        Some((most, dropped)) => screen.limited(most, dropped),
-                        None => screen,
+                        Some((most, dropped)) => filter.limited(most, dropped),
+                        None => filter,
                     }))
                 }
             },

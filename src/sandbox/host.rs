@@ -24,6 +24,8 @@ pub(super) struct Host {
     pub(super) watches: bool,
     /// A whole tree of mounts can be made read-only with one call: not before Linux 5.12.
     pub(super) mount_setattr: bool,
+    /// Address space is promised only as far as there is memory (`vm.overcommit_memory` of 2).
+    pub(super) keeps_promises: bool,
     /// The core size that jobs are limited to.
     pub(super) core: u64,
 }

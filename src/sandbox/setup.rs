@@ -127,6 +127,8 @@ fn examine() -> Host {
         oom_score,
         watches: user && launch::can(libc::CLONE_NEWUSER, trials::watches().bytes()),
         mount_setattr: probe::mount_setattr(),
+        keeps_promises: std::fs::read("/proc/sys/vm/overcommit_memory")
+            .is_ok_and(|mode| mode.starts_with(b"2")),
         core: core(),
     }
 }

@@ -20,6 +20,16 @@ pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(nix::unistd::pipe2(OFlag::O_CLOEXEC)?)
 }
 
+/// A pipe whose ends a user may open again, as `/proc/self/fd` has them; where none is named, this process's own.
+pub fn pipe_of(owner: Option<u32>) -> io::Result<(OwnedFd, OwnedFd)> {
+    let (read, write) = pipe()?;
+    if let Some(owner) = owner {
+        // Both ends are one file.
+        std::os::unix::fs::fchown(&read, Some(owner), Some(owner))?;
+    }
+    Ok((read, write))
+}
+
 /// A connected pair of stream sockets; neither crosses an exec.
 pub fn socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?)

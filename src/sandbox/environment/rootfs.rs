@@ -73,18 +73,42 @@ const LIBRARIES: [&str; 7] =
     ["/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/local/lib"];
 
 /// Data that Python's own library reads, and what the loader needs.
-const DATA: [&str; 7] = [
+const DATA: [&str; 9] = [
     "/etc/alternatives",
     "/etc/ld.so.cache",
     "/etc/localtime",
     "/etc/mime.types",
+    "/etc/protocols",
+    "/etc/services",
     "/etc/ssl/certs",
     "/etc/ssl/openssl.cnf",
     "/usr/share/zoneinfo",
 ];
 
 /// Only where the host's network is.
-const NETWORK_DATA: [&str; 3] = ["/etc/resolv.conf", "/etc/gai.conf", "/etc/services"];
+const NETWORK_DATA: [&str; 2] = ["/etc/resolv.conf", "/etc/gai.conf"];
+
+/// The streams of a process as files; they are pipes of the job's user.
+const STREAMS: [(&str, &str); 4] = [
+    ("/dev/fd", "/proc/self/fd"),
+    ("/dev/stdin", "/proc/self/fd/0"),
+    ("/dev/stdout", "/proc/self/fd/1"),
+    ("/dev/stderr", "/proc/self/fd/2"),
+];
+
+/// Besides the job's own user, those that a system knows everywhere: all that is not the job's belongs to one of them.
+const USERS: &str = "root:x:0:0:root:/root:/bin/false\nnobody:x:65534:65534:nobody:/nonexistent:/bin/false\n";
+const GROUPS: &str = "root:x:0:\nnogroup:x:65534:\n";
+
+const HOSTS: &str = "127.0.0.1 localhost\n127.0.1.1 sandpiper\n::1 localhost\n";
+
+/// What programs look up by name, where the host has no such files.
+const PROTOCOLS: &str = "ip 0 IP\nicmp 1 ICMP\ntcp 6 TCP\nudp 17 UDP\nipv6 41 IPv6\nipv6-icmp 58 IPv6-ICMP\n\
+    sctp 132 SCTP\nudplite 136 UDPLite\n";
+const SERVICES: &str = "echo 7/tcp\ndiscard 9/tcp\nftp 21/tcp\nssh 22/tcp\ntelnet 23/tcp\nsmtp 25/tcp mail\n\
+    domain 53/tcp\ndomain 53/udp\nhttp 80/tcp www\nkerberos 88/tcp\npop3 110/tcp\nntp 123/udp\nimap2 143/tcp imap\n\
+    snmp 161/udp\nldap 389/tcp\nhttps 443/tcp\nhttps 443/udp\nsubmissions 465/tcp\nsyslog 514/udp\nsubmission 587/tcp\n\
+    ldaps 636/tcp\nimaps 993/tcp\npop3s 995/tcp\nmysql 3306/tcp\npostgresql 5432/tcp\namqp 5672/tcp\nredis 6379/tcp\n";
 
 impl Root {
     /// Asks the interpreter where it looks, and lays out the root for it.
@@ -119,15 +143,24 @@ impl Root {
             root.expose(path)?;
         }
         for (path, content) in [
-            ("/etc/passwd", users.collect()),
-            ("/etc/group", groups.collect()),
-            ("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n".to_owned()),
+            ("/etc/passwd", users.chain([USERS.to_owned()]).collect()),
+            ("/etc/group", groups.chain([GROUPS.to_owned()]).collect()),
+            ("/etc/hosts", HOSTS.to_owned()),
             (
                 "/etc/nsswitch.conf",
-                format!("passwd: files\ngroup: files\nhosts: files{}\n", if network { " dns" } else { "" }),
+                format!(
+                    "passwd: files\ngroup: files\nhosts: files{}\nservices: files\nprotocols: files\n",
+                    if network { " dns" } else { "" }
+                ),
             ),
+            // Where the host has its own, those are there already.
+            ("/etc/protocols", PROTOCOLS.to_owned()),
+            ("/etc/services", SERVICES.to_owned()),
         ] {
             root.add(Path::new(path), Entry::File(content));
+        }
+        for (path, target) in STREAMS {
+            root.add(Path::new(path), Entry::Link(target.into()));
         }
         for by in ["/dev/shm", "/tmp", "/work"] {
             if let Some(path) = root.entries.keys().rfind(|path| path.starts_with(by)) {

@@ -66,6 +66,11 @@ impl Seat {
         }
     }
 
+    /// Whom the worker has to give what is to be the job's; none where that is itself.
+    pub(super) fn owner(&self, privilege: Privilege) -> Option<u32> {
+        (privilege == Privilege::Full).then_some(self.outside)
+    }
+
     /// The uid and gid that the job sees.
     pub(super) fn inside(&self, privilege: Privilege) -> u32 {
         match (privilege, &self.namespace) {

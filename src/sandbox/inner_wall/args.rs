@@ -41,6 +41,7 @@ const OUTWARD: u32 = 0x0000_8000 // CLONE_PARENT
 pub(super) static CLONE: Filter = Filter {
     allow: &[&[masked(0, OUTWARD, 0)]],
     kill: &[],
+    quiet: &[],
     otherwise: Denial::Kill,
     detail: "without namespace flags and CLONE_PARENT",
 };
@@ -82,6 +83,7 @@ pub(super) static PRCTL: Filter = Filter {
     kill: &[
         &[is(0, 22)], // PR_SET_SECCOMP: the same as seccomp
     ],
+    quiet: &[],
     // What a kernel answers that does not know an option.
     otherwise: Denial::Refuse(libc::EINVAL),
     detail: "settings of the calling process; PR_SET_SECCOMP ends the job",
@@ -111,6 +113,7 @@ pub(super) static IOCTL: Filter = Filter {
         &[is(1, 0x8933)],      // SIOCGIFINDEX: socket.if_nametoindex
     ],
     kill: &[],
+    quiet: &[],
     // What a file answers that has no such control.
     otherwise: Denial::Refuse(libc::ENOTTY),
     detail: "terminal and queue sizes, non-blocking, close-on-exec, clones of files, interface queries",
@@ -134,6 +137,7 @@ macro_rules! without_o_direct {
 const WITHOUT_O_DIRECT: Filter = Filter {
     allow: &[],
     kill: &[],
+    quiet: &[],
     // What a file system answers that has no such access.
     otherwise: Denial::Refuse(libc::EINVAL),
     detail: "without O_DIRECT",
@@ -158,6 +162,7 @@ macro_rules! fcntl {
                 &[within(1, 1030, 1034)],               // F_DUPFD_CLOEXEC, sizes of pipes, seals
             ],
             kill: &[],
+            quiet: &[],
             otherwise: Denial::Refuse(libc::EINVAL),
             detail: "descriptor flags without O_DIRECT, record locks, signals of descriptors, pipe sizes, seals",
         }
@@ -169,6 +174,7 @@ pub(super) static FCNTL: [Filter; 2] = [fcntl!(O_DIRECT[0]), fcntl!(O_DIRECT[1])
 pub(super) static RENAMEAT2: Filter = Filter {
     allow: &[&[masked(4, !3, 0)]], // RENAME_NOREPLACE, RENAME_EXCHANGE
     kill: &[],
+    quiet: &[],
     // What a file system answers that has no whiteouts.
     otherwise: Denial::Refuse(libc::EINVAL),
     detail: "without RENAME_WHITEOUT, which leaves a device behind",
@@ -179,6 +185,7 @@ const MAP_HUGETLB: u32 = 0x40000;
 pub(super) static MMAP: Filter = Filter {
     allow: &[&[masked(3, MAP_HUGETLB, 0)]],
     kill: &[],
+    quiet: &[],
     // What the kernel answers where there is no pool.
     otherwise: Denial::Refuse(libc::ENOMEM),
     detail: "without MAP_HUGETLB: the operator's pool of huge pages is in no account",
@@ -189,6 +196,7 @@ const MFD_HUGETLB: u32 = 4;
 pub(super) static MEMFD: Filter = Filter {
     allow: &[&[masked(1, MFD_HUGETLB, 0)]],
     kill: &[],
+    quiet: &[],
     otherwise: Denial::Refuse(libc::EINVAL),
     detail: "without MFD_HUGETLB: the operator's pool of huge pages is in no account",
 };
@@ -205,6 +213,7 @@ pub(super) static MADVISE: Filter = Filter {
         &[within(2, 102, 103)], // MADV_GUARD_INSTALL, MADV_GUARD_REMOVE: stacks of newer C libraries
     ],
     kill: &[],
+    quiet: &[],
     otherwise: Denial::Refuse(libc::EINVAL),
     detail: "advice on own memory that tells nothing of others'",
 };
@@ -216,6 +225,7 @@ const ASKS_THE_CACHE: u32 = 0x08 | 0x80;
 pub(super) static PREADV2: Filter = Filter {
     allow: &[&[masked(5, ASKS_THE_CACHE, 0)]],
     kill: &[],
+    quiet: &[],
     // What a file system answers that cannot do it.
     otherwise: Denial::Refuse(libc::EOPNOTSUPP),
     detail: "without RWF_NOWAIT and RWF_DONTCACHE",
@@ -227,6 +237,7 @@ const POSIX_FADV_DONTNEED: u32 = 4;
 pub(super) static FADVISE: Filter = Filter {
     allow: &[&[not(3, POSIX_FADV_DONTNEED)]],
     kill: &[],
+    quiet: &[],
     otherwise: Denial::Refuse(libc::EPERM),
     detail: "all advice but POSIX_FADV_DONTNEED",
 };
@@ -244,6 +255,7 @@ pub(super) static MKNOD: Filter = Filter {
         &[masked(1, S_IFMT, 0)], // means a regular file
     ],
     kill: &[],
+    quiet: &[],
     otherwise: Denial::Refuse(libc::EPERM),
     detail: "fifos and regular files",
 };
@@ -255,13 +267,46 @@ pub(super) static MKNODAT: Filter = Filter {
         &[masked(2, S_IFMT, 0)], // means a regular file
     ],
     kill: &[],
+    quiet: &[],
     otherwise: Denial::Refuse(libc::EPERM),
     detail: "fifos and regular files",
+};
+
+/// Ids that can be a job's own, or -1 for none: the kernel itself refuses all of them that are not. For ids of the
+/// system it would say that there are none in the job's user namespace, and no program expects that.
+const fn own(arg: u8) -> Cond {
+    within(arg, 1000, u32::MAX)
+}
+
+const OWN_IDS: Filter = Filter {
+    allow: &[],
+    kill: &[],
+    quiet: &[],
+    otherwise: Denial::Refuse(libc::EPERM),
+    detail: "to the job's own ids",
+};
+
+pub(super) static SET_ID: Filter = Filter { allow: &[&[own(0)]], ..OWN_IDS };
+/// The third, of those that have one, is left to the kernel.
+pub(super) static SET_IDS: Filter = Filter { allow: &[&[own(0), own(1)]], ..OWN_IDS };
+pub(super) static CHOWN: Filter = Filter { allow: &[&[own(1), own(2)]], ..OWN_IDS };
+pub(super) static CHOWN_AT: Filter = Filter { allow: &[&[own(2), own(3)]], ..OWN_IDS };
+
+const PRIO_PROCESS: u32 = 0;
+
+/// The job has no right to be less nice than it is, and sees no process but its own.
+pub(super) static SETPRIORITY: Filter = Filter {
+    allow: &[&[is(0, PRIO_PROCESS)]],
+    kill: &[],
+    quiet: &[],
+    otherwise: Denial::Refuse(libc::EPERM),
+    detail: "of a process, and only to be nicer: os.nice",
 };
 
 pub(super) static PERSONALITY: Filter = Filter {
     allow: &[&[is(0, 0xffff_ffff)]],
     kill: &[],
+    quiet: &[],
     otherwise: Denial::Refuse(libc::EPERM),
     detail: "query only",
 };
@@ -276,6 +321,7 @@ pub(super) static PRLIMIT: Filter = Filter {
         &[null(2)],                       // no new limit: a query
     ],
     kill: &[],
+    quiet: &[],
     otherwise: Denial::Refuse(libc::EPERM),
     detail: "the caller's own limits but that of core dumps, and queries",
 };
@@ -283,6 +329,7 @@ pub(super) static PRLIMIT: Filter = Filter {
 pub(super) static SETRLIMIT: Filter = Filter {
     allow: &[&[not(0, RLIMIT_CORE)]],
     kill: &[],
+    quiet: &[],
     otherwise: Denial::Refuse(libc::EPERM),
     detail: "all limits but that of core dumps",
 };

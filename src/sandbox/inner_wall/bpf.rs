@@ -158,6 +158,7 @@ impl Tests<'_> {
                 self.loaded = None;
                 (JMP_JEQ_K, value, true)
             }
+            Test::Within(first, u32::MAX) => (JMP_JGE_K, first, true),
             Test::Within(first, last) => {
                 if first > 0 {
                     missed.push(self.jump(JMP_JGE_K, first, false));

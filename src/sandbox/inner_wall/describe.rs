@@ -30,6 +30,9 @@ pub fn describe(arch: Arch, options: &Options<'_>) -> Result<impl Iterator<Item 
             Verdict::Quiet(errno) => ("quiet", name_of(errno)),
             Verdict::Refuse(errno) => ("refuse", name_of(errno)),
             Verdict::Kill => ("kill", String::new()),
+            Verdict::Partly(Filter { allow: [], otherwise: Denial::Refuse(errno), .. }) => {
+                ("refuse", name_of(*errno))
+            }
             Verdict::Partly(filter) => ("partly", arguments(filter)),
         };
         Some(PolicyEntry { name, number, class, detail, reason: group.reason })

@@ -50,8 +50,8 @@ pub(super) enum Class {
     Partly(&'static Filter),
     /// The same where flags have other bits on each machine: x86_64, aarch64.
     PartlyOn(&'static [Filter; 2]),
-    /// For jobs with network, with some arguments only if a filter is named; refused to all others.
-    WithNetwork(Option<&'static Filter>),
+    /// The first for jobs with network, the second for all others.
+    WithNetwork(&'static [Class; 2]),
     /// For environments that allow exec; refused in all others.
     WithExec,
     /// The second where no control group counts memory, so that it is bounded by how much of it there can be.
@@ -81,10 +81,8 @@ impl Class {
             Self::Partly(filter) => Verdict::Partly(filter),
             Self::PartlyOn([filter, _]) if matches!(arch, Arch::X86_64) => Verdict::Partly(filter),
             Self::PartlyOn([_, filter]) => Verdict::Partly(filter),
-            // EACCES is what socket(2) documents for "not permitted"; python raises PermissionError.
-            Self::WithNetwork(_) if !options.network => Verdict::Refuse(libc::EACCES),
-            Self::WithNetwork(None) => Verdict::Allow,
-            Self::WithNetwork(Some(filter)) => Verdict::Partly(filter),
+            Self::WithNetwork([with, _]) if options.network => with.under(arch, options),
+            Self::WithNetwork([_, without]) => without.under(arch, options),
             Self::WithExec if options.exec => Verdict::Allow,
             Self::ByMemoryGroup([with, _]) if options.memory_group => with.under(arch, options),
             Self::ByMemoryGroup([_, without]) => without.under(arch, options),
@@ -130,6 +128,9 @@ pub(super) struct Filter {
     pub(super) allow: &'static [Rule],
     /// Ends the job if one of these holds; they are disjoint from `allow`.
     pub(super) kill: &'static [Rule],
+    /// Gets the errno of `otherwise` from inside the filter, of which nobody is told, if one of these holds; disjoint
+    /// from the others.
+    pub(super) quiet: &'static [Rule],
     /// What happens with any other arguments.
     pub(super) otherwise: Denial,
     /// For people: what is allowed.
@@ -171,15 +172,23 @@ pub(super) enum Test {
 impl Filter {
     /// What a call with these arguments meets; `None` if it is allowed.
     pub(super) fn judge(&self, args: &[u64; 6]) -> Option<Denial> {
-        let holds = |rules: &[Rule]| rules.iter().any(|rule| rule.iter().all(|cond| cond.holds(args)));
-        if holds(self.kill) {
+        if holds(self.kill, args) {
             Some(Denial::Kill)
-        } else if holds(self.allow) {
+        } else if holds(self.allow, args) {
             None
         } else {
             Some(self.otherwise)
         }
     }
+
+    /// Nobody is told of a call with these arguments.
+    pub(super) fn is_quiet(&self, args: &[u64; 6]) -> bool {
+        holds(self.quiet, args)
+    }
+}
+
+fn holds(rules: &[Rule], args: &[u64; 6]) -> bool {
+    rules.iter().any(|rule| rule.iter().all(|cond| cond.holds(args)))
 }
 
 impl Cond {

@@ -71,6 +71,10 @@ impl Policy {
             Verdict::Quiet(errno) => ("quiet", Some(errno), String::new()),
             Verdict::Refuse(errno) => ("refuse", Some(errno), String::new()),
             Verdict::Allow | Verdict::Kill => ("kill", None, String::new()),
+            Verdict::Partly(filter) if filter.is_quiet(args) => match filter.otherwise {
+                Denial::Refuse(errno) => ("quiet", Some(errno), deciding(filter, args)),
+                Denial::Kill => ("kill", None, deciding(filter, args)),
+            },
             Verdict::Partly(filter) => match filter.judge(args).unwrap_or(filter.otherwise) {
                 Denial::Refuse(errno) => ("refuse", Some(errno), deciding(filter, args)),
                 Denial::Kill => ("kill", None, deciding(filter, args)),
@@ -81,6 +85,9 @@ impl Policy {
         let remedy = match (written, call.verdict) {
             (Some(Class::WithExec), _) => Remedy::Exec,
             (Some(Class::WithNetwork(_)), Verdict::Refuse(_)) => Remedy::Network,
+            (Some(Class::WithNetwork(_)), Verdict::Partly(filter)) if filter.allow.is_empty() => {
+                Remedy::Network
+            }
             (_, Verdict::Partly(filter)) => {
                 Remedy::Nothing(format!("only some arguments are allowed: {}", filter.detail).into())
             }
@@ -97,7 +104,7 @@ impl Policy {
 fn deciding(filter: &Filter, args: &[u64; 6]) -> String {
     let mut text = String::new();
     for (at, value) in args.iter().enumerate() {
-        let conditions = filter.allow.iter().chain(filter.kill).flat_map(|rule| *rule);
+        let conditions = filter.allow.iter().chain(filter.kill).chain(filter.quiet).flat_map(|rule| *rule);
         let gap = if text.is_empty() { "" } else { " " };
         // Writing to a string cannot fail.
         let _ = match conditions.filter(|cond| usize::from(cond.arg) == at).map(|cond| cond.test).next() {

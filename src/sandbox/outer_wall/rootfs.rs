@@ -66,9 +66,10 @@ impl Root {
         self.entries.contains_key(Path::new("/proc"))
     }
 
-    /// For a machine where an own `/proc` cannot be mounted.
+    /// For a machine where an own `/proc` cannot be mounted, nor anything that leads there.
     pub(in crate::sandbox) fn without_proc(&mut self) {
-        self.entries.remove(Path::new("/proc"));
+        let leads_there = |entry: &Entry| matches!(entry, Entry::Link(to) if to.starts_with("/proc"));
+        self.entries.retain(|path, entry| path != Path::new("/proc") && !leads_there(entry));
     }
 
     pub(in crate::sandbox) fn add(&mut self, path: &Path, entry: Entry) {

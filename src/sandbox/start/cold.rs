@@ -98,9 +98,10 @@ fn prepare(
     let inside = seat.inside(context.host.privilege);
     let script =
         fd::sealed_file(c"script", payload.render(&environment.prescript, inside, inside).as_bytes())?;
-    let (stdin, stdin_end) = fd::pipe()?;
-    let (stdout_end, stdout) = fd::pipe()?;
-    let (stderr_end, stderr) = fd::pipe()?;
+    let owner = seat.owner(context.host.privilege);
+    let (stdin, stdin_end) = fd::pipe_of(owner)?;
+    let (stdout_end, stdout) = fd::pipe_of(owner)?;
+    let (stderr_end, stderr) = fd::pipe_of(owner)?;
     let (control_end, control) = fd::socket_pair()?;
     let job = [&script, &stdin, &stdout, &stderr, &control, &variant.policy_file];
     let kept = job.into_iter().map(fd::out_of_the_way).collect::<io::Result<Vec<OwnedFd>>>()?;

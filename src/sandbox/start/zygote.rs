@@ -141,9 +141,10 @@ impl Process {
         seat: &Seat,
         limits: &Limits,
     ) -> io::Result<(Watch, Plan)> {
-        let (stdin, stdin_end) = fd::pipe()?;
-        let (stdout_end, stdout) = fd::pipe()?;
-        let (stderr_end, stderr) = fd::pipe()?;
+        let owner = seat.owner(context.host.privilege);
+        let (stdin, stdin_end) = fd::pipe_of(owner)?;
+        let (stdout_end, stdout) = fd::pipe_of(owner)?;
+        let (stderr_end, stderr) = fd::pipe_of(owner)?;
         let (control_end, control) = fd::socket_pair()?;
         // In the order of their places, of which the plan knows.
         let doors: Vec<BorrowedFd<'_>> = seat.group.iter().flat_map(Cgroup::doors).collect();

@@ -109,21 +109,26 @@ fn processes([init, job]: [i32; 2]) -> Vec<i32> {
     found.split_off(1)
 }
 
-/// Bytes that processes have to themselves, without what they share with a zygote or with other jobs. What they keep in
-/// files they may have mapped as well.
+/// Bytes that processes have to themselves, with their page tables, without what they share with a zygote or with other
+/// jobs. What they keep in files they may have mapped as well.
 ///
 /// Exact figures make the kernel walk all pages. They are asked for only where the coarse ones, which count a page for
 /// each process that has it, are above the limit.
 fn bytes(processes: &[i32], Counted { files, limit }: Counted) -> u64 {
-    let sum = |file: &str, fields: [&str; 2]| -> u64 {
-        let [private, shared] = fields.map(|field| {
-            let of = |pid: &i32| kibibytes(&fs::read_to_string(format!("/proc/{pid}/{file}")).ok()?, field);
-            processes.iter().filter_map(of).sum::<u64>()
-        });
-        private + shared.max(files)
-    };
-    let coarse = sum("status", ["RssAnon:", "RssShmem:"]);
-    if coarse <= limit { coarse } else { sum("smaps_rollup", ["Pss_Anon:", "Pss_Shmem:"]) }
+    let [private, shared, tables] = sums(processes, "status", ["RssAnon:", "RssShmem:", "VmPTE:"]);
+    let coarse = private + shared.max(files) + tables;
+    if coarse <= limit {
+        return coarse;
+    }
+    let [private, shared] = sums(processes, "smaps_rollup", ["Pss_Anon:", "Pss_Shmem:"]);
+    private + shared.max(files) + tables
+}
+
+/// What processes have together of each field of one of their files.
+fn sums<const N: usize>(processes: &[i32], file: &str, fields: [&str; N]) -> [u64; N] {
+    let read = |pid: &i32| fs::read_to_string(format!("/proc/{pid}/{file}")).ok();
+    let texts: Vec<String> = processes.iter().filter_map(read).collect();
+    fields.map(|field| texts.iter().filter_map(|text| kibibytes(text, field)).sum())
 }
 
 /// The most bytes of files that one of the processes has mapped and touched.

@@ -1,6 +1,6 @@
 //! Sockets: their kinds, their options, and the flags of what goes over them.
 
-use super::super::rules::{Denial, Filter};
+use super::super::rules::{Cond, Denial, Filter};
 use super::{is, masked, within};
 
 const AF_UNIX: u32 = 1;
@@ -8,13 +8,34 @@ const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
 const AF_NETLINK: u32 = 16;
 /// The type without `SOCK_CLOEXEC` and `SOCK_NONBLOCK`, which are or-ed in.
-const TYPE: u32 = !(0o2_000_000 | 0o4_000);
+const TYPE: u32 = !(CLOEXEC | NONBLOCK);
 const STREAM: u32 = 1;
 const DGRAM: u32 = 2;
 const RAW: u32 = 3;
+const NONBLOCK: u32 = 0o4_000;
+const CLOEXEC: u32 = 0o2_000_000;
 const SEQPACKET: u32 = 5;
 const TCP: u32 = 6;
 const UDP: u32 = 17;
+
+/// What C libraries ask for by the way, and do without: no program has asked for these sockets. Python's own have
+/// `SOCK_CLOEXEC` and nothing else, so a program's are told from them.
+const BY_THE_WAY: &[&[Cond]] = &[
+    &[is(0, AF_UNIX), is(1, STREAM | CLOEXEC | NONBLOCK), is(2, 0)], // glibc: nscd knows users, groups and hosts
+    &[is(0, AF_UNIX), is(1, STREAM), is(2, 0)],                      // libuuid: uuidd makes UUIDs
+    &[is(0, AF_INET), is(1, DGRAM), is(2, 0)],                       // libuuid: an address of this machine
+    &[is(0, AF_NETLINK), is(1, RAW | CLOEXEC), is(2, 0)],            // getaddrinfo: which addresses there are
+];
+
+/// Without the network no socket but a pair.
+pub(in crate::sandbox::inner_wall) static NO_SOCKET: Filter = Filter {
+    allow: &[],
+    kill: &[],
+    quiet: BY_THE_WAY,
+    // What socket(2) documents for "not permitted"; python raises PermissionError.
+    otherwise: Denial::Refuse(libc::EACCES),
+    detail: "none",
+};
 
 /// No `AF_UNIX`: where a job shares the host's network namespace, abstract names lead to the host's own
 /// daemons (CVE-2020-15257 left a container that way).
@@ -33,6 +54,7 @@ pub(in crate::sandbox::inner_wall) static SOCKET: Filter = Filter {
         &[is(0, AF_NETLINK), masked(1, TYPE, DGRAM), is(2, 0)],
     ],
     kill: &[],
+    quiet: &[BY_THE_WAY[0], BY_THE_WAY[1]],
     otherwise: Denial::Refuse(libc::EACCES),
     detail: "TCP and UDP over IPv4 and IPv6, and route queries",
 };
@@ -42,6 +64,7 @@ pub(in crate::sandbox::inner_wall) static SOCKET: Filter = Filter {
 pub(in crate::sandbox::inner_wall) static SOCKETPAIR: Filter = Filter {
     allow: &[&[is(0, AF_UNIX), masked(1, TYPE, STREAM)], &[is(0, AF_UNIX), masked(1, TYPE, SEQPACKET)]],
     kill: &[],
+    quiet: &[],
     otherwise: Denial::Refuse(libc::EACCES),
     detail: "connected kinds of AF_UNIX",
 };
@@ -82,6 +105,7 @@ macro_rules! socket_options {
                 &[is(1, SOL_IPV6), within(2, 66, 67)],   // IPV6_RECVTCLASS, IPV6_TCLASS
             ],
             kill: &[],
+            quiet: &[],
             // What the kernel answers that does not know an option.
             otherwise: Denial::Refuse(libc::ENOPROTOOPT),
             detail: "what libraries set: times, buffers, keep-alive, TCP, IP",
@@ -119,6 +143,7 @@ const RECEIVE: u32 = 0x1 // MSG_OOB
 const MESSAGE: Filter = Filter {
     allow: &[],
     kill: &[],
+    quiet: &[],
     otherwise: Denial::Refuse(libc::EINVAL),
     detail: "flags that libraries use",
 };

@@ -7,6 +7,8 @@ use super::super::rules::{Class, Group, NONE, Until};
 const OPENING: &str = "opening files: the root holds nothing but the interpreter and the job's own directory";
 const PIPES: &str = "descriptors and pipes";
 
+const OWNERS: &str = "a job has one uid and one gid: the kernel refuses all but what changes nothing";
+
 pub(super) const GROUPS: &[Group] = &[
     Group {
         class: Class::Allow,
@@ -215,10 +217,16 @@ pub(super) const GROUPS: &[Group] = &[
         ],
     },
     Group {
-        class: Class::Refuse(libc::EPERM),
+        class: Class::Partly(&args::CHOWN),
         until: Until::InnerWall,
-        reason: "a job has one uid and one gid, so there is nobody to give a file to",
-        calls: &[("chown", 92, NONE), ("fchown", 93, 55), ("lchown", 94, NONE), ("fchownat", 260, 54)],
+        reason: OWNERS,
+        calls: &[("chown", 92, NONE), ("fchown", 93, 55), ("lchown", 94, NONE)],
+    },
+    Group {
+        class: Class::Partly(&args::CHOWN_AT),
+        until: Until::InnerWall,
+        reason: OWNERS,
+        calls: &[("fchownat", 260, 54)],
     },
     Group {
         class: Class::Refuse(libc::EPERM),

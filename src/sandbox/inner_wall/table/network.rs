@@ -6,9 +6,9 @@ use super::super::rules::{Class, Group, Until};
 
 pub(super) const GROUPS: &[Group] = &[
     Group {
-        class: Class::WithNetwork(Some(&args::SOCKET)),
+        class: Class::WithNetwork(&[Class::Partly(&args::SOCKET), Class::Partly(&args::NO_SOCKET)]),
         until: Until::InnerWall,
-        reason: "the door to the network",
+        reason: "the door to the network; what C libraries ask for by the way is refused without a word",
         calls: &[("socket", 41, 198)],
     },
     Group {
@@ -18,7 +18,7 @@ pub(super) const GROUPS: &[Group] = &[
         calls: &[("socketpair", 53, 199)],
     },
     Group {
-        class: Class::WithNetwork(None),
+        class: Class::WithNetwork(&[Class::Allow, Class::Refuse(libc::EACCES)]),
         until: Until::InnerWall,
         reason: "naming, calling and answering; a socket pair needs none of it",
         calls: &[

@@ -4,6 +4,9 @@
 use super::super::args;
 use super::super::rules::{Class, Group, NONE, Until};
 
+const OWN_IDS: &str =
+    "a job has one uid, one gid and no capability: the kernel refuses all but what changes nothing";
+
 pub(super) const GROUPS: &[Group] = &[
     Group {
         class: Class::Allow,
@@ -70,16 +73,27 @@ pub(super) const GROUPS: &[Group] = &[
         calls: &[("setsid", 112, 157)],
     },
     Group {
-        class: Class::Refuse(libc::EPERM),
+        class: Class::Partly(&args::SET_ID),
         until: Until::InnerWall,
-        reason: "the job keeps the uid, gid and capabilities it was given",
+        reason: OWN_IDS,
+        calls: &[("setuid", 105, 146), ("setgid", 106, 144)],
+    },
+    Group {
+        class: Class::Partly(&args::SET_IDS),
+        until: Until::InnerWall,
+        reason: OWN_IDS,
         calls: &[
-            ("setuid", 105, 146),
-            ("setgid", 106, 144),
             ("setreuid", 113, 145),
             ("setregid", 114, 143),
             ("setresuid", 117, 147),
             ("setresgid", 119, 149),
+        ],
+    },
+    Group {
+        class: Class::Refuse(libc::EPERM),
+        until: Until::InnerWall,
+        reason: "the job keeps the groups and capabilities it was given",
+        calls: &[
             ("setfsuid", 122, 151),
             ("setfsgid", 123, 152),
             ("setgroups", 116, 159),
@@ -182,11 +196,16 @@ pub(super) const GROUPS: &[Group] = &[
         ],
     },
     Group {
+        class: Class::Partly(&args::SETPRIORITY),
+        until: Until::InnerWall,
+        reason: "being nicer takes no right, and there is no way back",
+        calls: &[("setpriority", 141, 140)],
+    },
+    Group {
         class: Class::Refuse(libc::EPERM),
         until: Until::InnerWall,
-        reason: "a job does not choose its own priority; os.nice raises PermissionError",
+        reason: "a job does not choose how it is scheduled",
         calls: &[
-            ("setpriority", 141, 140),
             ("sched_setscheduler", 144, 119),
             ("sched_setparam", 142, 118),
             ("sched_setattr", 314, 274),

@@ -137,10 +137,12 @@ fn what_libraries_survive_is_refused() {
             ("io_uring_setup", libc::EPERM),
             ("chroot", libc::EPERM),
             ("setuid", libc::EPERM),
+            ("setresgid", libc::EPERM),
             ("setgroups", libc::EPERM),
-            ("setpriority", libc::EPERM),
-            ("sched_setscheduler", libc::EPERM),
+            ("fchown", libc::EPERM),
             ("fchownat", libc::EPERM),
+            ("capset", libc::EPERM),
+            ("sched_setscheduler", libc::EPERM),
             ("sync", libc::EPERM),
             ("mq_open", libc::ENOSYS),
             ("shmget", libc::ENOSYS),
@@ -203,6 +205,18 @@ fn arguments_decide() {
         ("mknodat", [0, 0, 0o010_600], ALLOW),          // a fifo
         ("mknodat", [0, 0, 0o020_600], eperm),          // a character device
         ("mknodat", [0, 0, 0o060_600], eperm),          // a block device
+        ("setuid", [1000, 0, 0], ALLOW),
+        ("setuid", [999, 0, 0], eperm),
+        ("setreuid", [u64::MAX, 1003, 0], ALLOW),
+        ("setregid", [1000, 0, 0], eperm),
+        ("setresuid", [1000, 1000, u64::MAX], ALLOW),
+        ("setresgid", [1000, 0, 1000], eperm),
+        ("fchown", [3, u64::MAX, 1000], ALLOW),
+        ("fchown", [3, 0, 1000], eperm),
+        ("fchown", [3, 1000, 65 | GARBAGE], eperm),
+        ("setpriority", [0, 0, 19], ALLOW),   // PRIO_PROCESS
+        ("setpriority", [1, 0, 19], eperm),   // PRIO_PGRP
+        ("setpriority", [2, 1000, 1], eperm), // PRIO_USER
         ("personality", [0xffff_ffff, 0, 0], ALLOW),
         ("personality", [0x0040_0000, 0, 0], eperm), // READ_IMPLIES_EXEC
         ("prlimit64", [0, 7, 0xbeef], ALLOW),
@@ -252,6 +266,34 @@ fn arguments_decide() {
     }
 }
 
+/// Those of programs go to the worker.
+#[test]
+fn sockets_that_libraries_ask_for_by_the_way_are_refused_without_a_word() {
+    const CLOEXEC: u64 = 0o2_000_000;
+    const NONBLOCK: u64 = 0o4_000;
+    for arch in ARCHES {
+        let told = |options: &Options<'_>, args: [u64; 3]| {
+            let policy = Policy::compile_for(arch, options).unwrap();
+            let [family, kind, protocol] = args;
+            let args = [family, kind, protocol, 0, 0, 0];
+            run(&policy.notifying()[0], &Data { nr: number(arch, "socket"), arch: arch.audit(), args }).0
+        };
+        let (nscd, uuidd) = ([1, 1 | CLOEXEC | NONBLOCK, 0], [1, 1, 0]);
+        for by_the_way in [nscd, uuidd, [2, 2, 0], [16, 3 | CLOEXEC, 0]] {
+            assert_eq!(told(&STRICT, by_the_way), errno(libc::EACCES), "{by_the_way:?}");
+        }
+        for by_the_way in [nscd, uuidd] {
+            assert_eq!(told(&OPEN, by_the_way), errno(libc::EACCES), "{by_the_way:?}");
+        }
+        for own in [[1, 1 | CLOEXEC, 0], [1, 2 | CLOEXEC, 0], [1, 5 | CLOEXEC, 0], [2, 3 | CLOEXEC, 1]] {
+            assert_eq!([told(&STRICT, own), told(&OPEN, own)], [NOTIFY; 2], "{own:?}");
+        }
+        for own in [[2, 1 | CLOEXEC, 0], [2, 2 | CLOEXEC, 0], [10, 1 | CLOEXEC, 0]] {
+            assert_eq!([told(&STRICT, own), told(&OPEN, own)], [NOTIFY, ALLOW], "{own:?}");
+        }
+    }
+}
+
 #[test]
 fn coarse_leaves_open_what_starting_needs() {
     const TRACE: u32 = super::TRACE;
@@ -288,7 +330,7 @@ fn coarse_leaves_open_what_starting_needs() {
 
 #[test]
 fn the_operator_appends_names() {
-    let extra = ["setpriority".to_owned(), "userfaultfd".to_owned(), "read".to_owned()];
+    let extra = ["sched_setattr".to_owned(), "userfaultfd".to_owned(), "read".to_owned()];
     for arch in ARCHES {
         let options = Options { network: false, exec: false, extra: &extra, ..Options::CLOSED };
         let policy = Policy::compile_for(arch, &options).unwrap();
@@ -319,7 +361,7 @@ fn the_operator_takes_no_wall_down() {
             assert!(error.to_string().starts_with(&format!("allow_syscalls: `{name}` cannot be allowed: ")));
         }
         for (typo, meant) in [
-            ("setprioritty", "setpriority"),
+            ("sched_setatr", "sched_setattr"),
             ("mlockk", "mlock"),
             ("sched_set_scheduler", "sched_setscheduler"),
         ] {

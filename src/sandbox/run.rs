@@ -35,6 +35,8 @@ pub(super) struct Engine {
     pub(super) trace: Option<Trace>,
     /// Of the uids that jobs have on the host; none if all have the worker's own.
     pub(super) _claim: Option<Claim>,
+    /// The most processes that a job can ask for.
+    pub(super) processes_max: u64,
     /// Bytes of artifacts that a result can hold, whatever else is in it.
     pub(super) artifacts_max: u64,
 }
@@ -96,8 +98,12 @@ impl Engine {
         };
         let mut seen = started.watch.finish(cause, limits, started.lease.group.as_ref()).await?;
         let place = seen.place.take();
+        let ran_out_of_processes = verdict::ran_out_of_processes(&seen);
         let mut outcome = verdict::judge(seen, limits, payload.has_preload, taken);
         outcome.warm = warm;
+        if ran_out_of_processes {
+            verdict::name_the_processes(&mut outcome, limits, self.processes_max);
+        }
         if let Some(place) = place {
             artifacts::take(place, patterns, self.artifacts_max, &mut outcome).await?;
         }

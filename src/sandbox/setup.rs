@@ -104,6 +104,7 @@ pub(super) fn set_up(config: &Config, trace: Option<Trace>) -> Result<Engine, St
         oom_kills,
         trace,
         _claim: claim,
+        processes_max: config.limits.maximum.processes,
         // Base64 makes four bytes of three.
         artifacts_max: (config.amqp.max_result_bytes as u64) / 4 * 3,
         proxies: proxies.into_iter().filter_map(|(name, value)| Some((name, value.clone()?))).collect(),

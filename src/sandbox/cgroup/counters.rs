@@ -19,6 +19,8 @@ const TICK_MS: u64 = 10;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Reading {
     pub(super) kills: u64,
+    /// Processes and threads that were refused.
+    pub(super) forks: u64,
     pub(super) cpu: Duration,
     /// In user mode, and in the kernel.
     pub(super) times: [Duration; 2],
@@ -31,6 +33,8 @@ pub(super) struct Counters {
     version: Version,
     /// `memory.oom_control` or `memory.events`
     kills: File,
+    /// `pids.events`; not on the oldest kernels.
+    forks: Option<File>,
     /// `cpuacct.usage` or `cpu.stat`
     cpu: File,
     /// `cpuacct.stat` or `cpu.stat`
@@ -61,10 +65,12 @@ impl Counters {
             File::open(&path).map_err(CgroupError::file("open", path))
         };
         let version = homes.version;
+        let forks = open("pids", "pids.events").ok();
         Ok(match version {
             Version::One => Self {
                 version,
                 kills: open("memory", "memory.oom_control")?,
+                forks,
                 cpu: open("cpuacct", "cpuacct.usage")?,
                 times: open("cpuacct", "cpuacct.stat")?,
                 memory: open("memory", "memory.usage_in_bytes")?,
@@ -74,6 +80,7 @@ impl Counters {
             Version::Two => Self {
                 version,
                 kills: open("memory", "memory.events")?,
+                forks,
                 cpu: open("memory", "cpu.stat")?,
                 times: open("memory", "cpu.stat")?,
                 memory: open("memory", "memory.current")?,
@@ -85,6 +92,11 @@ impl Counters {
 
     pub(super) fn kills(&self) -> Option<u64> {
         with_text(&self.kills, |text| field(text, "oom_kill"))
+    }
+
+    /// Processes and threads that were refused because there were as many as may be.
+    pub(super) fn forks(&self) -> u64 {
+        self.forks.as_ref().and_then(|file| with_text(file, |text| field(text, "max"))).unwrap_or_default()
     }
 
     pub(super) fn cpu_time(&self) -> Option<Duration> {
@@ -103,6 +115,7 @@ impl Counters {
     pub(super) fn read(&self) -> Reading {
         Reading {
             kills: self.kills().unwrap_or_default(),
+            forks: self.forks(),
             cpu: self.cpu_time().unwrap_or_default(),
             times: self.times(),
             memory: self.without_page_cache(self.memory()),

@@ -333,6 +333,11 @@ impl Cgroup {
         self.counters.kills().is_some_and(|kills| kills > self.began.kills)
     }
 
+    /// The kernel has refused a process or a thread since [`begin`](Self::begin) because there were as many as may be.
+    pub(super) fn ran_out_of_processes(&self) -> bool {
+        self.counters.forks() > self.began.forks
+    }
+
     /// It has had about as much memory as this at one time, as far as the kernel tells. One that is killed with less
     /// had to die for others.
     pub(super) fn came_near(&self, limit: u64) -> bool {

@@ -90,6 +90,8 @@ pub(super) struct Observation {
     pub(super) stdout: Captured,
     pub(super) stderr: Captured,
     pub(super) refused: BTreeMap<String, u64>,
+    /// It was refused a process or a thread because it had as many as it may have; none where nothing counts that.
+    pub(super) ran_out_of_processes: Option<bool>,
     /// Its working directory; none where it did not come as far as that.
     pub(super) place: Option<Place>,
     /// When the code was handed over; none where it never was.
@@ -362,6 +364,7 @@ impl Watch {
             cause => cause,
         };
         Ok(Observation {
+            ran_out_of_processes: group.map(Cgroup::ran_out_of_processes),
             cause,
             exit,
             resources,

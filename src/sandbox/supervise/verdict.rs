@@ -115,6 +115,31 @@ pub(in crate::sandbox) fn judge(
     }
 }
 
+/// Whether it was refused a process or a thread. Without a control group what python says then is all there is to go by.
+pub(in crate::sandbox) fn ran_out_of_processes(seen: &Observation) -> bool {
+    let said = |words: &str| seen.stderr.bytes.windows(words.len()).any(|part| part == words.as_bytes());
+    seen.ran_out_of_processes.unwrap_or_else(|| {
+        said("can't start new thread") || said("[Errno 11] Resource temporarily unavailable")
+    })
+}
+
+/// Names the limit in the error of a job that ran out of processes, and how much a job may ask for.
+pub(in crate::sandbox) fn name_the_processes(outcome: &mut Outcome, limits: &Limits, maximum: u64) {
+    let Some(error) = &mut outcome.error else { return };
+    if !matches!(outcome.status, Status::Failed | Status::Signaled | Status::Timeout) {
+        return;
+    }
+    let most = if limits.processes < maximum {
+        format!("a job may ask for up to {maximum}")
+    } else {
+        "no job has more here".to_owned()
+    };
+    error.push_str(&format!(
+        "; it was refused a process or a thread: `limits.processes` is {}, threads included, and {most}",
+        limits.processes
+    ));
+}
+
 /// The main process ended and nobody here had a hand in it.
 fn ended(seen: &Observation, limits: &Limits) -> (Status, String) {
     let used = seen.resources.user + seen.resources.system;

@@ -12,6 +12,7 @@ use crate::abi::{
 };
 use crate::report;
 use crate::sys::{self, Errno};
+use crate::wall;
 
 /// The steps of the lockdown, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +30,8 @@ pub enum LockdownStep {
     Filter = 5,
     /// Sending the report with its descriptors to the worker.
     Report = 6,
+    /// Limiting what can be executed.
+    Programs = 7,
 }
 
 impl LockdownStep {
@@ -42,6 +45,7 @@ impl LockdownStep {
             4 => "read policy",
             5 => "install filter",
             6 => "send report",
+            7 => "limit programs",
             _ => "unknown step",
         }
     }
@@ -71,6 +75,8 @@ fn lock(uid: u32, gid: u32, enable_network: bool) -> Result<(), (LockdownStep, E
     drop_identity(uid, gid, policy.header.keeps_groups != 0).map_err(at(LockdownStep::Identity))?;
     drop_capabilities().map_err(at(LockdownStep::Capabilities))?;
     sys::set_no_new_privileges().map_err(at(LockdownStep::NoNewPrivileges))?;
+    // Python itself has been started by now.
+    wall::raise(policy.limits).map_err(|failure| (LockdownStep::Programs, failure.errno))?;
     let listener = policy.install().map_err(at(LockdownStep::Filter))?;
 
     let report = if listener.is_some() { Report::Locked } else { Report::LockedWithoutListener };
@@ -114,7 +120,9 @@ fn drop_capabilities() -> Result<(), Errno> {
 /// The compiled policy, mapped read-only for the rest of the process's life.
 struct Policy {
     header: PolicyHeader,
-    /// What follows the header.
+    /// The steps that limit what can be executed.
+    limits: &'static [u8],
+    /// The filter's programs.
     programs: &'static [u8],
 }
 
@@ -138,7 +146,11 @@ impl Policy {
         // SAFETY: the slice has the header's length, and every bit pattern is a header; a read without
         // alignment needs none.
         let header: PolicyHeader = unsafe { head.as_ptr().cast::<PolicyHeader>().read_unaligned() };
-        if header.magic == POLICY_MAGIC { Ok(Self { header, programs }) } else { Err(libc::EBADMSG) }
+        if header.magic != POLICY_MAGIC {
+            return Err(libc::EBADMSG);
+        }
+        let (limits, programs) = programs.split_at_checked(header.programs as usize).ok_or(libc::EBADMSG)?;
+        Ok(Self { header, limits, programs })
     }
 
     /// Installs the programs; the listener comes from the last one of those that ask for it.

@@ -96,6 +96,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<End> {
     let options = Options {
         network: args.network,
         exec: args.exec,
+        exec_listed: false,
         memory_group: !args.no_cgroups,
         cpu_group: !args.no_cgroups,
         extra: &config.sandbox.allow_syscalls,

@@ -43,7 +43,10 @@ pub(super) fn rows(trace: &Trace, environment: &str) -> Vec<Row> {
         .map(|(denied, count)| {
             let (allow, note) = match denied.remedy {
                 Remedy::Name => (Some(format!("sandbox.allow_syscalls = [\"{}\"]", denied.syscall)), None),
-                Remedy::Exec => (Some(format!("environments.{environment}.allow_exec = true")), None),
+                Remedy::Exec => (
+                    Some(format!("environments.{environment}.allow_exec = true")),
+                    Some("or a list of programs".to_owned()),
+                ),
                 Remedy::Network => (
                     Some("sandbox.allow_network = true".to_owned()),
                     Some("and the job asks for it: enable_network".to_owned()),

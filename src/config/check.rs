@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use super::layers::Origins;
-use super::raw::{CpusBound, Raw, RawEnvironment, RawSandbox};
-use super::{ACK_TIMEOUT, Config, ConfigError, Environment, Http, Log, LogFormat, Proc, Sandbox, Worker};
+use super::raw::{CpusBound, Raw, RawEnvironment, RawExec, RawSandbox};
+use super::{
+    ACK_TIMEOUT, Config, ConfigError, Environment, Exec, Http, Log, LogFormat, Proc, Sandbox, Worker,
+};
 use crate::job::explain::quote;
 use crate::job::{Bounds, Cpus, Limits};
 
@@ -228,11 +230,39 @@ impl Checker {
             }
             let proc =
                 self.choice(&format!("{key}.proc"), &raw.proc, &[("own", Proc::Own), ("none", Proc::None)])?;
-            let RawEnvironment { allow_exec, warm, imports, .. } = raw;
+            let allow_exec = match raw.allow_exec {
+                RawExec::All(false) => Exec::Nothing,
+                RawExec::All(true) => Exec::Anything,
+                RawExec::Programs(paths) if paths.is_empty() => Exec::Nothing,
+                RawExec::Programs(paths) => Exec::Programs(
+                    paths.into_iter().map(|path| self.program(&key, path)).collect::<Result<_, _>>()?,
+                ),
+            };
+            let RawEnvironment { warm, imports, .. } = raw;
             let environment = Environment { python, mounts, allow_exec, proc, warm, imports, standby };
             environments.insert(name, environment);
         }
         Ok(environments)
+    }
+
+    /// A program, or a directory of programs, that no job can write to.
+    fn program(&self, environment: &str, path: String) -> Result<PathBuf, ConfigError> {
+        let mut steps = Path::new(&path).components().skip(1).peekable();
+        let plain = Path::new(&path).is_absolute()
+            && !path.contains('\0')
+            && steps.peek().is_some()
+            && steps.all(|step| matches!(step, Component::Normal(_)));
+        let own = ["/work", "/tmp", "/dev", "/proc"].iter().find(|own| Path::new(&path).starts_with(own));
+        let key = format!("{environment}.allow_exec");
+        match own {
+            _ if !plain => self.fail(
+                &key,
+                "must be true, false, or a list of programs and directories by absolute paths, such as \
+                 [\"/sbin/ldconfig\", \"/usr/bin\"]",
+            ),
+            Some(own) => self.fail(&key, &format!("names {}; {own} is each job's own", quote(&path))),
+            None => Ok(PathBuf::from(path)),
+        }
     }
 
     fn listen(&self, listen: &str) -> Result<Option<SocketAddr>, ConfigError> {

@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::{
-    Amqp, Auth, Config, Environment, Http, Log, LogFormat, Proc, Queue, QueueType, Sandbox, Secret, Topology,
-    Worker,
+    Amqp, Auth, Config, Environment, Exec, Http, Log, LogFormat, Proc, Queue, QueueType, Sandbox, Secret,
+    Topology, Worker,
 };
 use crate::job::Bounds;
 
@@ -68,7 +68,7 @@ impl Default for Environment {
         Self {
             python: "/usr/bin/python3".into(),
             mounts: Vec::new(),
-            allow_exec: false,
+            allow_exec: Exec::Nothing,
             proc: Proc::Own,
             warm: true,
             imports: Vec::new(),

@@ -131,8 +131,10 @@ impl Layers {
         let text = text.trim();
         let parsed = match slot {
             _ if key == "amqp.url" => addresses(text),
+            _ if takes_a_list(key) && text.starts_with(['[', '/']) => list(text),
+            Value::Array(_) if takes_a_list(key) => switch(text),
             Value::Integer(_) => text.parse().ok().map(Value::Integer).ok_or("must be a whole number"),
-            Value::Boolean(_) => text.parse().ok().map(Value::Boolean).ok_or("must be true or false"),
+            Value::Boolean(_) => switch(text),
             Value::Array(_) => list(text),
             Value::Table(_) => Err("is a section; set one of its keys"),
             _ => Ok(Value::String(text.to_owned())),
@@ -200,7 +202,11 @@ fn merge(
         };
         match (slot, value) {
             (Value::Table(base), Value::Table(over)) => merge(base, over, &key, origin, template, origins)?,
-            (slot, value) if slot.same_type(&value) || key == "amqp.url" && value.is_array() => {
+            (slot, value)
+                if slot.same_type(&value)
+                    || key == "amqp.url" && value.is_array()
+                    || takes_a_list(&key) && (value.is_array() || value.is_bool()) =>
+            {
                 *slot = value;
                 origins.0.insert(key, origin.to_owned());
             }
@@ -240,6 +246,15 @@ fn kind(value: &Value) -> &'static str {
         Value::Array(_) => "a list",
         Value::Table(_) => "a table",
     }
+}
+
+/// A switch that may be a list instead: what is switched on.
+fn takes_a_list(key: &str) -> bool {
+    key.starts_with("environments.") && key.ends_with(".allow_exec")
+}
+
+fn switch(text: &str) -> Result<Value, &'static str> {
+    text.parse().ok().map(Value::Boolean).ok_or("must be true or false")
 }
 
 /// A TOML array, or items between commas.

@@ -312,8 +312,8 @@ pub struct Environment {
     pub python: PathBuf,
     /// Further files and directories that its jobs may read, mounted under their own paths.
     pub mounts: Vec<PathBuf>,
-    /// Its jobs may execute programs (what their root holds: the interpreter).
-    pub allow_exec: bool,
+    /// What its jobs may execute.
+    pub allow_exec: Exec,
     /// What its jobs see in `/proc`.
     pub proc: Proc,
     /// Its jobs start as forks of a python that has done the imports already.
@@ -322,6 +322,17 @@ pub struct Environment {
     pub imports: Vec<String>,
     /// Forks that stand ready before their jobs come.
     pub standby: usize,
+}
+
+/// What jobs may execute.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exec {
+    /// Nothing.
+    Nothing,
+    /// These programs, and what is in these directories.
+    Programs(Vec<PathBuf>),
+    /// All that their root holds and that they write themselves.
+    Anything,
 }
 
 /// What jobs see in `/proc`.

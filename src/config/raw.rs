@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Auth, Config, Environment, LogFormat, Proc, Topology};
+use crate::config::{Auth, Config, Environment, Exec, LogFormat, Proc, Topology};
 use crate::job::{Bounds, Cpus, Limits};
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -130,11 +130,18 @@ pub(super) struct Bound {
 pub(super) struct RawEnvironment {
     pub(super) python: String,
     pub(super) mounts: Vec<String>,
-    pub(super) allow_exec: bool,
+    pub(super) allow_exec: RawExec,
     pub(super) proc: String,
     pub(super) warm: bool,
     pub(super) imports: Vec<String>,
     pub(super) standby: usize,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+pub(super) enum RawExec {
+    All(bool),
+    Programs(Vec<String>),
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -232,7 +239,11 @@ impl From<Environment> for RawEnvironment {
         Self {
             python: text(&environment.python),
             mounts: environment.mounts.iter().map(|mount| text(mount)).collect(),
-            allow_exec: environment.allow_exec,
+            allow_exec: match environment.allow_exec {
+                Exec::Nothing => RawExec::All(false),
+                Exec::Programs(paths) => RawExec::Programs(paths.iter().map(|path| text(path)).collect()),
+                Exec::Anything => RawExec::All(true),
+            },
             proc: match environment.proc {
                 Proc::Own => "own".into(),
                 Proc::None => "none".into(),

@@ -27,6 +27,15 @@ pub enum StartError {
         /// Why.
         source: RootError,
     },
+    /// A list of programs cannot be kept.
+    #[error(
+        "environments.{name}.allow_exec: a list of programs is kept by Landlock, which this kernel does not have: boot \
+         Linux 5.13 or later with landlock in the lsm= parameter, or set it to false, or to true for all programs"
+    )]
+    Unlistable {
+        /// The environment's name in the configuration.
+        name: String,
+    },
     /// The policy does not compile.
     #[error("compile the system call policy: {0}")]
     Policy(#[from] inner_wall::PolicyError),
@@ -69,6 +78,7 @@ impl StartError {
         match error {
             PrepareError::Root(source) => Self::Environment { name: name.to_owned(), source },
             PrepareError::Policy(source) => source.into(),
+            PrepareError::Unlistable => Self::Unlistable { name: name.to_owned() },
             PrepareError::Shim { path, source } => Self::Shim { path, source },
             PrepareError::Io(source) => source.into(),
         }

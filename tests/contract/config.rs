@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use sandpiper::config::{Config, LogFormat, Queue, Topology};
+use sandpiper::config::{Config, Exec, LogFormat, Queue, Topology};
 
 fn written(text: &str) -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
@@ -102,6 +102,35 @@ fn variables_are_read_by_the_type_of_their_key() {
 }
 
 #[test]
+fn programs_are_a_switch_or_a_list() {
+    let programs = |list: &[&str]| Exec::Programs(list.iter().map(PathBuf::from).collect());
+    let written_as = |text: &str| {
+        let (_dir, file) = written(&format!("[environments.x]\nallow_exec = {text}\n"));
+        let config = Config::load(Some(&file), std::iter::empty(), &[]).unwrap();
+        config.environments["x"].allow_exec.clone()
+    };
+    for (text, expected) in [
+        ("false", Exec::Nothing),
+        ("true", Exec::Anything),
+        ("[]", Exec::Nothing),
+        ("[\"/sbin/ldconfig\", \"/usr/bin/\"]", programs(&["/sbin/ldconfig", "/usr/bin"])),
+    ] {
+        assert_eq!(written_as(text), expected);
+        let set = from_env(&[("SANDPIPER_ENVIRONMENTS__X__ALLOW_EXEC", text)]).unwrap();
+        assert_eq!(set.environments["x"].allow_exec, expected);
+    }
+    let set = from_env(&[("SANDPIPER_ENVIRONMENTS__X__ALLOW_EXEC", "/usr/bin/id, /bin/sh")]).unwrap();
+    assert_eq!(set.environments["x"].allow_exec, programs(&["/usr/bin/id", "/bin/sh"]));
+    let error = from_env(&[("SANDPIPER_ENVIRONMENTS__X__ALLOW_EXEC", "yes")]).unwrap_err();
+    assert!(error.ends_with("`environments.x.allow_exec` must be true or false"), "{error}");
+    // A later layer may switch a list off.
+    let (_dir, file) = written("[environments.x]\nallow_exec = [\"/bin/sh\"]\n");
+    let flags = pairs(&[("environments.x.allow_exec", "false")]);
+    let config = Config::load(Some(&file), std::iter::empty(), &flags).unwrap();
+    assert_eq!(config.environments["x"].allow_exec, Exec::Nothing);
+}
+
+#[test]
 fn strange_variables_are_refused_with_the_nearest() {
     let error = |name: &str, value: &str| from_env(&[(name, value)]).unwrap_err();
     assert_eq!(
@@ -186,6 +215,23 @@ fn what_is_wrong_is_said_with_its_remedy() {
         ("[amqp]\nauth = \"external\"", "`amqp.auth` is `external`, by certificate: set `amqp.cert_file`"),
         ("[amqp]\nheartbeat_ms = 1500", "`amqp.heartbeat_ms` must be whole seconds, a multiple of 1000"),
         ("[environments.x]\npython = \"python3\"", "`environments.x.python` must hold absolute paths"),
+        (
+            "[environments.x]\nallow_exec = [\"env\"]",
+            "`environments.x.allow_exec` must be true, false, or a list of programs and directories by absolute",
+        ),
+        (
+            "[environments.x]\nallow_exec = [\"/\"]",
+            "`environments.x.allow_exec` must be true, false, or a list",
+        ),
+        (
+            "[environments.x]\nallow_exec = [\"/usr/../work\"]",
+            "`environments.x.allow_exec` must be true, false, or a list",
+        ),
+        (
+            "[environments.x]\nallow_exec = [\"/tmp/bin\"]",
+            "`environments.x.allow_exec` names `/tmp/bin`; /tmp is each job's own",
+        ),
+        ("[environments.x]\nallow_exec = 1", "`environments.x.allow_exec` must be true or false, not"),
         (
             "[sandbox]\nallow_syscalls = [\"PTRACE\"]",
             "`sandbox.allow_syscalls` holds `PTRACE`; a name has only a-z 0-9 _ -",

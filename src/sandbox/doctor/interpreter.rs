@@ -4,7 +4,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use super::Check;
-use crate::config::Environment;
+use crate::config::{Environment, Exec};
 use crate::sys::input::readable_within;
 
 /// A python that takes longer to say its version does not serve jobs either.
@@ -13,8 +13,21 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// What the prescript imports before any job, and the version. The start of every job.
 const ASK: &str = "import ctypes, binascii, sys; print('.'.join(map(str, sys.version_info[:3])))";
 
-pub(super) fn examine(name: &str, environment: &Environment) -> Check {
+pub(super) fn examine(name: &str, environment: &Environment, landlock: u32) -> Check {
     let python = environment.python.display();
+    if landlock == 0 && matches!(environment.allow_exec, Exec::Programs(_)) {
+        return Check {
+            name: format!("environments.{name}"),
+            ok: false,
+            required: true,
+            detail: "allow_exec lists programs, and the kernel has no Landlock to keep the list".into(),
+            without: format!("jobs that ask for the environment {name:?} cannot run"),
+            remedy: format!(
+                "Linux 5.13 or later with landlock in the lsm= boot parameter, or environments.{name}.allow_exec as \
+                 true or false"
+            ),
+        };
+    }
     let tried = start(environment);
     let ok = tried.is_ok();
     Check {

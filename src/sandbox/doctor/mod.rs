@@ -195,7 +195,7 @@ pub fn examine(config: &Config) -> Vec<Check> {
     ]);
     checks.push(shim(config));
     for (name, environment) in &config.environments {
-        checks.push(interpreter::examine(name, environment));
+        checks.push(interpreter::examine(name, environment, abi));
     }
     apparmor::name_profile(&mut checks);
     container::name_options(&mut checks);

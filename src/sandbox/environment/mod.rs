@@ -1,6 +1,7 @@
 //! A named interpreter, prepared: its root, its policies, and how it is started.
 
 mod interpreter;
+mod programs;
 mod rootfs;
 
 use std::io;
@@ -13,8 +14,9 @@ use sandpiper_shim::abi::{POLICY_MAGIC, SHIM_PATH};
 use crate::config;
 use crate::sandbox::host::{Host, Privilege};
 use crate::sandbox::inner_wall::{FilterProgram, Options, Policy, PolicyError};
+use crate::sandbox::outer_wall::plan::Plan;
 use crate::sandbox::outer_wall::rootfs::Root;
-use crate::sandbox::outer_wall::{INSIDE, cold, layers, trials};
+use crate::sandbox::outer_wall::{INSIDE, cold, landlock, layers, trials};
 use crate::script::Prescript;
 use crate::sys::fd;
 use crate::sys::launch::{self, Program};
@@ -56,7 +58,12 @@ pub(super) struct Variant {
 pub(super) enum PrepareError {
     Root(RootError),
     Policy(PolicyError),
-    Shim { path: PathBuf, source: io::Error },
+    Shim {
+        path: PathBuf,
+        source: io::Error,
+    },
+    /// A list of programs takes a Landlock.
+    Unlistable,
     Io(io::Error),
 }
 
@@ -72,6 +79,7 @@ impl Environment {
             let mut root =
                 Root::of(environment, network, INSIDE..INSIDE + machine.seats).map_err(PrepareError::Root)?;
             root.place(Path::new(SHIM_PATH), &shim);
+            let programs = programs::expose(&mut root, environment, machine.host.landlock)?;
             if !machine.host.proc || environment.proc == config::Proc::None {
                 root.without_proc();
             }
@@ -86,14 +94,17 @@ impl Environment {
             }
             let options = Options {
                 network,
-                exec: environment.allow_exec,
+                exec: environment.allow_exec != config::Exec::Nothing,
+                exec_listed: programs.is_some(),
                 memory_group: machine.memory_group,
                 cpu_group: machine.cpu_group,
                 extra: &sandbox.allow_syscalls,
             };
             let compile = if machine.traces { Policy::compile_for_tracing } else { Policy::compile };
             let policy = compile(&options).map_err(PrepareError::Policy)?;
-            let file = policy_file(&policy, network, machine.host.privilege).map_err(PrepareError::Io)?;
+            let programs = programs.map(|paths| landlock::programs(&paths)).unwrap_or_default();
+            let file =
+                policy_file(&policy, network, machine.host.privilege, &programs).map_err(PrepareError::Io)?;
             let coarse = policy.coarse().bytes();
             let coarse_zygote = policy.coarse_before_wall().bytes();
             let prepared = prepare(&root, &machine.host);
@@ -147,7 +158,7 @@ fn prepare(root: &Root, host: &Host) -> Option<OwnedFd> {
 }
 
 /// As [`PolicyHeader`](sandpiper_shim::abi::PolicyHeader) lays it out, in a file that cannot change.
-fn policy_file(policy: &Policy, network: bool, privilege: Privilege) -> io::Result<OwnedFd> {
+fn policy_file(policy: &Policy, network: bool, privilege: Privilege, programs: &Plan) -> io::Result<OwnedFd> {
     let count = |filters: &[FilterProgram]| u32::try_from(filters.len()).unwrap_or(u32::MAX);
     let header = [
         POLICY_MAGIC,
@@ -155,8 +166,10 @@ fn policy_file(policy: &Policy, network: bool, privilege: Privilege) -> io::Resu
         count(policy.notifying()),
         count(policy.fallback()),
         (privilege == Privilege::None).into(),
+        u32::try_from(programs.bytes().len()).unwrap_or(u32::MAX),
     ];
     let mut bytes: Vec<u8> = header.iter().flat_map(|number| number.to_ne_bytes()).collect();
+    bytes.extend_from_slice(programs.bytes());
     for filter in policy.notifying().iter().chain(policy.fallback()) {
         let length = u32::try_from(filter.instructions().len()).unwrap_or(u32::MAX);
         bytes.extend_from_slice(&length.to_ne_bytes());

@@ -173,7 +173,7 @@ impl Root {
     }
 
     /// Makes a path of the host visible, with every link on the way to it.
-    fn expose(&mut self, path: &Path) -> Result<(), RootError> {
+    pub(super) fn expose(&mut self, path: &Path) -> Result<(), RootError> {
         // As the kernel: more links than this are a loop.
         let mut links = 40;
         let mut todo: Vec<PathBuf> = vec![path.to_owned()];

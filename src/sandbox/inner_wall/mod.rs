@@ -34,6 +34,8 @@ pub struct Options<'a> {
     pub network: bool,
     /// The environment allows exec.
     pub exec: bool,
+    /// Of some programs alone.
+    pub exec_listed: bool,
     /// A control group counts the job's memory, whatever kind it is of.
     pub memory_group: bool,
     /// A control group gives the job its share of the processor, however many sessions it has.
@@ -44,8 +46,14 @@ pub struct Options<'a> {
 
 impl Options<'_> {
     /// No network, no exec, no call on top, and no control groups.
-    pub const CLOSED: Options<'static> =
-        Options { network: false, exec: false, memory_group: false, cpu_group: false, extra: &[] };
+    pub const CLOSED: Options<'static> = Options {
+        network: false,
+        exec: false,
+        exec_listed: false,
+        memory_group: false,
+        cpu_group: false,
+        extra: &[],
+    };
 }
 
 /// Why a policy could not be compiled.
@@ -195,6 +203,13 @@ fn decide(arch: Arch, options: &Options<'_>) -> Result<BTreeMap<u32, Decided>, P
         .collect();
     for name in options.extra {
         let number = extra::number(arch, name)?;
+        if options.exec_listed && name == "memfd_create" {
+            return Err(PolicyError::Forbidden {
+                name: name.clone(),
+                reason: "an environment lists the programs that its jobs may execute, and the kernel executes what is in \
+                         memory without asking",
+            });
+        }
         if let Some(call) = calls.get_mut(&number) {
             call.verdict = Verdict::Allow;
         }

@@ -54,6 +54,8 @@ pub(super) enum Class {
     WithNetwork(&'static [Class; 2]),
     /// For environments that allow exec; refused in all others.
     WithExec,
+    /// The second where exec is of some programs alone.
+    UnlessListed(&'static [Class; 2]),
     /// The second where no control group counts memory, so that it is bounded by how much of it there can be.
     ByMemoryGroup(&'static [Class; 2]),
     /// For environments that allow exec, where a control group gives each job its share of the processor. In all
@@ -84,6 +86,8 @@ impl Class {
             Self::WithNetwork([with, _]) if options.network => with.under(arch, options),
             Self::WithNetwork([_, without]) => without.under(arch, options),
             Self::WithExec if options.exec => Verdict::Allow,
+            Self::UnlessListed([without, _]) if !options.exec_listed => without.under(arch, options),
+            Self::UnlessListed([_, with]) => with.under(arch, options),
             Self::ByMemoryGroup([with, _]) if options.memory_group => with.under(arch, options),
             Self::ByMemoryGroup([_, without]) => without.under(arch, options),
             Self::Sessions if options.exec && options.cpu_group => Verdict::Allow,

@@ -1,8 +1,10 @@
 //! Landlock: the file system rules once more, held by another part of the kernel than mounts and modes.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 
 use sandpiper_shim::plan::Step;
+
+use super::plan::Plan;
 
 // linux/landlock.h
 const EXECUTE: u64 = 1 << 0;
@@ -25,6 +27,15 @@ fn filesystem_rights(version: u32) -> u64 {
         | if version >= 2 { REFER } else { 0 }
         | if version >= 3 { TRUNCATE } else { 0 }
         | if version >= 5 { IOCTL_DEV } else { 0 }
+}
+
+/// Lets only these files, and what is in these directories, be executed: a second layer, for when python runs.
+pub(in crate::sandbox) fn programs(paths: &[CString]) -> Plan {
+    let mut plan = Plan::default();
+    plan.push(&Step::LandlockBegin { filesystem: EXECUTE, network: 0, scoped: 0 });
+    paths.iter().for_each(|path| plan.push(&Step::LandlockAllow { access: EXECUTE, path }));
+    plan.push(&Step::LandlockEnforce {});
+    plan
 }
 
 /// The steps that confine a job, inside its own root.

@@ -24,6 +24,8 @@ const NOTHING: &CStr = c"";
 const NEW: &str = "/new";
 const OLD: &str = "/old";
 const LAYERS: &str = "/layers";
+/// What lies over files of the host.
+const COVERS: &str = "/covers";
 /// What has no file in it.
 const EMPTY: &CStr = c"/empty";
 
@@ -69,7 +71,7 @@ pub(in crate::sandbox) fn file_system(plan: &mut Plan, host: &Host, root: &Root,
     // Nothing that is mounted from here on reaches the host.
     mount(plan, [c"none", c"/", NOTHING], PRIVATE, NOTHING);
     // A place to stand while both roots are needed: every path of the host stays reachable below /old.
-    mount(plan, [c"tmpfs", c"/tmp", c"tmpfs"], NO_SUID, c"size=64k,mode=0755");
+    mount(plan, [c"tmpfs", c"/tmp", c"tmpfs"], NO_SUID, c"size=4m,mode=0755");
     for path in [c"/tmp/old", c"/tmp/new", c"/tmp/empty", c"/tmp/layers"] {
         plan.push(&Step::Mkdir { mode: 0o755, path });
     }
@@ -116,6 +118,11 @@ pub(in crate::sandbox) fn file_system(plan: &mut Plan, host: &Host, root: &Root,
             Entry::Proc => plan.push(&Step::Mkdir { mode: 0o555, path: &new }),
         }
     }
+    for (at, (path, content)) in root.covers.iter().enumerate() {
+        let file = c_string(format!("{COVERS}-{at}"));
+        plan.push(&Step::CreateFile { mode: 0o755, path: &file, content });
+        bind(plan, &file, &below(NEW, path));
+    }
     for device in DEVICES {
         plan.push(&Step::CreateFile { mode: 0o644, path: &below(NEW, as_path(device)), content: b"" });
     }
@@ -125,6 +132,9 @@ pub(in crate::sandbox) fn file_system(plan: &mut Plan, host: &Host, root: &Root,
     } else {
         let mounts = Mounts::of_this_process();
         mount(plan, [c"none", c"/new", NOTHING], REMOUNT, NOTHING);
+        for (path, _) in &root.covers {
+            mount(plan, [c"none", &below(NEW, path), NOTHING], REMOUNT, NOTHING);
+        }
         for (target, kept) in root.entries.iter().flat_map(|(path, entry)| mounts.made_by(path, entry)) {
             mount(plan, [c"none", &below(NEW, &target), NOTHING], REMOUNT | kept, NOTHING);
         }

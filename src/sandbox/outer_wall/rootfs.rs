@@ -28,6 +28,8 @@ pub(in crate::sandbox) struct Root {
     pub(in crate::sandbox) entries: BTreeMap<PathBuf, Entry>,
     /// What lies between directories of the host and what the root shows of them.
     pub(in crate::sandbox) layers: Vec<Layer>,
+    /// Programs of ours that lie over those of the host.
+    pub(in crate::sandbox) covers: Vec<(PathBuf, Vec<u8>)>,
 }
 
 /// A layer between a directory of the host and the jobs: a read-only overlay, whose files are other ones to the kernel
@@ -54,7 +56,7 @@ impl Root {
     /// A root of these directories alone.
     pub(in crate::sandbox) fn of_layers(layers: &[Layer]) -> Self {
         let entries = [(PathBuf::from("/dev"), Entry::Directory)].into();
-        Self { layers: layers.to_vec(), entries }
+        Self { layers: layers.to_vec(), entries, covers: Vec::new() }
     }
 
     /// Shows a file of the host's under another path.

@@ -30,10 +30,16 @@ fn each(mut check: impl FnMut(Arch, &Options<'_>, &Policy)) {
     for arch in ARCHES {
         for (network, exec) in [(false, false), (false, true), (true, false), (true, true)] {
             for (extra, groups) in
-                [(vec![], false), (vec!["syslog".to_owned(), "setpriority".to_owned()], true)]
+                [(vec![], false), (vec!["syslog".to_owned(), "sched_setattr".to_owned()], true)]
             {
-                let options =
-                    Options { network, exec, memory_group: groups, cpu_group: groups, extra: &extra };
+                let options = Options {
+                    network,
+                    exec,
+                    exec_listed: exec && groups && network,
+                    memory_group: groups,
+                    cpu_group: groups,
+                    extra: &extra,
+                };
                 check(arch, &options, &Policy::compile_for(arch, &options).unwrap());
             }
         }

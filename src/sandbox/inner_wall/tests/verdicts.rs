@@ -172,6 +172,18 @@ fn options_open_exactly_their_calls() {
 }
 
 #[test]
+fn where_programs_are_listed_there_are_none_in_memory() {
+    let listed = Options { exec: true, exec_listed: true, ..COUNTED };
+    for arch in ARCHES {
+        assert_eq!(action(arch, &listed, "execve", [0; 6]), ALLOW);
+        assert_eq!(action(arch, &listed, "memfd_create", ARGUMENTS), errno(libc::ENOSYS));
+        let extra = ["memfd_create".to_owned()];
+        let error = Policy::compile_for(arch, &Options { extra: &extra, ..listed }).unwrap_err();
+        assert!(matches!(error, PolicyError::Forbidden { .. }), "{error}");
+    }
+}
+
+#[test]
 fn arguments_decide() {
     const GARBAGE: u64 = 0xffff_ffff_0000_0000;
     let eacces = errno(libc::EACCES);

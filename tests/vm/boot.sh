@@ -63,7 +63,9 @@ boot_uml() { # ROOT ARCHIVE WORK LOG LIMIT
     memory=/dev/shm
   fi
   install -d -o "$nobody" -g "$nobody" "$work/uml"
+  cc -shared -fPIC -O1 -o "${archive%/*}/uml.so" "${BASH_SOURCE[0]%/*}/uml.c"
   # In a chroot: the program wants the C library of its suite. It ends with unshare, which only SIGKILL ends before.
+  # Its kernel's panic ends it by a signal, which a first process would ignore: the shell stays that.
   # shellcheck disable=SC2016 # for the inner shell
   timeout --foreground --kill-after 5 "$limit" \
     unshare --mount --pid --fork --kill-child --mount-proc="$root/proc" bash -c '
@@ -74,8 +76,8 @@ boot_uml() { # ROOT ARCHIVE WORK LOG LIMIT
     mount --bind "$4" "$root/media"
     mount --bind "$5" "$root/srv"
     shift 5
-    exec chroot "$root" setpriv --reuid "$nobody" --regid "$nobody" --clear-groups --pdeathsig KILL \
-      env -i HOME=/mnt "$@"' - \
+    chroot "$root" setpriv --reuid "$nobody" --regid "$nobody" --clear-groups --pdeathsig KILL \
+      env -i HOME=/mnt LD_PRELOAD=/srv/uml.so "$@" || exit $?' - \
     "$root" "$nobody" "$work/uml" "$cache/disks" "${archive%/*}" \
     "TMPDIR=$memory" ${SP_TEST_RUN:+"SP_TEST_RUN=$SP_TEST_RUN"} \
     /usr/bin/linux.uml mem=2500M root=/dev/ubda rw "ubd0=/mnt/changes,/media/${disk##*/}" "ubd1r=/srv/${archive##*/}" \

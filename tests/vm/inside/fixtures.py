@@ -49,7 +49,7 @@ def try_all(name, user, warm, filters, least):
         environment.append("SP_TEST_WARM=1")
     lines = [f"{PAYLOAD}/sandbox --test-threads 1 {' '.join(each)} || code=1" for each in filters]
     run = ["/bin/sh", "-c", "\n".join([*lines, "exit ${code:-0}"])]
-    ended = host.service(user, [PAYLOAD / "inside/delegated", *run], environment=environment)
+    ended = host.followed(user, [PAYLOAD / "inside/delegated", *run], environment)
     verdicts = VERDICT.findall(ended.stdout)
     failed = [case for case, verdict in verdicts if verdict == "FAILED"]
     passed = sum(verdict == "ok" for _, verdict in verdicts)

@@ -24,12 +24,30 @@ def run(*command, **options):
 
 def service(user, command, environment=(), **options):
     """A command as a service of its own with a delegated group: its exit code and output."""
+    return run(*as_service(user, command, environment), **options)
+
+
+def followed(user, command, environment=()):
+    """The same, and how many lines came so far is told each minute."""
+    began, told, lines = time.monotonic(), 0, []
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(as_service(user, command, environment), text=True, **streams) as process:
+        for line in process.stdout:
+            lines.append(line)
+            if time.monotonic() - began > told + 60:
+                told = time.monotonic() - began
+                say(f"{len(lines)} lines after {told:.0f} s: {line.strip()}")
+    return subprocess.CompletedProcess(process.args, process.returncode, "".join(lines))
+
+
+def as_service(user, command, environment):
+    """What starts a command as a service."""
     arguments = ["systemd-run", "--quiet", "--pipe", "--wait", "--collect"]
     for each in [f"User={user}", "Delegate=yes", f"WorkingDirectory={PAYLOAD}", "TasksMax=infinity"]:
         arguments += ["-p", each]
     for each in environment:
         arguments += ["-E", each]
-    return run(*arguments, *command, **options)
+    return [str(each) for each in [*arguments, *command]]
 
 
 def until(condition, seconds, every=0.2):

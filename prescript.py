@@ -1,464 +1,558 @@
-# What runs in every python process before a job's code: a template that the worker fills in.
-#
-# Up to lockdown() only the operator's code and a trusted publisher's preload run, behind the outer wall. The
-# job's code is in here from the start, but the key to it arrives only after the worker has seen the filter.
-# Imports are few and come first: each one costs every job its time, and none may be found in the job's files.
-#
-# What stands above the last statement is the same for all, and a cold process is given it compiled.
-#
-# Filled in for uid 0, which no job has, the same script is a zygote: the preload holds the operator's imports,
-# and from then on it makes processes that go on as jobs. Their code comes with the key.
+"""What runs in every python process before a job's program: a template that the worker fills in.
+
+The way of a process: `main` below. Up to the lockdown only the operator's code and a trusted publisher's preload run, behind
+the outer wall. The job's code is in here from the start, encoded; the key to it arrives only after the worker has seen the
+filter. Then the program is decoded, written to a file of the job's own, and python runs that file.
+
+- Imports are few and come first: each one costs every job its time, and none may be found among the job's files.
+- Nothing of this is in the job's `__main__`: the worker runs it with globals of its own.
+- A comment that is nothing but `#name` or `/name` in double braces begins or ends a section. The worker leaves out whole
+  sections: a cold process is not given what only a zygote needs. What stands above `start` is the same for all, so it is
+  given to them compiled.
+- Rendered for uid 0, which no job has, this is a zygote: its preload holds the operator's imports, and from then on it makes
+  processes that go on as jobs. Their code comes with the key.
+"""
+
+import os
+import sys
+
+KNOWN = frozenset(sys.modules)
+
+import _functools  # noqa: E402
+import binascii  # noqa: E402
+
+# {{#zygote}}
+# ctypes may open a file for good. In a zygote, its number is none of those that a job's process begins with.
+SPARE = [os.dup(0) for number in range(3, 7)]
+# {{/zygote}}
+import ctypes  # noqa: E402
+
+# {{#zygote}}
+for number in SPARE:
+    os.close(number)
+# {{/zygote}}
+
+SHIM = "/run/sandpiper/shim.so"
+WORK = "/work"
+# Descriptors that the worker gives to a process: the one that the assignment comes through, and the job's standard input.
+ASSIGNMENT, STDIN = 3, 4
+# The exit code for what is the worker's own trouble. It goes by what it sees, not by this.
+OURS = 125
 
 
-def sandpiper(uid, gid, enable_network, preload, payload):
-    import os
-    import sys
+def main(uid, gid, enable_network, preload, payload):
+    """Ends where python takes over, which it does when this script ends by an exception."""
+    prepare(uid, gid, enable_network, preload, payload)
+    raise Start
 
-    known = set(sys.modules)
-    import binascii
 
-    # ctypes may open a file for good. In a zygote, its number is none of those that a job's process begins with.
-    spare = [os.dup(0) for number in range(3, 7)] if uid == 0 else []
-    import ctypes
+def prepare(uid, gid, enable_network, preload, payload):
+    """The way of a process, from its start to the program's first line."""
+    if uid == 0:
+        shim, ours = zygote(binascii.a2b_base64(preload))
+        uid, gid = os.getuid(), os.getgid()
+    else:
+        shim = ctypes.CDLL(SHIM)
+        find_python()
+        buffer_lines()
+        renew_main()
+        if preload:
+            run_preload(binascii.a2b_base64(preload))
+        ours = imported()
+    if shim.lockdown(uid, gid, enable_network) != 0:
+        os._exit(OURS)
 
-    for number in spare:
-        os.close(number)
+    fields = receive()
+    if fields is None:
+        os._exit(OURS)  # the worker went away
+    key, code, name, arguments, environment = fields
+    os.dup2(STDIN, 0)
+    os.close(STDIN)
+    if sys.stdin is not PREPARED.get("stdin"):
+        open_stdin()
+    os.chdir(WORK)
+    set_variables(environment)
+    sys.path.insert(0, WORK)
+    make_way(ours)
+    path = f"{WORK}/{name}"
+    sys.argv[:] = [path, *map(os.fsdecode, arguments)]
+    source = decode(binascii.a2b_base64(code or payload), binascii.a2b_base64(key))
+    file = write_program(path, source)
+    if sys.version_info < (3, 12) and b"\0" in source:
+        refuse_nul(path, source)
+    hand_over(path, file)
 
-    def new():
-        # What has been imported since, by the first part of its name.
-        found = {}
-        for module in sys.modules.keys() - known:
-            found.setdefault(module.partition(".")[0], []).append(module)
-        return found
 
-    source = b""
-    main = sys.modules["__main__"].__dict__
-    for name in [name for name in main if not name.startswith("__")]:
-        del main[name]
-    main["__file__"] = "<job>"
+# --- 1. What a job's process is given ------------------------------------------------------------------------------
 
-    shim = ctypes.CDLL("/run/sandpiper/shim.so")
 
-    def library(action, path=sys.path[:]):
-        # Runs what imports from python's own library, which is not to find a file of the job's instead. What the
-        # job has loaded under such a name stays its own. Modules are asked in a way that wakes no lazy one.
-        theirs, their_path = sys.modules.copy(), sys.path
-        try:
-            for key, module in theirs.items():
-                if isinstance(module, type(sys)):
-                    origin = object.__getattribute__(module, "__dict__").get("__file__")
-                    if str(origin).startswith("/work/"):
-                        del sys.modules[key]
-            sys.path = path
-            return action()
-        finally:
-            sys.path = their_path
-            for key in sys.modules.keys() - theirs.keys():
-                del sys.modules[key]
-            sys.modules.update(theirs)
+# What a zygote has made ready for its children; a cold process makes it when it needs it.
+PREPARED = {}
 
-    def strip(name):
-        # The job's tracebacks begin with the job's own first line; what stands above it is ours.
-        def hook(kind, error, trace, hook=sys.excepthook):
-            while trace is not None and trace.tb_frame.f_code.co_filename != name:
-                trace = trace.tb_next
-            error.__traceback__ = trace
-            if hook is sys.__excepthook__:
-                show("", lambda: hook(kind, error, trace), kind, error, trace)
-            else:
-                hook(kind, error, trace)
-            if kind is KeyboardInterrupt:
-                # Python then ends by SIGINT, unless a string was evaluated meanwhile, as some imports do.
-                try:
-                    eval("interrupt()", {"interrupt": interrupt})
-                except KeyboardInterrupt:
-                    pass
 
-        sys.excepthook = hook
+def receive():
+    """The assignment: key, code, name of the program's file, number of arguments, arguments, variables. Each ends in NUL."""
+    parts = []
+    while True:
+        part = os.read(ASSIGNMENT, 1 << 16)
+        if not part:
+            break
+        parts.append(part)
+    os.close(ASSIGNMENT)
+    return take_apart(b"".join(parts))
 
-    def interrupt():
-        raise KeyboardInterrupt
 
-    def show(title, hook, kind, error, trace, chain=True):
-        # Unlike the interpreter's own printing, this shows lines of sources that are not files.
-        def lines():
-            import traceback
+def take_apart(assignment):
+    fields = assignment.split(b"\0")
+    if len(fields) < 5:
+        return None
+    key, code, name, count = fields[:4]
+    end = 4 + int(count)
+    return key, code, os.fsdecode(name), fields[4:end], fields[end:-1]
 
-            if chain or sys.version_info < (3, 13):
-                return "".join(traceback.format_exception(kind, error, trace, chain=chain))
-            # Of exceptions that nobody can catch, newer versions mark no columns.
-            report = traceback.TracebackException(type(error), error, trace)
-            for frame in report.stack:
-                frame.colno = None
-            return "".join(report.format(chain=chain))
 
-        try:
-            sys.stderr.write(title + library(lines))
-            sys.stderr.flush()
-        except Exception:
-            hook()
+def decode(code, key):
+    # As one big integer: a loop over bytes takes twenty times as long.
+    size = len(code)
+    pad = (key * (size // len(key) + 1))[:size]
+    return (int.from_bytes(code, "little") ^ int.from_bytes(pad, "little")).to_bytes(size, "little")
 
-    def remember():
-        # Shows the job's source to whoever asks linecache for it: tracebacks, warnings, inspect. It is not
-        # imported for that, since it costs as much as starting python does; it is filled when the job imports
-        # it. What prints the exceptions of threads and finalizers shows it as well.
-        def hook_unraisable(unraisable, hook=sys.unraisablehook):
-            title = ""
-            if unraisable.object is not None:
-                title = f"{unraisable.err_msg or 'Exception ignored in'}: {unraisable.object!r}\n"
-            elif unraisable.err_msg:
-                title = f"{unraisable.err_msg}:\n"
-            what = unraisable.exc_type, unraisable.exc_value, unraisable.exc_traceback
-            show(title, lambda: hook(unraisable), *what, chain=False)
 
-        sys.unraisablehook = hook_unraisable
+def set_variables(environment):
+    for variable in environment:
+        name, _, value = variable.partition(b"=")
+        os.environb[name] = value
+        if name == b"TZ":
+            import time
 
-        def hook_threads(module):
-            def excepthook(arguments, hook=module.excepthook):
-                if arguments.exc_type is SystemExit or sys.stderr is None:
-                    return hook(arguments)
-                thread = arguments.thread
-                title = f"Exception in thread {thread.name if thread else module.get_ident()}:\n"
-                what = arguments.exc_type, arguments.exc_value, arguments.exc_traceback
-                show(title, lambda: hook(arguments), *what)
+            time.tzset()
 
-            module.excepthook = excepthook
 
-        class Entry(tuple):
-            # Of linecache: size, time, lines, name. The source is taken apart when somebody looks at it.
-            def __iter__(self):
-                return iter((len(source), None, lines(), "<job>"))
+def open_stdin():
+    # Python has read this script from there.
+    stdin = open(0, encoding=sys.stdin.encoding, errors=sys.stdin.errors, closefd=False)
+    stdin.buffer.raw.name = "<stdin>"
+    sys.stdin = sys.__stdin__ = stdin
 
-            def __getitem__(self, key):
-                return tuple(self)[key]
 
-            def __len__(self):
-                return 4
+def buffer_lines():
+    # As on a terminal: what was printed is out when something ends the job. Standard error is so by itself.
+    for stream in (sys.__stdout__, sys.stdout):
+        if hasattr(stream, "reconfigure") and not stream.line_buffering:
+            stream.reconfigure(line_buffering=True)
 
-        def fill(module):
-            module.cache["<job>"] = Entry()
 
-        def lines():
-            import io
+def renew_main():
+    # Python is still in the first one, and would hold what a program leaves in there. When it has printed an error it looks
+    # into its dictionary once more, without holding it: so that one stays for good.
+    module = type(sys)("__main__")
+    first = sys.modules["__main__"].__dict__
+    PREPARED["hold"](ctypes.py_object(first))
+    for name in ("__doc__", "__package__", "__spec__", "__annotations__", "__builtins__"):
+        if name in first:
+            module.__dict__[name] = first[name]
+    sys.modules["__main__"] = module
 
-            try:
-                return io.TextIOWrapper(io.BytesIO(source), encoding(), "replace").read().splitlines(True)
-            except Exception:
-                return []  # a source that cannot be decoded has no lines to show
 
-        def encoding():
-            def detect():
-                import tokenize
+def imported():
+    # What has been imported since the start, by the first part of its name.
+    found = {}
+    for module in sys.modules.keys() - KNOWN:
+        found.setdefault(module.partition(".")[0], []).append(module)
+    return found
 
-                return tokenize.detect_encoding(iter(source.splitlines(True)).__next__)[0]
 
-            return library(detect)
+def make_way(ours):
+    # A job's file wins over a module that only we needed, or the operator's imports.
+    for file in os.listdir(WORK):
+        for module in ours.get(file.partition(".")[0], ()):
+            sys.modules.pop(module, None)
+    if sys.version_info >= (3, 14):
+        start_by_fork()
 
-        def start_by_fork(module):
-            # Since 3.14 processes come from a server over a Unix socket unless the job says otherwise: a job has
-            # neither such sockets nor programs.
-            module._default_context._default_context = module._concrete_contexts["fork"]
 
-        changes = {"linecache": fill, "threading": hook_threads}
-        if sys.version_info >= (3, 14):
-            changes["multiprocessing.context"] = start_by_fork
+def run_preload(source):
+    try:
+        exec(compile(source, "<preload>", "exec", dont_inherit=True), sys.modules["__main__"].__dict__)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        trace = error.__traceback__.tb_next  # begins with the preload's own frame
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
+        sys.exit(1)
 
-        class Finder:
-            @staticmethod
-            def find_spec(fullname, path=None, target=None):
-                if fullname not in changes:
-                    return None
-                for finder in sys.meta_path:
-                    spec = finder is not Finder and finder.find_spec(fullname, path, target)
-                    if spec:
-                        break
-                else:
-                    return None
-                if spec.origin != os.path.join(os.path.dirname(os.__file__), *fullname.split(".")) + ".py":
-                    return None  # the job's own
-                change = changes.pop(fullname)
-                if not changes:
-                    sys.meta_path.remove(Finder)
-                execute = spec.loader.exec_module
 
-                def exec_module(module):
-                    execute(module)
-                    change(module)
+class ForkFinder:
+    """Makes fork the default of multiprocessing once it is imported.
 
-                spec.loader.exec_module = exec_module
-                return spec
+    Since 3.14 processes come from a server over a Unix socket unless the program says otherwise, and a job has neither such
+    sockets nor programs. No setting says it before the import, and importing it takes a cold start half as long again.
+    """
 
-        for module in [module for module in changes if module in sys.modules]:
-            changes.pop(module)(sys.modules[module])
-        if changes:
-            sys.meta_path.insert(0, Finder)
+    name = "multiprocessing.context"
 
-    leave = None  # or a shorter way out than python's own
-
-    def run(name, source):
-        try:
-            try:
-                code = compile(source, name, "exec", dont_inherit=True)
-            except SyntaxError as error:
-                # Some of these errors look for their line in a file.
-                if error.text is None and error.lineno:
-                    line = source.splitlines(True)[error.lineno - 1 : error.lineno]
-                    error.text = b"".join(line).decode("utf-8", "replace")
-                raise
-            exec(code, sys.modules["__main__"].__dict__)
-        except BaseException as error:
-            code = error.code if type(error) is SystemExit else ""
-            if not leave or code is not None and (type(code) is not int or not 0 <= code < 256):
-                strip(name)
-                raise
+    @classmethod
+    def find_spec(cls, fullname, path=None, target=None):
+        if fullname != cls.name:
+            return None
+        sys.meta_path.remove(cls)
+        for finder in sys.meta_path:
+            spec = finder.find_spec(fullname, path, target)
+            if spec:
+                break
         else:
-            code = 0
-        if leave:
-            leave(code or 0)
+            return None
+        if spec.origin == os.path.join(os.path.dirname(os.__file__), *fullname.split(".")) + ".py":
+            execute = spec.loader.exec_module
 
-    def open_stdin():
-        # Python has read this script from there.
-        stdin = open(0, encoding=sys.stdin.encoding, errors=sys.stdin.errors, closefd=False)
-        stdin.buffer.raw.name = "<stdin>"
-        sys.stdin = sys.__stdin__ = stdin
+            def exec_module(module):
+                execute(module)
+                cls.change(module)
 
-    # Only a zygote is given what follows: it would take a cold process as long to read as all the rest.
-    def shortcut():
-        # Python ends by taking itself apart, object by object, and each page that it writes for that is one that
-        # the job's process shares with the zygote until then: this takes longer than most jobs do. So python is
-        # left as it stands where nothing of the job's would notice. That is found out in the midst of its end:
-        # threads have ended, exit handlers have run, garbage is collected; the modules come next.
+            spec.loader.exec_module = exec_module
+        return spec  # a job's own is left as it is
+
+    @staticmethod
+    def change(module):
+        module._default_context._default_context = module._concrete_contexts["fork"]
+
+
+def start_by_fork():
+    if ForkFinder.name in sys.modules:
+        ForkFinder.change(sys.modules[ForkFinder.name])
+    elif ForkFinder not in sys.meta_path:
+        sys.meta_path.insert(0, ForkFinder)
+
+
+# --- 2. How the program starts and ends ----------------------------------------------------------------------------
+#
+# Python is to run the program's file as if it had been given on its command line: with no frame of ours below the
+# program's own, no name of ours in its tracebacks, and its own way to print what nobody caught. It runs a file so from
+# C, where our code cannot be, with one exception: when a script, which is what this is to python, ends by an exception,
+# python has left all of its frames, and calls `sys.excepthook` from C. So this script ends by raising `Start`, and the
+# hook is a function of the shim's, `run_program`. It calls `begin`, has python run the file and print its error, calls
+# `ended` in between, and ends as python ends: by Py_Exit where the program came to its end or raised SystemExit, by its return
+# otherwise, after which python itself exits with code 1, or by SIGINT.
+
+
+class Start(BaseException):
+    pass
+
+
+def find_python():
+    # Looks for what is called in python, once.
+    PREPARED["hold"] = ctypes.pythonapi.Py_IncRef
+    PREPARED["run"] = run = ctypes.PyDLL(SHIM).run_program
+    run.argtypes = [ctypes.c_int, ctypes.c_char_p, *[ctypes.py_object] * 5]
+    if ctypes.PyDLL(SHIM).find_python() != 0:
+        os._exit(OURS)
+
+
+def write_program(path, source):
+    """Writes the program's file, and returns it open at its beginning."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        rest = memoryview(source)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+        os.lseek(file, 0, os.SEEK_SET)
+        return file
+    except OSError as error:
+        sys.stderr.write(f"{path}: {error.strerror}: the program is a file there, and counts in limits.disk_bytes\n")
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def refuse_nul(path, source):
+    # As newer versions do: older ones leave out the rest of the line without a word, and run what that makes of it.
+    line = source[: source.index(b"\0")].count(b"\n") + 1
+    error = SyntaxError("source code cannot contain null bytes", (path, line, None, None))
+    sys.excepthook(SyntaxError, error, None)
+    sys.exit(1)
+
+
+def hand_over(path, file):
+    module = sys.modules["__main__"].__dict__
+    module["__file__"] = path
+    module["__cached__"] = None
+    module["__loader__"] = sys.modules["_frozen_importlib_external"].SourceFileLoader("__main__", path)
+    PREPARED["hook"] = sys.excepthook
+    # Held here as well: python itself does not hold what it calls, and `begin` puts another in its place.
+    PREPARED["start"] = sys.excepthook = _functools.partial(PREPARED["run"], file, os.fsencode(path), begin, ended)
+
+
+def begin():
+    # Nothing has been raised yet, as far as the program is concerned.
+    sys.excepthook = PREPARED["hook"]
+    for name in ("last_exc", "last_type", "last_value", "last_traceback"):
+        sys.__dict__.pop(name, None)
+
+
+def ended(kind=None, value=None):
+    # With what was raised. As python does before it prints an error or takes itself apart:
+    for name in ("stderr", "stdout"):
+        try:
+            getattr(sys, name).flush()
+        except BaseException:
+            pass
+    code = exit_code(kind, value)
+    if code is not None and "leave" in PREPARED:
+        PREPARED["leave"](code)
+
+
+def exit_code(kind, value):
+    """The exit code with which python ends now; none if it has something to print first."""
+    if kind is None:
+        return 0
+    if kind is not SystemExit:
+        return None
+    code = value.code if isinstance(value, SystemExit) else value
+    if code is None:
+        return 0
+    return code if type(code) is int and 0 <= code < 256 else None
+
+
+# {{#zygote}}
+# --- 3. The zygote -------------------------------------------------------------------------------------------------
+#
+# It does the operator's imports once, and then makes one process after another out of itself, each of which goes on as
+# a job. So a job's process begins with all of the zygote's state, of which it must not share what is to be one
+# process's own. Libraries notice a fork by the process's number, and that is the same one in every pid namespace.
+#
+# | what a fork must not share | how it becomes the job's own |
+# |---|---|
+# | `random` | CPython seeds it anew at the fork (PyOS_AfterFork_Child) |
+# | OpenSSL's generator, as `ssl` and `hashlib` have loaded it | RAND_poll |
+# | numpy's legacy generator, `numpy.random.seed` | seeded from the system |
+# | names of temporary files, `tempfile._name_sequence` | made anew when it is next needed |
+# | the time of the last `uuid.uuid1()` | forgotten |
+# | positions in files whose code is mapped and that a library maps again | opened anew, under the same number |
+# | standard input | opened anew for the job |
+# | what standard output has not written yet | written before the fork |
+#
+# Not covered: generators that an import made for itself (`random.Random()`, numpy's `Generator`), those of torch, jax
+# and libsodium, other descriptors that an import has opened.
+
+
+def zygote(imports):
+    """Returns in the processes of jobs only, with the shim and what the imports have brought."""
+    exec(compile(imports, "<imports>", "exec", dont_inherit=True), {"__name__": "<imports>"})
+    import gc
+    import linecache
+    import traceback
+
+    # Whatever a child needs is made here, if it can be: each object that a child touches is a page to copy.
+    for name in [name for name in os.environ if name.endswith("_NUM_THREADS")]:
+        del os.environ[name]  # was for the imports, so that they start no thread
+    shim, fork = ctypes.CDLL(SHIM), ctypes.PyDLL(SHIM).zygote_fork
+    ready, await_order, enter, _ = shim.zygote_ready, shim.zygote_next, shim.zygote_enter, shim.lockdown
+    before, after = ctypes.pythonapi.PyOS_BeforeFork, ctypes.pythonapi.PyOS_AfterFork_Parent
+    as_child, trim = ctypes.pythonapi.PyOS_AfterFork_Child, getattr(ctypes.pythonapi, "malloc_trim", int)
+    find_python()
+    reseed = reseeds()
+    pipe, end = os.pipe()  # as the job's own standard input will be
+    os.dup2(pipe, 0)
+    os.close(pipe)
+    os.close(end)
+    open_stdin()
+    PREPARED["stdin"] = sys.stdin
+    ours = imported()
+    slow = "the environment's fast_exit is false"
+    # {{#fast_exit}}
+    slow = set_up_fast_exit()
+    # {{/fast_exit}}
+    if slow:
+        print(f"sandpiper: jobs end by python's own way, which takes longer: {slow}", file=sys.stderr)
+    held = mapped()
+    if os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) != 1:
+        sys.exit("the environment's imports have started a thread, which a fork would lose")
+    for renew in reseed:
+        renew()  # sets up what it needs
+    buffer_lines()
+    # What is here now is never collected, so that a collection does not copy its pages; nor does a child that
+    # allocates memory put the zygote's free pieces together and in order.
+    gc.collect()
+    gc.freeze()
+    trim(0)
+    bytearray(100_000)
+    # Nor is what hangs on it finalized. What the job gets for its own comes after it.
+    renew_main()
+    if ready() != 0:
+        os._exit(OURS)
+    while True:
+        if await_order() != 1:
+            os._exit(0)
+        before()
+        forked = fork()
+        if forked == 1:
+            as_child()
+            break
+        after()
+        if forked != 0:
+            os._exit(OURS)
+    if enter() != 0:
+        os._exit(OURS)
+    for renew in reseed:
+        renew()
+    for number, path in held.items():
+        again = os.open(path, os.O_RDONLY)
+        if again != number:
+            os.dup2(again, number, inheritable=False)
+            os.close(again)
+    if "tempfile" in sys.modules:
+        sys.modules["tempfile"]._name_sequence = None
+    if "uuid" in sys.modules:
+        sys.modules["uuid"]._last_timestamp = None
+    PREPARED["zygote"] = locals()  # so that what this function holds is not let go of
+    return shim, ours
+
+
+def reseeds():
+    libraries = [sys.modules[name].__file__ for name in ("_ssl", "_hashlib") if name in sys.modules]
+    found = [ctypes.CDLL(library).RAND_poll for library in libraries]
+    if "numpy.random" in sys.modules:
+        found.append(sys.modules["numpy.random"].seed)
+    return found
+
+
+def mapped():
+    # Descriptors of files whose code is mapped: newer versions of what ctypes makes callbacks with hold one of their
+    # own library, and map it again by and by. A child has to open it anew, under the same number: it inherits none,
+    # since it would share the position in the file with every other job.
+    found = {}
+    try:
+        with open("/proc/self/maps") as maps:
+            files = {line.split(maxsplit=5)[5].rstrip("\n") for line in maps if "/" in line and " r-xp " in line}
+        for number in os.listdir("/proc/self/fd"):
+            try:
+                path = os.readlink(f"/proc/self/fd/{number}")
+            except FileNotFoundError:
+                continue  # that of the listing itself
+            if path in files and int(number) > 6:
+                found[int(number)] = path
+    except OSError:
+        pass  # there is no /proc, so that it has not found its own library either
+    return found
+
+
+# {{#fast_exit}}
+# --- 4. The fast exit ----------------------------------------------------------------------------------------------
+#
+# Python ends by taking itself apart, object by object, and each page that it writes for that is one that the job's
+# process shares with the zygote until then: this takes longer than most jobs do. So the process is ended as it stands
+# if nothing of the job's would notice, and python's own way is taken in every other case.
+#
+# When it is asked: in the midst of python's own end. Threads have ended, exit handlers have run, garbage is collected;
+# the modules come next. Just before them python lets go of a few attributes of `sys`, `__interactivehook__` the last,
+# so an object put there by `ended` is finalized at that moment: `Last`. That is CPython's order, and no promise of its,
+# so it is relied on only in the versions that were tried, TRIED.
+#
+# What is asked: whether any object that is alive could do something at its end that is seen outside. Every object that
+# the collector knows is looked at, by its type; those that were there at the fork are frozen, and python would never
+# finalize them. A type is `quiet` if none of its bases has a `__del__` and each comes from a module in python, or from
+# one in C that is known to do nothing (PLAIN). A weak reference with a callback is not quiet, nor is a stream that was
+# put in the place of `sys.stdout`, nor an extension that may hold files which are complete only when it closes them
+# (`loud`). What is not known is not quiet.
+
+TRIED = ((3, 9), (3, 10), (3, 11), (3, 12), (3, 13), (3, 14))
+PLAIN = frozenset(
+    "_abc _csv _frozen_importlib _frozen_importlib_external _json _random _struct _thread array builtins collections"
+    " contextvars datetime decimal functools itertools numpy operator pandas re types weakref zipimport __main__".split()
+)
+
+
+def set_up_fast_exit():
+    """Returns why it cannot be had; none if it can."""
+    if sys.version_info[:2] not in TRIED or sys.implementation.name != "cpython":
+        return f"it was never tried with Python {sys.version_info[0]}.{sys.version_info[1]}"
+    try:
         import gc
         import weakref
 
-        end, flush, exit = ctypes.pythonapi.Py_Exit, ctypes.pythonapi.fflush, os._exit
-        blocks, objects, finalizing = sys.getallocatedblocks, gc.get_objects, sys.is_finalizing
-        modules, streams = sys.modules, (sys.stdout, sys.stderr)
-        bases, names, home = (type.__dict__[name].__get__ for name in ("__mro__", "__dict__", "__module__"))
+        # Held here: a job may change what it likes.
+        flush, leave, finalizing, modules = ctypes.pythonapi.fflush, os._exit, sys.is_finalizing, sys.modules
+        blocks, objects, streams = sys.getallocatedblocks, gc.get_objects, (sys.stdout, sys.stderr)
         many = blocks() + 50_000  # so many cost no less to look through
-        # Where types in C come from that do nothing at their end, unless they have a finalizer.
-        plain = {"_abc", "_csv", "_frozen_importlib", "_frozen_importlib_external", "_json", "_random", "_struct"}
-        plain |= {"_thread", "array", "builtins", "collections", "contextvars", "datetime", "decimal", "functools"}
-        plain |= {"itertools", "numpy", "operator", "pandas", "re", "types", "weakref", "zipimport", "__main__"}
-        extensions = os.path.join(os.path.dirname(os.__file__), "lib-dynload", "")
+        kinds = {kind: quiet(kind, modules) for kind in {type(thing) for thing in objects()}}
+        # What calling the program's start keeps alive until the end.
+        kinds[Start] = kinds[type(ctypes.byref(ctypes.c_int()))] = True
+        extension = next((module.__name__ for module in modules.values() if loud(module)), None)
+        if extension:
+            return f"{extension} may hold files that it has to close"
+    except Exception as error:
+        return f"something out of the ordinary was imported: {error!r}"
 
-        def file(module):
-            return str(object.__getattribute__(module, "__dict__").get("__file__"))
-
-        def quiet(kind):
-            for base in bases(kind):
-                where = str(home(base))  # some types in C have an attribute of their own there
-                if "__del__" in names(base):
-                    return False
-                if where.partition(".")[0] not in plain:
-                    module = modules.get(where)
-                    if not module or not file(module).endswith(".py"):
-                        return False
-            return True
-
-        def loud(module):
-            # An extension may hold files that are complete only when it closes them.
-            name, path = module.__name__, file(module)
-            if not path.endswith(".so") or name.partition(".")[0] in plain:
+    def unseen(last):
+        if blocks() > many or (sys.stdout, sys.stderr) != streams:
+            return False
+        for thing in objects():
+            kind = type(thing)
+            if kind not in kinds:
+                kinds[kind] = quiet(kind, modules)
+            if not kinds[kind] and thing is not last:
                 return False
-            return not path.startswith(extensions) or name in ("_dbm", "_gdbm", "_sqlite3")
-
-        def unseen(last):
-            if blocks() > many or (sys.stdout, sys.stderr) != streams:
+            if kind is type(sys) and loud(thing):
                 return False
-            for thing in objects():
-                kind = type(thing)
-                if kind not in kinds:
-                    kinds[kind] = quiet(kind)
-                if not kinds[kind] and thing is not last:
-                    return False
-                if kind is type(sys) and loud(thing):
-                    return False
-                if issubclass(kind, type) and "__del__" in names(thing):
-                    return False
-                if issubclass(kind, weakref.ref) and getattr(thing.__callback__, "__name__", "_destroy") != "_destroy":
-                    return False
-            return True
+            if issubclass(kind, type) and "__del__" in NAMES(thing):
+                return False
+            if issubclass(kind, weakref.ref) and getattr(thing.__callback__, "__name__", "_destroy") != "_destroy":
+                return False
+        return True
 
-        class Last:
-            def __init__(self, code):
-                self.code = code
+    class Last:
+        def __init__(self, code):
+            self.code = code
 
-            def __del__(self):
-                nonlocal streams
-                try:
-                    if finalizing() and unseen(self):
-                        for stream in streams:
-                            stream.closed or stream.flush()
-                        flush(None)
-                        exit(self.code)
-                except BaseException:
-                    pass
-                streams = ()  # the long way: python flushes them when it lets go of them
+        def __del__(self):
+            nonlocal streams
+            try:
+                if finalizing() and unseen(self):
+                    for stream in streams:
+                        stream.closed or stream.flush()
+                    flush(None)
+                    leave(self.code)
+            except BaseException:
+                pass
+            streams = ()  # the long way: python flushes them when it lets go of them
 
-        def leave(code):
-            sys.__interactivehook__ = Last(code)  # what python lets go of last before the modules
-            end(code)
+    def arm(code):
+        sys.__interactivehook__ = Last(code)
 
-        kinds = {kind: quiet(kind) for kind in {type(thing) for thing in objects()}}
-        return None if any(loud(module) for module in modules.values()) else leave
-
-    def mapped():
-        # Descriptors of files whose code is mapped: newer versions of what ctypes makes callbacks with hold one of
-        # their own library, and map it again by and by. A child has to open it anew, under the same number: it
-        # inherits none, since it would share the position in the file with every other job.
-        found = {}
-        try:
-            with open("/proc/self/maps") as maps:
-                files = {line.split(maxsplit=5)[5].rstrip("\n") for line in maps if "/" in line and " r-xp " in line}
-            for number in os.listdir("/proc/self/fd"):
-                try:
-                    path = os.readlink(f"/proc/self/fd/{number}")
-                except FileNotFoundError:
-                    continue  # that of the listing itself
-                if path in files and int(number) > 6:
-                    found[int(number)] = path
-        except OSError:
-            pass  # there is no /proc, so that it has not found its own library either
-        return found
-
-    def zygote(imports):
-        nonlocal leave
-        exec(compile(imports, "<imports>", "exec", dont_inherit=True), {"__name__": "<imports>"})
-        import gc
-        import linecache
-        import traceback
-
-        # Whatever a child needs is made here, if it can be: each object that a child touches is a page to copy.
-        for name in [name for name in os.environ if name.endswith("_NUM_THREADS")]:
-            del os.environ[name]  # was for the imports, so that they start no thread
-        fork = ctypes.PyDLL("/run/sandpiper/shim.so").zygote_fork
-        ready, await_order, enter, _ = shim.zygote_ready, shim.zygote_next, shim.zygote_enter, shim.lockdown
-        before, after = ctypes.pythonapi.PyOS_BeforeFork, ctypes.pythonapi.PyOS_AfterFork_Parent
-        as_child, trim = ctypes.pythonapi.PyOS_AfterFork_Child, getattr(ctypes.pythonapi, "malloc_trim", int)
-        libraries = [sys.modules[name].__file__ for name in ("_ssl", "_hashlib") if name in sys.modules]
-        reseeds = [ctypes.CDLL(library).RAND_poll for library in libraries]
-        if "numpy.random" in sys.modules:
-            reseeds.append(sys.modules["numpy.random"].seed)
-        pipe, end = os.pipe()  # as the job's own standard input will be
-        os.dup2(pipe, 0)
-        os.close(pipe)
-        os.close(end)
-        open_stdin()
-        remember()
-        ours = new()
-        try:
-            leave = shortcut()
-        except Exception:
-            pass  # something out of the ordinary was imported: every job takes python's own way out
-        held = mapped()
-        if os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) != 1:
-            sys.exit("the environment's imports have started a thread, which a fork would lose")
-        for reseed in reseeds:
-            reseed()  # sets up what it needs
-        # What is here now is never collected, so that a collection does not copy its pages; nor does a child that
-        # allocates memory put the zygote's free pieces together and in order.
-        gc.collect()
-        gc.freeze()
-        trim(0)
-        bytearray(100_000)
-        # Nor is what hangs on it finalized. What the job gets for its own comes after it.
-        sys.modules["__main__"] = type(sys)("__main__")
-        sys.modules["__main__"].__dict__.update(main)
-        if ready() != 0:
-            os._exit(125)
-        while True:
-            if await_order() != 1:
-                os._exit(0)
-            before()
-            forked = fork()
-            if forked == 1:
-                as_child()
-                break
-            after()
-            if forked != 0:
-                os._exit(125)
-        if enter() != 0:
-            os._exit(125)
-        # Whatever has drawn on chance in the zygote must not go on from there in every job. Libraries notice a
-        # fork by the process's number, and that is the same one in every pid namespace. Python's own generator
-        # has been told of the fork.
-        for reseed in reseeds:
-            reseed()
-        for number, path in held.items():
-            again = os.open(path, os.O_RDONLY)
-            if again != number:
-                os.dup2(again, number, inheritable=False)
-                os.close(again)
-        if "tempfile" in sys.modules:
-            sys.modules["tempfile"]._name_sequence = None
-        if "uuid" in sys.modules:
-            sys.modules["uuid"]._last_timestamp = None
-        # From here, so that what this function holds is not let go of.
-        job(os.getuid(), os.getgid(), ours, False)
-
-    # So far.
-    def job(uid, gid, ours, renew):
-        # From the lockdown to the end. `renew` where nothing is prepared yet.
-        nonlocal source
-        if shim.lockdown(uid, gid, enable_network) != 0:
-            os._exit(125)
-
-        # The assignment: key, code, number of arguments, arguments, environment; each ends in NUL.
-        parts = []
-        while True:
-            part = os.read(3, 1 << 16)
-            if not part:
-                break
-            parts.append(part)
-        os.close(3)
-        fields = b"".join(parts).split(b"\0")
-        if len(fields) < 4:
-            os._exit(125)  # the worker went away
-        key = binascii.a2b_base64(fields[0])
-        code = binascii.a2b_base64(fields[1] or payload)
-        count = int(fields[2])
-        arguments = fields[3 : 3 + count]
-        environment = fields[3 + count : -1]
-
-        os.dup2(4, 0)
-        os.close(4)
-        if renew:
-            open_stdin()
-        os.chdir("/work")
-        sys.argv[:] = ["<job>", *map(os.fsdecode, arguments)]
-        for variable in environment:
-            name, _, value = variable.partition(b"=")
-            os.environb[name] = value
-            if name == b"TZ":
-                import time
-
-                time.tzset()
-
-        # As one big integer: a loop over bytes takes twenty times as long.
-        size = len(code)
-        pad = (key * (size // len(key) + 1))[:size]
-        source = (int.from_bytes(code, "little") ^ int.from_bytes(pad, "little")).to_bytes(size, "little")
-        del parts, fields, code, pad
-        sys.path.insert(0, "/work")
-        # A job's file wins over a module that only we needed, or the operator's imports.
-        for file in os.listdir("/work"):
-            for module in ours.get(file.partition(".")[0], ()):
-                renew |= sys.modules.pop(module, None) is not None
-        if renew:
-            remember()
-        run("<job>", source)
-
-    preload = binascii.a2b_base64(preload)
-    if uid == 0:
-        zygote(preload)
-    else:
-        if preload:
-            run("<preload>", preload)
-        job(uid, gid, new(), True)
+    PREPARED["leave"] = arm
+    return None
 
 
-# In a namespace of its own: what is left of it must not keep the job's alive when python ends.
-type(sandpiper)(sandpiper.__code__, {"__builtins__": __builtins__})(
-    {{uid}}, {{gid}}, {{enable_network}}, b"{{preload}}", b"{{code}}"
-)
+# Of a type, whatever its metaclass says.
+BASES, NAMES, HOME = (type.__dict__[name].__get__ for name in ("__mro__", "__dict__", "__module__"))
+EXTENSIONS = os.path.join(os.path.dirname(os.__file__), "lib-dynload", "")
+
+
+def file_of(module):
+    return str(object.__getattribute__(module, "__dict__").get("__file__"))
+
+
+def quiet(kind, modules):
+    for base in BASES(kind):
+        where = str(HOME(base))  # some types in C have an attribute of their own there
+        if "__del__" in NAMES(base):
+            return False
+        if where.partition(".")[0] not in PLAIN:
+            module = modules.get(where)
+            if not module or not file_of(module).endswith(".py"):
+                return False
+    return True
+
+
+def loud(module):
+    # An extension may hold files that are complete only when it closes them.
+    name, path = module.__name__, file_of(module)
+    if not path.endswith(".so") or name.partition(".")[0] in PLAIN:
+        return False
+    return not path.startswith(EXTENSIONS) or name in ("_dbm", "_gdbm", "_sqlite3")
+
+
+# {{/fast_exit}}
+# {{/zygote}}
+# {{#start}}
+main({{uid}}, {{gid}}, {{enable_network}}, b"{{preload}}", b"{{code}}")
+# {{/start}}

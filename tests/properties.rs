@@ -209,13 +209,14 @@ proptest! {
     #[test]
     fn code_comes_back_from_script_and_key(code in arbitrary_code(), args in prop::collection::vec("[^\0]{0,20}", 0..4)) {
         let payload = Payload::encode(job(&code, &args));
-        let (script, assignment) = (payload.render(&Prescript::plain(), 1000, 1000), payload.assignment(false, &[]));
+        let (script, assignment) = (payload.render(&Prescript::plain().unwrap(), 1000, 1000), payload.assignment(false, &[]));
         prop_assert_eq!(decode(&script, &assignment), code.as_bytes());
         prop_assert!(!script.contains("{{"), "a placeholder was left or came in");
         let fields: Vec<&[u8]> = assignment.split(|byte| *byte == 0).collect();
         let count = args.len().to_string();
-        prop_assert_eq!(fields[2], count.as_bytes());
-        for (field, argument) in fields[3..].iter().zip(&args) {
+        prop_assert_eq!(fields[2], b"main.py");
+        prop_assert_eq!(fields[3], count.as_bytes());
+        for (field, argument) in fields[4..].iter().zip(&args) {
             prop_assert_eq!(*field, argument.as_bytes());
         }
     }
@@ -223,7 +224,7 @@ proptest! {
     #[test]
     fn keys_are_never_the_same(code in "[a-z]{16,80}") {
         // Long enough that two keys cannot meet by chance in what they make of it: one byte in 256 would.
-        let script = || Payload::encode(job(&code, &[])).render(&Prescript::plain(), 1000, 1000);
+        let script = || Payload::encode(job(&code, &[])).render(&Prescript::plain().unwrap(), 1000, 1000);
         prop_assert_ne!(script(), script());
     }
 

@@ -9,6 +9,7 @@
 //!   that a zygote forks (warm).
 //! - [`lockdown`]: the inner wall, raised from inside python: identity and capabilities verified, then the
 //!   filter.
+//! - `program`: has python run the job's program.
 //! - [`zygote`]: makes a job's processes out of a python that has done its imports, and has first moved its
 //!   memory into large pages.
 //! - [`abi`]: what both sides agree on: descriptor numbers, the report, the layout of a policy.
@@ -18,6 +19,7 @@ pub mod ffi;
 pub mod lockdown;
 mod pages;
 pub mod plan;
+mod program;
 mod report;
 mod sys;
 pub mod wall;

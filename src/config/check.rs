@@ -238,8 +238,9 @@ impl Checker {
                     paths.into_iter().map(|path| self.program(&key, path)).collect::<Result<_, _>>()?,
                 ),
             };
-            let RawEnvironment { warm, imports, .. } = raw;
-            let environment = Environment { python, mounts, allow_exec, proc, warm, imports, standby };
+            let RawEnvironment { warm, imports, fast_exit, .. } = raw;
+            let environment =
+                Environment { python, mounts, allow_exec, proc, warm, imports, standby, fast_exit };
             environments.insert(name, environment);
         }
         Ok(environments)

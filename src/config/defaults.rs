@@ -73,6 +73,7 @@ impl Default for Environment {
             warm: true,
             imports: Vec::new(),
             standby: one_a_processor().max(2),
+            fast_exit: true,
         }
     }
 }

@@ -322,6 +322,8 @@ pub struct Environment {
     pub imports: Vec<String>,
     /// Forks that stand ready before their jobs come.
     pub standby: usize,
+    /// A fork whose job would not notice ends without taking its python apart.
+    pub fast_exit: bool,
 }
 
 /// What jobs may execute.

@@ -135,6 +135,7 @@ pub(super) struct RawEnvironment {
     pub(super) warm: bool,
     pub(super) imports: Vec<String>,
     pub(super) standby: usize,
+    pub(super) fast_exit: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -252,6 +253,7 @@ impl From<Environment> for RawEnvironment {
             imports: environment.imports,
             // As many as slots, in the same way.
             standby: 0,
+            fast_exit: environment.fast_exit,
         }
     }
 }

@@ -23,6 +23,8 @@ const ID_MAX: usize = 128;
 const PATH_MAX: usize = 1_024;
 /// Bytes of one part of a path, as on any Linux file system.
 const NAME_MAX: usize = 255;
+/// What a file system in memory is made of. Where pages are larger, writing finds out.
+const PAGE: usize = 4_096;
 /// Bytes of a glob pattern.
 const PATTERN_MAX: usize = 256;
 
@@ -61,6 +63,8 @@ pub(super) fn check(raw: RawJob, admission: &Admission) -> Result<Job, String> {
         );
     }
     let limits = check_limits(raw.timeout_ms, raw.limits, admission)?;
+    let files = check_files(raw.files, limits.disk_bytes)?;
+    check_disk(&code, &files, limits.disk_bytes)?;
     Ok(Job {
         id: String::new(),
         named: false,
@@ -71,7 +75,7 @@ pub(super) fn check(raw: RawJob, admission: &Admission) -> Result<Job, String> {
         stdin: check_stdin(raw.stdin)?,
         args: check_args(raw.args)?,
         env: check_env(raw.env)?,
-        files: check_files(raw.files, limits.disk_bytes)?,
+        files,
         artifacts: check_artifacts(raw.artifacts)?,
         limits,
         deadline: raw.deadline.as_deref().map(check_deadline).transpose()?,
@@ -221,6 +225,21 @@ fn check_files(
     }
     check_distinct(&checked)?;
     Ok(checked)
+}
+
+/// The program is a file as well, and each file takes whole pages. A limit below one page is one page.
+fn check_disk(code: &str, files: &[InputFile], disk_bytes: u64) -> Result<(), String> {
+    let pages = |bytes: usize| bytes.div_ceil(PAGE);
+    let taken = files.iter().map(|file| pages(file.content.len())).sum::<usize>() + pages(code.len());
+    let room = disk_bytes.div_ceil(PAGE as u64);
+    if u64::try_from(taken).is_ok_and(|taken| taken <= room) {
+        return Ok(());
+    }
+    let taken = taken.saturating_mul(PAGE);
+    Err(format!(
+        "`code` and `files` take {taken} bytes of disk, each in whole pages of {PAGE}, above the job's \
+         `limits.disk_bytes` of {disk_bytes}; raise the limit or send less"
+    ))
 }
 
 /// No file twice, and none where another needs a directory.

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use super::environment::{PrepareError, RootError};
 use super::inner_wall;
+use crate::script::TemplateError;
 
 /// Why the sandbox could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +68,9 @@ pub enum StartError {
         /// Every name that there is.
         known: String,
     },
+    /// The template of what runs in python is broken.
+    #[error("render the prescript: {0}")]
+    Template(#[from] TemplateError),
     /// A descriptor or a thread could not be had.
     #[error("set up the sandbox: {0}")]
     Io(#[from] io::Error),
@@ -80,6 +84,7 @@ impl StartError {
             PrepareError::Policy(source) => source.into(),
             PrepareError::Unlistable => Self::Unlistable { name: name.to_owned() },
             PrepareError::Shim { path, source } => Self::Shim { path, source },
+            PrepareError::Template(source) => source.into(),
             PrepareError::Io(source) => source.into(),
         }
     }

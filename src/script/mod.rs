@@ -1,36 +1,28 @@
 //! Code becomes a payload: template, XOR with a fresh 512-bit key, base64. Pure.
 //!
+//! [`template`]: the sections of `prescript.py` and its five placeholders.
+//!
 //! The code goes into the rendered prescript and the key stays outside of it, in the assignment: a process gets
 //! the one when it starts and the other when it has locked itself down.
 
+mod template;
+
 use std::collections::BTreeMap;
-use std::sync::LazyLock;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use rand::RngExt;
 
 use crate::job::{InputFile, Job};
+use template::{TEMPLATE, Template, Values};
 
-/// What runs in every python process.
-const TEMPLATE: &str = include_str!("../../prescript.py");
-
-/// The lines in it around what only a zygote needs.
-const ZYGOTE: [&str; 2] = ["    # Only a zygote is given what follows", "    # So far.\n"];
-
-/// What runs in a cold one: without that part, which python would have to read for every job.
-static COLD: LazyLock<String> = LazyLock::new(|| {
-    let [begin, end] = ZYGOTE.map(|line| TEMPLATE.find(line).unwrap_or_default());
-    [&TEMPLATE[..begin], &TEMPLATE[end..]].concat()
-});
-
-/// Where that becomes a single statement, with every placeholder in it.
-const STATEMENT: &str = "# In a namespace of its own";
+pub use template::TemplateError;
 
 /// The prescript for cold processes of one interpreter.
 #[derive(Debug)]
 pub struct Prescript {
-    /// All of it but the last statement.
+    template: Template,
+    /// An expression of python's: the code object of the template's head.
     head: String,
 }
 
@@ -39,34 +31,39 @@ impl Prescript {
     /// a quarter of their start. It reads [`source`](Self::source) and prints one line.
     pub const COMPILER: &str = "\
 import marshal, sys
-code = compile(sys.stdin.read(), '<stdin>', 'exec')
+code = compile(sys.stdin.read(), '<sandpiper>', 'exec')
 print(sys.hexversion, marshal.dumps(code).hex())
 ";
 
-    /// What there is to compile.
-    pub fn source() -> &'static str {
-        COLD.split_once(STATEMENT).unwrap_or_default().0
-    }
-
     /// As it stands: python compiles it itself.
-    pub fn plain() -> Self {
-        Self { head: Self::source().to_owned() }
+    ///
+    /// # Errors
+    /// The template lacks a section.
+    pub fn plain() -> Result<Self, TemplateError> {
+        let template = Template::cut(TEMPLATE, &[])?;
+        let head = template.head_expression();
+        Ok(Self { template, head })
     }
 
-    /// From the [`COMPILER`](Self::COMPILER)'s line. None where that is something else.
-    pub fn compiled(line: &str) -> Option<Self> {
-        let (version, code) = line.trim_end().split_once(' ')?;
+    /// What there is to compile.
+    pub fn source(&self) -> &str {
+        &self.template.head
+    }
+
+    /// Takes the [`COMPILER`](Self::COMPILER)'s line. False if that is something else.
+    pub fn take_compiled(&mut self, line: &str) -> bool {
+        let Some((version, code)) = line.trim_end().split_once(' ') else { return false };
         let is_hex = |digit: u8| digit.is_ascii_hexdigit();
         if !version.bytes().all(|digit| digit.is_ascii_digit()) || !code.bytes().all(is_hex) {
-            return None;
+            return false;
         }
         // The interpreter may be replaced by a newer one while the worker runs.
-        let source: String = Self::source().bytes().map(|byte| format!("{byte:02x}")).collect();
-        let head = format!(
-            "import marshal, sys\nif sys.hexversion == {version}:\n    exec(marshal.loads(bytes.fromhex('{code}')))\n\
-             else:\n    exec(compile(bytes.fromhex('{source}'), '<stdin>', 'exec'))\n"
+        self.head = format!(
+            "__import__('marshal').loads(bytes.fromhex('{code}')) \
+             if __import__('sys').hexversion == {version} else {}",
+            self.template.head_expression()
         );
-        Some(Self { head })
+        true
     }
 }
 
@@ -90,6 +87,10 @@ pub struct Payload {
     pub files: Vec<InputFile>,
     /// Glob patterns of files to return.
     pub artifacts: Vec<String>,
+    /// The program's file, in the working directory.
+    pub program: String,
+    /// What is in it; empty unless there are artifacts to tell from it.
+    pub source: Vec<u8>,
     key: String,
     arguments: Vec<String>,
     variables: BTreeMap<String, String>,
@@ -101,12 +102,15 @@ impl Payload {
     /// Encodes the code of `job` with a fresh random key.
     pub fn encode(job: Job) -> Self {
         let key: [u8; KEY_BYTES] = rand::rng().random();
+        let source = if job.artifacts.is_empty() { Vec::new() } else { job.code.clone().into_bytes() };
         Self {
             id: job.id,
             environment: job.environment,
             network: job.enable_network,
             has_preload: !job.preload.is_empty(),
             stdin: job.stdin,
+            program: program_name(&job.files),
+            source,
             files: job.files,
             artifacts: job.artifacts,
             key: BASE64.encode(key),
@@ -117,8 +121,8 @@ impl Payload {
         }
     }
 
-    /// What goes over the control socket once the filter is on: key, code, number of arguments, arguments,
-    /// variables; each ends in NUL. The code is there `with_code`, for a process whose prescript was rendered
+    /// What goes over the control socket once the filter is on: key, code, name of the program's file, number of
+    /// arguments, arguments, variables; each ends in NUL. The code is there `with_code`, for a process whose prescript was rendered
     /// before the job came. `operators` are variables that the job's own override.
     pub fn assignment(&self, with_code: bool, operators: &[(&str, &str)]) -> Vec<u8> {
         let mut fields = Vec::with_capacity(self.key.len() + self.code.len() + 1024);
@@ -128,6 +132,7 @@ impl Payload {
         };
         put(&[&self.key]);
         put(&[if with_code { &self.code } else { "" }]);
+        put(&[&self.program]);
         put(&[&self.arguments.len().to_string()]);
         self.arguments.iter().for_each(|argument| put(&[argument]));
         operators.iter().for_each(|(name, value)| put(&[name, "=", value]));
@@ -137,28 +142,38 @@ impl Payload {
 
     /// The `prescript` for a process that is to be this user and group.
     pub fn render(&self, prescript: &Prescript, uid: u32, gid: u32) -> String {
-        let statement = &COLD[Prescript::source().len()..];
-        [&prescript.head, &*render(statement, [uid, gid], self.network, &self.preload, &self.code)].concat()
+        let values = Values { uid, gid, network: self.network, preload: &self.preload, code: &self.code };
+        prescript.template.launcher(&prescript.head, &values)
     }
 }
 
-/// The prescript for a zygote, which has uid 0 in its own namespace and no code: it does these imports.
-pub fn render_zygote(imports: &[String]) -> String {
+/// The prescript for a zygote, which has uid 0 in its own namespace and no code: it does these imports. With
+/// `fast_exit`, its jobs need not take themselves apart at their end.
+///
+/// # Errors
+/// The template lacks a section.
+pub fn render_zygote(imports: &[String], fast_exit: bool) -> Result<String, TemplateError> {
+    let sections = if fast_exit { &["zygote", "fast_exit"][..] } else { &["zygote"] };
+    let template = Template::cut(TEMPLATE, sections)?;
     let imports: String = imports.iter().map(|module| format!("import {module}\n")).collect();
-    render(TEMPLATE, [0, 0], false, &BASE64.encode(imports), "")
+    let values = Values { uid: 0, gid: 0, network: false, preload: &BASE64.encode(imports), code: "" };
+    Ok(template.launcher(&template.head_expression(), &values))
 }
 
-fn render(template: &str, [uid, gid]: [u32; 2], network: bool, preload: &str, code: &str) -> String {
-    let (uid, gid) = (uid.to_string(), gid.to_string());
-    let network = if network { "1" } else { "0" };
-    fill(template, |name| match name {
-        "uid" => Some(&uid),
-        "gid" => Some(&gid),
-        "enable_network" => Some(network),
-        "preload" => Some(preload),
-        "code" => Some(code),
-        _ => None,
-    })
+/// The program's file is `main.py` unless the job brings one, and then `__main__.py`; only a job that brings both gets
+/// one with a number in it.
+fn program_name(files: &[InputFile]) -> String {
+    let is_free = |name: &String| {
+        let is_there = |file: &InputFile| file.path.split('/').next() == Some(name);
+        !files.iter().any(is_there)
+    };
+    let numbered = (2..).map(|number| format!("__main__{number}.py"));
+    ["main.py", "__main__.py"]
+        .map(str::to_owned)
+        .into_iter()
+        .chain(numbered)
+        .find(is_free)
+        .unwrap_or_default()
 }
 
 /// Encodes and decodes: the key is repeated over the code.
@@ -169,28 +184,6 @@ fn xor(mut code: Vec<u8>, key: &[u8; KEY_BYTES]) -> Vec<u8> {
     code
 }
 
-/// Replaces each `{{name}}` that has a value, in one pass: what a value holds is never looked at again.
-fn fill<'a>(template: &'a str, value: impl Fn(&str) -> Option<&'a str>) -> String {
-    let mut filled = String::with_capacity(template.len());
-    let mut rest = template;
-    while let Some((before, after)) = rest.split_once("{{") {
-        filled.push_str(before);
-        let placeholder = after.split_once("}}").and_then(|(name, after)| Some((value(name)?, after)));
-        match placeholder {
-            Some((value, after)) => {
-                filled.push_str(value);
-                rest = after;
-            }
-            None => {
-                filled.push_str("{{");
-                rest = after;
-            }
-        }
-    }
-    filled.push_str(rest);
-    filled
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 mod tests {
@@ -198,42 +191,34 @@ mod tests {
 
     #[test]
     fn a_cold_process_is_given_all_but_the_zygote() {
-        let [begin, end] = ZYGOTE.map(|line| TEMPLATE.find(line).unwrap_or_default());
-        assert!(begin > 0 && end > begin + (4 << 10), "{begin} to {end}");
-        assert!(TEMPLATE.contains("def zygote(") && !COLD.contains("def zygote("));
-        let statement = &COLD[Prescript::source().len()..];
-        for name in ["uid", "gid", "enable_network", "preload", "code"] {
-            assert_eq!(statement.matches(&format!("{{{{{name}}}}}")).count(), 1, "{name}");
+        let cold = Prescript::plain().unwrap();
+        assert!(cold.source().contains("def prepare(") && !cold.source().contains("{{"));
+        for only_zygotes in ["def zygote(", "SPARE", "def set_up_fast_exit("] {
+            assert!(
+                TEMPLATE.contains(only_zygotes) && !cold.source().contains(only_zygotes),
+                "{only_zygotes}"
+            );
         }
-        assert!(!Prescript::source().contains("{{") && Prescript::source().contains("def sandpiper("));
+    }
+
+    #[test]
+    fn a_zygote_has_the_fast_exit_where_it_may() {
+        let hex = |text: &str| text.bytes().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let [with, without] =
+            [true, false].map(|fast_exit| render_zygote(&["json".into()], fast_exit).unwrap());
+        let define = hex("def set_up_fast_exit(");
+        assert!(with.contains(&define) && !without.contains(&define));
+        assert!([with, without].iter().all(|script| script.contains(&hex("def zygote("))));
     }
 
     #[test]
     fn only_a_compilers_line_is_taken() {
-        let compiled = Prescript::compiled("50991856 e300ff\n").unwrap();
-        assert!(compiled.head.contains("== 50991856:") && compiled.head.contains("fromhex('e300ff')"));
+        let mut prescript = Prescript::plain().unwrap();
         for line in ["", "50991856", "50991856 e3'", "x e3", "Traceback (most recent call last):"] {
-            assert!(Prescript::compiled(line).is_none(), "{line}");
+            assert!(!prescript.take_compiled(line), "{line}");
         }
-    }
-
-    #[test]
-    fn every_placeholder_of_the_template_is_filled() {
-        for name in ["uid", "gid", "enable_network", "preload", "code"] {
-            assert_eq!(TEMPLATE.matches(&format!("{{{{{name}}}}}")).count(), 1, "{name}");
-        }
-        let filled = fill(TEMPLATE, |_| Some("0"));
-        assert!(!filled.contains("{{"), "{filled}");
-    }
-
-    #[test]
-    fn a_placeholder_inside_a_value_stays_text() {
-        let value = |name: &str| match name {
-            "a" => Some("{{b}}"),
-            "b" => Some("never"),
-            _ => None,
-        };
-        assert_eq!(fill("<{{a}}>{{c}}{{", value), "<{{b}}>{{c}}{{");
+        assert!(prescript.take_compiled("50991856 e300ff\n"));
+        assert!(prescript.head.contains("== 50991856 else") && prescript.head.contains("fromhex('e300ff')"));
     }
 
     #[test]
@@ -246,6 +231,8 @@ mod tests {
             stdin: Vec::new(),
             files: Vec::new(),
             artifacts: Vec::new(),
+            program: "main.py".into(),
+            source: Vec::new(),
             key: "a2V5".into(),
             arguments: vec!["one".into(), String::new()],
             variables: BTreeMap::from([("A".into(), "job=1".into())]),
@@ -253,7 +240,23 @@ mod tests {
             preload: String::new(),
         };
         let assignment = payload.assignment(false, &[("A", "operator")]);
-        assert_eq!(assignment, b"a2V5\0\x002\0one\0\0A=operator\0A=job=1\0");
+        assert_eq!(assignment, b"a2V5\0\0main.py\x002\0one\0\0A=operator\0A=job=1\0");
+    }
+
+    #[test]
+    fn the_programs_file_is_none_that_the_job_brings() {
+        for (paths, name) in [
+            (&[][..], "main.py"),
+            (&["src/main.py", "main.pyc"], "main.py"),
+            (&["main.py"], "__main__.py"),
+            (&["main.py/data.csv"], "__main__.py"),
+            (&["__main__.py"], "main.py"),
+            (&["main.py", "__main__.py", "__main__2.py"], "__main__3.py"),
+        ] {
+            let file = |path: &&str| InputFile { path: (*path).to_owned(), content: Vec::new() };
+            let files: Vec<InputFile> = paths.iter().map(file).collect();
+            assert_eq!(program_name(&files), name, "{paths:?}");
+        }
     }
 
     #[test]

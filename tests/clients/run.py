@@ -87,7 +87,7 @@ def clients(url, folder):
 
 
 TRACEBACK = """Traceback (most recent call last):
-  File "<job>", line 1, in <module>
+  File "/work/main.py", line 1, in <module>
     1/0
     ~^~
 ZeroDivisionError: division by zero

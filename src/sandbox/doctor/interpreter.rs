@@ -11,7 +11,7 @@ use crate::sys::input::readable_within;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What the prescript imports before any job, and the version. The start of every job.
-const ASK: &str = "import ctypes, binascii, sys; print('.'.join(map(str, sys.version_info[:3])))";
+const ASK: &str = "import _functools, binascii, ctypes, sys; print('.'.join(map(str, sys.version_info[:3])))";
 
 pub(super) fn examine(name: &str, environment: &Environment, landlock: u32) -> Check {
     let python = environment.python.display();

@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 
 use super::PrepareError;
 use crate::config;
-use crate::script::Prescript;
+use crate::script::{Prescript, TemplateError};
 use crate::sys::fd;
 use crate::sys::launch::Program;
 
@@ -28,18 +28,18 @@ pub(super) fn program(environment: &config::Environment, zygote: bool) -> Progra
 }
 
 /// As the interpreter compiles it.
-pub(super) fn prescript(name: &str, python: &Path) -> Prescript {
-    let compiled = ask(python, Prescript::COMPILER, Prescript::source());
+pub(super) fn prescript(name: &str, python: &Path) -> Result<Prescript, TemplateError> {
+    let mut prescript = Prescript::plain()?;
+    let compiled = ask(python, Prescript::COMPILER, prescript.source());
     let compiled = compiled.ok().filter(|output| output.status.success());
-    compiled.and_then(|output| Prescript::compiled(&String::from_utf8(output.stdout).ok()?)).unwrap_or_else(
-        || {
-            tracing::warn!(
-                environment = name,
-                "the prescript could not be compiled; each cold job does it, which takes longer"
-            );
-            Prescript::plain()
-        },
-    )
+    let line = compiled.and_then(|output| String::from_utf8(output.stdout).ok());
+    if !line.is_some_and(|line| prescript.take_compiled(&line)) {
+        tracing::warn!(
+            environment = name,
+            "the prescript could not be compiled; each cold job does it, which takes longer"
+        );
+    }
+    Ok(prescript)
 }
 
 /// What the interpreter prints that runs `program` and reads `input`.

@@ -17,7 +17,7 @@ use crate::sandbox::inner_wall::{FilterProgram, Options, Policy, PolicyError};
 use crate::sandbox::outer_wall::plan::Plan;
 use crate::sandbox::outer_wall::rootfs::Root;
 use crate::sandbox::outer_wall::{INSIDE, cold, landlock, layers, trials};
-use crate::script::Prescript;
+use crate::script::{Prescript, TemplateError};
 use crate::sys::fd;
 use crate::sys::launch::{self, Program};
 use interpreter::{find_shim, prescript, program};
@@ -34,6 +34,8 @@ pub(super) struct Environment {
     pub(super) prescript: Prescript,
     /// What a zygote imports.
     pub(super) imports: Vec<String>,
+    /// Forks of it need not take themselves apart.
+    pub(super) fast_exit: bool,
     /// Children that are to stand by.
     pub(super) standby: usize,
     offline: Variant,
@@ -64,6 +66,7 @@ pub(super) enum PrepareError {
     },
     /// A list of programs takes a Landlock.
     Unlistable,
+    Template(TemplateError),
     Io(io::Error),
 }
 
@@ -114,8 +117,9 @@ impl Environment {
             name: name.to_owned(),
             program: Arc::new(program(environment, false)),
             zygote_program: Arc::new(program(environment, true)),
-            prescript: prescript(name, &environment.python),
+            prescript: prescript(name, &environment.python).map_err(PrepareError::Template)?,
             imports: environment.imports.clone(),
+            fast_exit: environment.fast_exit,
             standby: environment.standby,
             offline: variant(false)?,
             online: variant(true)?,

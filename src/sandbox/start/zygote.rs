@@ -31,6 +31,9 @@ use crate::sys::{fd, ready};
 /// A fork takes a few milliseconds; a zygote that does not answer in this time is given up.
 const FORK_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// What the prescript says in a zygote begins so; everything else is what imports print.
+const ITS_OWN: &str = "sandpiper: ";
+
 /// A zygote that takes orders.
 #[derive(Debug)]
 pub(in crate::sandbox) struct Process {
@@ -51,7 +54,8 @@ impl Process {
         environment: &Environment,
     ) -> io::Result<Self> {
         let variant = environment.variant(false);
-        let script = fd::sealed_file(c"script", script::render_zygote(&environment.imports).as_bytes())?;
+        let script = script::render_zygote(&environment.imports, environment.fast_exit);
+        let script = fd::sealed_file(c"script", script.map_err(io::Error::other)?.as_bytes())?;
         let (stdin, _) = fd::pipe()?;
         let (said, output) = fd::pipe()?;
         let (socket, control) = fd::message_socket_pair()?;
@@ -219,6 +223,10 @@ async fn kill(child: Child) -> io::Result<()> {
 fn report_output(pipe: OwnedFd, environment: String) -> io::Result<JoinHandle<Option<String>>> {
     std::thread::Builder::new().name("zygote-output".into()).spawn(move || {
         let lines = BufReader::new(std::fs::File::from(pipe)).lines().map_while(Result::ok);
-        lines.inspect(|line| tracing::warn!(environment, line, "a zygote said")).last()
+        let log = |line: &String| match line.strip_prefix(ITS_OWN) {
+            Some(line) => tracing::debug!(environment, line, "zygote"),
+            None => tracing::warn!(environment, line, "a zygote said"),
+        };
+        lines.inspect(log).last()
     })
 }

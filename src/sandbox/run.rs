@@ -15,7 +15,9 @@ use super::supervise::census::OomKills;
 use super::supervise::live_output::Tap;
 use super::supervise::syscall_trace::Trace;
 use super::supervise::{Cause, Terms, verdict};
-use super::workdir::artifacts::{self, Patterns};
+use super::workdir::artifacts::{self, Wanted};
+use super::workdir::brought::Brought;
+use super::workdir::patterns::Patterns;
 use crate::job::{Limits, Outcome, Status};
 use crate::script::Payload;
 
@@ -56,8 +58,8 @@ impl Engine {
         };
         let variant = environment.variant(payload.network);
         let wanted = std::mem::take(&mut payload.artifacts);
-        let patterns = match Patterns::compile(wanted).await? {
-            Ok(patterns) => patterns,
+        let wanted = match Patterns::compile(wanted).await? {
+            Ok(patterns) => patterns.map(|patterns| Wanted { patterns, brought: brought(&payload) }),
             Err(error) => {
                 let error = format!("`artifacts` cannot be matched: {error}; give fewer or plainer patterns");
                 return Ok(Outcome::not_run(Status::Rejected, error));
@@ -105,7 +107,7 @@ impl Engine {
             verdict::name_the_processes(&mut outcome, limits, self.processes_max);
         }
         if let Some(place) = place {
-            artifacts::take(place, patterns, self.artifacts_max, &mut outcome).await?;
+            artifacts::take(place, wanted, self.artifacts_max, &mut outcome).await?;
         }
         Ok(outcome)
     }
@@ -147,4 +149,11 @@ impl Engine {
         let Standby { watch, lease, generation } = standby;
         Some(StartedJob { watch, lease, _generation: Some(generation) })
     }
+}
+
+/// What is in a job's directory before it runs.
+fn brought(payload: &Payload) -> Brought {
+    let program = (payload.program.as_str(), payload.source.as_slice());
+    let files = payload.files.iter().map(|file| (file.path.as_str(), file.content.as_slice()));
+    Brought::of(files.chain([program]))
 }

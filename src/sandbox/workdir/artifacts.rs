@@ -10,8 +10,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
-
+use super::brought::Brought;
+use super::patterns::{DEPTH_MAX, Patterns};
 use crate::job::{Artifact, Outcome, Status};
 use crate::sys::place::{Folder, Kind, Place, part};
 
@@ -19,109 +19,43 @@ use crate::sys::place::{Folder, Kind, Place, part};
 const MOST: usize = 256;
 /// Bytes of a path, as of an input file's.
 const PATH_MAX: usize = 1_024;
-/// Directories within directories that are searched; each holds a descriptor open meanwhile.
-const DEPTH_MAX: usize = 64;
 /// For search and reading together. All of it lies in memory, so this is far more than an honest job takes.
 const TIME: Duration = Duration::from_secs(5);
 /// Read between two looks at the clock.
 const CHUNK: usize = 1 << 20;
 
-/// What to return, compiled.
-#[derive(Clone, Debug)]
-pub(in crate::sandbox) struct Patterns {
-    set: GlobSet,
-    /// For each, the parts that write a dot at their beginning: only they match a part that has one.
-    dotted: Vec<Dotted>,
-    /// Separators that a matching path can have.
-    reach: usize,
-}
+/// Patterns without a match that are named in a result.
+const UNMATCHED_NAMED: usize = 5;
 
-impl Patterns {
-    /// None where nothing is asked for. On a thread that may block: a few KiB of stars take their time.
-    pub(in crate::sandbox) async fn compile(
-        patterns: Vec<String>,
-    ) -> io::Result<Result<Option<Self>, globset::Error>> {
-        if patterns.is_empty() {
-            return Ok(Ok(None));
-        }
-        let compiled = tokio::task::spawn_blocking(move || Self::compile_now(&patterns).map(Some));
-        compiled.await.map_err(io::Error::other)
-    }
-
-    fn compile_now(patterns: &[String]) -> Result<Self, globset::Error> {
-        let mut set = GlobSetBuilder::new();
-        let mut dotted = Vec::new();
-        let mut reach = 0;
-        for pattern in patterns {
-            // As in a path, a leading `./` means nothing.
-            let plain = pattern.trim_start_matches("./");
-            set.add(GlobBuilder::new(plain).literal_separator(true).build()?);
-            dotted.push(Dotted::of(plain));
-            let separators = plain.bytes().filter(|byte| *byte == b'/').count();
-            reach = reach.max(if plain.contains("**") { DEPTH_MAX } else { separators });
-        }
-        Ok(Self { set: set.build()?, dotted, reach: reach.min(DEPTH_MAX) })
-    }
-
-    fn match_path(&self, path: &Path) -> bool {
-        let hidden: Vec<&OsStr> = path.iter().filter(|part| part.as_bytes().starts_with(b".")).collect();
-        if hidden.is_empty() {
-            return self.set.is_match(path);
-        }
-        self.set.matches(path).into_iter().any(|at| self.dotted[at].write_all(&hidden))
-    }
-}
-
-/// The parts of one pattern that write a dot at their beginning.
-#[derive(Clone, Debug)]
-enum Dotted {
-    Parts(GlobSet),
-    /// Alternatives go across separators: then any dot counts.
-    Anywhere,
-}
-
-impl Dotted {
-    fn of(pattern: &str) -> Self {
-        let mut parts = GlobSetBuilder::new();
-        for part in pattern.split('/') {
-            if part.starts_with('.') || part.contains("{.") || part.contains(",.") {
-                match GlobBuilder::new(part).literal_separator(true).build() {
-                    Ok(part) => drop(parts.add(part)),
-                    Err(_) => return Self::Anywhere,
-                }
-            }
-        }
-        parts.build().map_or(Self::Anywhere, Self::Parts)
-    }
-
-    /// Whether each of these parts of a path is one of them.
-    fn write_all(&self, hidden: &[&OsStr]) -> bool {
-        match self {
-            Self::Parts(parts) => hidden.iter().all(|part| parts.is_match(Path::new(part))),
-            Self::Anywhere => true,
-        }
-    }
+/// What a job wants to have returned of its files.
+#[derive(Debug)]
+pub(in crate::sandbox) struct Wanted {
+    pub(in crate::sandbox) patterns: Patterns,
+    /// What was in its directory before it ran.
+    pub(in crate::sandbox) brought: Brought,
 }
 
 /// Puts what the job asked for into its outcome, and lets go of its files: they are gone before its seat is free
 /// again.
 pub(in crate::sandbox) async fn take(
     place: Place,
-    patterns: Option<Patterns>,
+    wanted: Option<Wanted>,
     room: u64,
     outcome: &mut Outcome,
 ) -> io::Result<()> {
-    let wanted =
+    let returned =
         outcome.started_at.is_some() && !matches!(outcome.status, Status::WorkerError | Status::Cancelled);
-    let Some(patterns) = patterns.filter(|_| wanted) else {
+    let Some(wanted) = wanted.filter(|_| returned) else {
         if !place.is_small() {
             tokio::task::spawn_blocking(move || drop(place)).await?;
         }
         return Ok(());
     };
-    let collected = tokio::task::spawn_blocking(move || collect(&place, &patterns, room)).await?;
+    let collected = tokio::task::spawn_blocking(move || collect(&place, &wanted, room)).await?;
     outcome.artifacts = collected.artifacts;
-    if let Some(note) = collected.left_out {
+    // A job that failed has not come as far as its files, maybe, and has something else to say.
+    let unmatched = collected.unmatched.filter(|_| outcome.status == Status::Succeeded);
+    for note in collected.left_out.into_iter().chain(unmatched) {
         outcome.error = Some(match outcome.error.take() {
             Some(error) => format!("{error}; {note}"),
             None => note,
@@ -136,20 +70,24 @@ struct Collected {
     /// In the order of their paths.
     artifacts: Vec<Artifact>,
     left_out: Option<String>,
+    /// And which patterns matched nothing.
+    unmatched: Option<String>,
 }
 
 /// Reads every matching file, `room` bytes in all, as the job's user. Blocks, so it is for a thread that may.
-fn collect(place: &Place, patterns: &Patterns, room: u64) -> Collected {
+fn collect(place: &Place, wanted: &Wanted, room: u64) -> Collected {
     let until = Instant::now() + TIME;
-    place.as_owner(|| collect_until(until, place, patterns, room)).unwrap_or_else(|error| Collected {
-        artifacts: Vec::new(),
+    place.as_owner(|| collect_until(until, place, wanted, room)).unwrap_or_else(|error| Collected {
         left_out: Some(format!("the artifacts could not be read: become the job's user: {error}")),
+        ..Collected::default()
     })
 }
 
-fn collect_until(until: Instant, place: &Place, patterns: &Patterns, room: u64) -> Collected {
+fn collect_until(until: Instant, place: &Place, wanted: &Wanted, room: u64) -> Collected {
     let mut search = Search {
-        patterns,
+        place,
+        wanted,
+        matched: vec![false; wanted.patterns.written().len()],
         until,
         found: BTreeMap::new(),
         matching: 0,
@@ -162,13 +100,16 @@ fn collect_until(until: Instant, place: &Place, patterns: &Patterns, room: u64) 
         Ok(folder) => search.folder(folder, &mut Vec::new(), 0),
         Err(error) => search.unread = Some(error),
     }
-    let artifacts = search.read(place, room);
-    Collected { left_out: search.left_out(artifacts.len(), room), artifacts }
+    let artifacts = search.read(room);
+    Collected { left_out: search.left_out(artifacts.len(), room), unmatched: search.unmatched(), artifacts }
 }
 
 #[derive(Debug)]
 struct Search<'a> {
-    patterns: &'a Patterns,
+    place: &'a Place,
+    wanted: &'a Wanted,
+    /// Whether anything is returned, or would be, for each of the patterns.
+    matched: Vec<bool>,
     until: Instant,
     /// Matching files with their sizes: the first [`MOST`] paths, so that their number costs no memory.
     found: BTreeMap<String, u64>,
@@ -198,7 +139,7 @@ impl Search<'_> {
             path.extend_from_slice(part(&name).as_bytes());
             match folder.look(&name) {
                 Ok(Kind::File(size)) => self.file(path, size),
-                Ok(Kind::Directory) if depth < self.patterns.reach => match folder.enter(&name) {
+                Ok(Kind::Directory) if depth < self.wanted.patterns.reach() => match folder.enter(&name) {
                     Ok(inner) => {
                         path.push(b'/');
                         self.folder(inner, path, depth + 1);
@@ -214,9 +155,11 @@ impl Search<'_> {
     }
 
     fn file(&mut self, path: &[u8], size: u64) {
-        if !self.patterns.match_path(Path::new(OsStr::from_bytes(path))) {
+        let matching = self.wanted.patterns.matching(Path::new(OsStr::from_bytes(path)));
+        if matching.is_empty() || self.is_as_it_came(path, size, &matching) {
             return;
         }
+        matching.into_iter().for_each(|at| self.matched[at] = true);
         match str::from_utf8(path) {
             Ok(path) if path.len() <= PATH_MAX => {
                 self.matching += 1;
@@ -229,8 +172,24 @@ impl Search<'_> {
         }
     }
 
+    /// Whether it is the program or an input file, no pattern names it, and the job has not changed it.
+    fn is_as_it_came(&mut self, path: &[u8], size: u64, matching: &[usize]) -> bool {
+        let Ok(path) = str::from_utf8(path) else { return false };
+        if !self.wanted.brought.may_be(path, size) || self.wanted.patterns.name(matching, path) {
+            return false;
+        }
+        match self.content(path, size) {
+            Ok(Some(content)) => self.wanted.brought.is(path, &content),
+            Ok(None) => true,
+            Err(error) => {
+                self.unread = Some(error);
+                true
+            }
+        }
+    }
+
     /// The files that fit into `room` together; the largest give way.
-    fn read(&mut self, place: &Place, room: u64) -> Vec<Artifact> {
+    fn read(&mut self, room: u64) -> Vec<Artifact> {
         let mut by_size: Vec<(u64, String)> =
             std::mem::take(&mut self.found).into_iter().map(|(path, size)| (size, path)).collect();
         by_size.sort_unstable();
@@ -238,7 +197,7 @@ impl Search<'_> {
         let mut artifacts = Vec::new();
         for (size, path) in by_size {
             let Some(rest) = left.checked_sub(size) else { break };
-            match self.content(place, &path, size) {
+            match self.content(&path, size) {
                 Ok(Some(content)) => artifacts.push(Artifact { path, content }),
                 Ok(None) => break,
                 Err(error) => self.unread = Some(error),
@@ -250,8 +209,8 @@ impl Search<'_> {
     }
 
     /// A file's content, at most as much as was seen of it; none where the time is over.
-    fn content(&mut self, place: &Place, path: &str, size: u64) -> io::Result<Option<Vec<u8>>> {
-        let mut file = place.open(path)?.take(size);
+    fn content(&mut self, path: &str, size: u64) -> io::Result<Option<Vec<u8>>> {
+        let mut file = self.place.open(path)?.take(size);
         let mut content = Vec::with_capacity(usize::try_from(size).unwrap_or(0));
         loop {
             if self.is_over_time() {
@@ -294,6 +253,26 @@ impl Search<'_> {
         }
         (!notes.is_empty()).then(|| notes.join("; "))
     }
+
+    /// Nothing where not all of the directory was seen.
+    fn unmatched(&self) -> Option<String> {
+        if self.too_deep || self.unread.is_some() || self.over_time {
+            return None;
+        }
+        let patterns = self.wanted.patterns.written().iter().zip(&self.matched);
+        let unmatched: Vec<String> =
+            patterns.filter(|(_, matched)| !**matched).map(|(pattern, _)| format!("{pattern:?}")).collect();
+        let named = unmatched.get(..UNMATCHED_NAMED).unwrap_or(&unmatched).join(", ");
+        let more = match unmatched.len().saturating_sub(UNMATCHED_NAMED) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        (!unmatched.is_empty()).then(|| {
+            format!(
+                "no new or changed file in the working directory, /work, matches {named}{more} of `artifacts`"
+            )
+        })
+    }
 }
 
 #[cfg(test)]
@@ -313,9 +292,9 @@ mod tests {
         (dir, place)
     }
 
-    fn patterns(patterns: &[&str]) -> Patterns {
-        Patterns::compile_now(&patterns.iter().map(|&pattern| pattern.to_owned()).collect::<Vec<_>>())
-            .unwrap()
+    fn wanted(patterns: &[&str]) -> Wanted {
+        let patterns = patterns.iter().map(|&pattern| pattern.to_owned()).collect::<Vec<_>>();
+        Wanted { patterns: Patterns::compile_now(&patterns).unwrap(), brought: Brought::default() }
     }
 
     fn paths(collected: &Collected) -> Vec<&str> {
@@ -325,7 +304,7 @@ mod tests {
     #[test]
     fn the_largest_give_way_until_the_rest_fits() {
         let (_dir, place) = place(&[("a", 50), ("b/c", 100), ("d", 49), ("e", 0)]);
-        let all = patterns(&["**"]);
+        let all = wanted(&["**"]);
         let collected = collect(&place, &all, 99);
         assert_eq!(paths(&collected), ["a", "d", "e"]);
         assert!(collected.left_out.unwrap().starts_with("1 of 4 artifacts were left out"));
@@ -350,8 +329,37 @@ mod tests {
             ("{b/.c,a}", &["a", "b/.c"]),
             ("b/*", &["b/d.e"]),
         ] {
-            let collected = collect(&place, &patterns(&[pattern]), 100);
+            let collected = collect(&place, &wanted(&[pattern]), 100);
             assert_eq!(paths(&collected), found, "{pattern}");
+        }
+    }
+
+    #[test]
+    fn what_a_job_was_given_comes_back_if_it_changed_it_or_if_it_is_named() {
+        let (_dir, place) = place(&[("main.py", 3), ("in/a", 3), ("in/b", 3), ("in/c", 4), ("in/d", 3)]);
+        let given = |path: &str, content: &[u8]| (path.to_owned(), content.to_vec());
+        let given =
+            [given("main.py", b"xxx"), given("in/a", b"xxx"), given("in/b", b"xxy"), given("in/c", b"xxx")];
+        for (patterns, found, unmatched) in [
+            (&["**"][..], &["in/b", "in/c", "in/d"][..], ""),
+            (&["main.py", "./in/a"], &["in/a", "main.py"], ""),
+            (&["*.py", "in/[b]"], &["in/b"], "\"*.py\""),
+            (
+                &["1", "2", "3", "4", "5", "6", "in/*"],
+                &["in/b", "in/c", "in/d"],
+                "\"1\", \"2\", \"3\", \"4\", \"5\" and 1 more",
+            ),
+        ] {
+            let mut wanted = wanted(patterns);
+            wanted.brought =
+                Brought::of(given.iter().map(|(path, content)| (path.as_str(), content.as_slice())));
+            let collected = collect(&place, &wanted, 100);
+            assert_eq!(paths(&collected), found, "{patterns:?}");
+            let says = collected.unmatched.unwrap_or_default();
+            assert!(
+                says.contains(unmatched) && says.is_empty() == unmatched.is_empty(),
+                "{patterns:?}: {says}"
+            );
         }
     }
 
@@ -359,20 +367,9 @@ mod tests {
     fn a_search_past_its_time_ends_and_says_so() {
         let (_dir, place) = place(&[("a", 1), ("b/c", 1)]);
         let past = Instant::now().checked_sub(Duration::from_millis(1)).unwrap();
-        let collected = collect_until(past, &place, &patterns(&["**"]), 100);
+        let collected = collect_until(past, &place, &wanted(&["**"]), 100);
         assert_eq!(paths(&collected), [""; 0]);
         assert!(collected.left_out.unwrap().contains("was ended after 5000 ms"));
-    }
-
-    #[test]
-    fn a_pattern_reaches_as_deep_as_it_has_separators() {
-        for (pattern, reach) in
-            [("*", 0), ("./a", 0), ("a/*/b", 2), ("{a/b,c}", 1), ("a**", 64), ("**/a", 64)]
-        {
-            assert_eq!(patterns(&[pattern]).reach, reach, "{pattern}");
-        }
-        assert_eq!(patterns(&["a", "b/c"]).reach, 1);
-        assert_eq!(patterns(&[&"a/".repeat(100)]).reach, 64);
     }
 
     #[test]

@@ -13,8 +13,9 @@ use crate::amqp::{Address, Message, Properties, PublishOnce, Publisher};
 use crate::job::{Chunk, Outcome, Stream, incomplete_end};
 use crate::sandbox::Tap;
 
-/// Output is gathered for so long before it is sent.
-const BATCH_DELAY: Duration = Duration::from_millis(100);
+/// Output is gathered for so long before it is sent: with the time that it waited in its pipe, there is a message at least
+/// every 50 ms while there is output.
+const BATCH_DELAY: Duration = Duration::from_millis(40);
 
 /// Or until there is as much as this.
 const CHUNK_BYTES: usize = 64 << 10;

@@ -105,6 +105,34 @@ async fn output_comes_in_order_before_the_result() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn lines_come_as_they_are_printed() {
+    let node = &Node::shared();
+    let queues = Queues::of("lines");
+    let _worker = Worker::ready(node.url(), &queues.settings(&[])).await;
+    let requester = Requester::connect(node.url()).await;
+    let mut replies = requester.replies(&queues.replies).await;
+    // Nothing is flushed, and the job does not end by itself in time.
+    let code = "import multiprocessing, sys, time\n\
+        print('one')\nprint('two', file=sys.stderr)\n\
+        child = multiprocessing.Process(target=lambda: print('three')); child.start(); child.join()\n\
+        print('half of four', end='')\ntime.sleep(60)";
+    let job = json!({"id": "lines", "code": code, "stream": true, "timeout_ms": 5_000});
+    ask(&requester, &queues, job, &queues.replies).await;
+    let begun = std::time::Instant::now();
+    let mut seen = [String::new(), String::new()];
+    while seen[0] != "one\nthree\n" || seen[1] != "two\n" {
+        let message = tokio::time::timeout(PATIENCE, replies.next()).await.unwrap().unwrap().unwrap();
+        let body: Value = serde_json::from_slice(&message.data).unwrap();
+        assert_eq!(message.properties.kind().as_ref().unwrap().as_str(), "output", "{seen:?} {body}");
+        seen[usize::from(body["stream"] == "stderr")] += body["data"].as_str().unwrap();
+    }
+    assert!(begun.elapsed().as_secs() < 5, "only when the job had ended");
+    let streamed = read(&mut replies).await;
+    assert_eq!((streamed.pieces.len(), &streamed.result["status"]), (0, &json!("timeout")));
+    assert_eq!(streamed.result["stdout"], "one\nthree\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_flood_is_sent_in_few_pieces() {
     let node = &Node::shared();
     let queues = Queues::of("flood");
@@ -128,8 +156,8 @@ async fn a_flood_is_sent_in_few_pieces() {
     }
     assert_eq!(streamed.result["stdout"].as_str().unwrap().len(), 1_000_000);
     let run = streamed.result["timing"]["run_ms"].as_u64().unwrap();
-    // Ten turns a second with both streams' pieces, and what is above 64 KiB.
-    let most = 2 * PIECES_A_ROUND * (run / 100 + 2);
+    // A turn every 40 ms with both streams' pieces, and what is above 64 KiB.
+    let most = 2 * PIECES_A_ROUND * (run / 40 + 2);
     assert!(u64::try_from(streamed.pieces.len()).unwrap() <= most, "{} in {run} ms", streamed.pieces.len());
     assert_silent(&mut replies).await;
 }

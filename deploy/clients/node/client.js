@@ -142,12 +142,12 @@ async function main(url, file) {
   jobs.forEach((job, n) => show(job.id, results[n]))
 
   console.log('== output while it runs')
-  const count = "import time\nfor n in range(3):\n    print('step', n, flush=True)\n    time.sleep(0.3)"
+  const count = "import time\nfor n in range(3):\n    print('step', n)\n    time.sleep(0.3)"
   const onOutput = (piece) => process.stdout.write(piece.data)
   show('counts', await sandpiper.run({ code: count }, { onOutput }))
 
   console.log('== cancelled while it runs')
-  const long = "import time\nprint('started', flush=True)\ntime.sleep(60)"
+  const long = "import time\nprint('started')\ntime.sleep(60)"
   show('sleeps', await sandpiper.run({ code: long }, { onOutput: (piece) => sandpiper.cancel(piece.id) }))
 
   console.log('== files in, files out, metadata')

@@ -103,13 +103,13 @@ async def main(url, jobs):
     print("== output while it runs")
     async def write(piece):
         print(piece["data"], end="")
-    count = "import time\nfor n in range(3):\n    print('step', n, flush=True)\n    time.sleep(0.3)"
+    count = "import time\nfor n in range(3):\n    print('step', n)\n    time.sleep(0.3)"
     show("counts", await sandpiper.run({"code": count}, on_output=write))
 
     print("== cancelled while it runs")
     async def cancel(piece):
         await sandpiper.cancel(piece["id"])
-    sleep = "import time\nprint('started', flush=True)\ntime.sleep(60)"
+    sleep = "import time\nprint('started')\ntime.sleep(60)"
     show("sleeps", await sandpiper.run({"code": sleep}, on_output=cancel))
 
     print("== files in, files out, metadata")

@@ -103,11 +103,11 @@ def main(url, jobs):
             show(job["id"], sandpiper.run(job))
 
     print("== output while it runs")
-    count = "import time\nfor n in range(3):\n    print('step', n, flush=True)\n    time.sleep(0.3)"
+    count = "import time\nfor n in range(3):\n    print('step', n)\n    time.sleep(0.3)"
     show("counts", sandpiper.run({"code": count}, on_output=lambda piece: print(piece["data"], end="")))
 
     print("== cancelled while it runs")
-    sleep = "import time\nprint('started', flush=True)\ntime.sleep(60)"
+    sleep = "import time\nprint('started')\ntime.sleep(60)"
     show("sleeps", sandpiper.run({"code": sleep}, on_output=lambda piece: sandpiper.cancel(piece["id"])))
 
     print("== files in, files out, metadata")

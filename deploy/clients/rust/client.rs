@@ -228,12 +228,12 @@ async fn main() -> anyhow::Result<()> {
     }
 
     println!("== output while it runs");
-    let count = "import time\nfor n in range(3):\n    print('step', n, flush=True)\n    time.sleep(0.3)";
+    let count = "import time\nfor n in range(3):\n    print('step', n)\n    time.sleep(0.3)";
     let write = async |piece: Value| print!("{}", piece["data"].as_str().unwrap_or_default());
     show("counts", &sandpiper.run(json!({ "code": count, "stream": true }), write).await?);
 
     println!("== cancelled while it runs");
-    let long = "import time\nprint('started', flush=True)\ntime.sleep(60)";
+    let long = "import time\nprint('started')\ntime.sleep(60)";
     let cancel = async |piece: Value| {
         let id = piece["id"].as_str().unwrap_or_default();
         sandpiper.cancel(id).await.expect("workers listen");

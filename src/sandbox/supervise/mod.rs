@@ -240,8 +240,8 @@ impl Watch {
             (place, Ok(())) => self.place = Some(place),
             (_, Err(unlaid)) => return Ok(Cause::Unlaid(unlaid)),
         }
-        self.stdout.tap(terms.tap.clone(), Stream::Stdout);
-        self.stderr.tap(terms.tap, Stream::Stderr);
+        self.stdout.begin(terms.tap.clone(), Stream::Stdout);
+        self.stderr.begin(terms.tap, Stream::Stderr);
         let start = Instant::now();
         self.handed_over = Some((start, SystemTime::now()));
         self.kills = terms.kills.and_then(|kills| Some((kills.clone(), kills.count()?)));

@@ -1,10 +1,17 @@
 //! The pipes between the worker and a job: what comes out is counted as it is read, what goes in never blocks.
+//!
+//! A job writes line by line, as on a terminal. To be woken for each of them would cost the worker as much as they
+//! cost the job, and the kernel wakes whoever waits for a pipe at each write. So a pipe that something has come out
+//! of is left alone for a few milliseconds, without anything waiting for it, and then read; only one that was found
+//! empty is waited for. How long it is left alone goes by how fast it fills: a job is not to find it full.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use tokio::io::unix::AsyncFd;
+use tokio::time::{Instant, sleep_until};
 
 use crate::job::{Captured, Stream};
 use crate::sandbox::supervise::live_output::Tap;
@@ -14,14 +21,36 @@ use crate::sys::{fd, ready};
 const CHUNK: usize = 64 << 10;
 /// In the first one. Most jobs write less, and room that is not needed has to be cleared all the same.
 const FIRST_CHUNK: usize = 4 << 10;
+/// A pipe is left alone until about so much is in it, by how fast it filled the last time.
+const FILLED: usize = CHUNK / 4;
+/// But no longer than this.
+const PAUSE_MAX: Duration = Duration::from_millis(5);
+/// The least that a timer can do.
+const PAUSE_MIN: Duration = Duration::from_millis(1);
+/// From the beginning of a job. Most are over by then, and what is in the pipe is read at their end.
+const FIRST_PAUSE: Duration = Duration::from_millis(2);
+/// From the beginning of a process. Few say anything before their job begins.
+const START_PAUSE: Duration = Duration::from_millis(20);
 
 /// One stream of output, up to a limit. Past that nothing more is read: a flood costs a fixed amount of memory.
 #[derive(Debug)]
 pub(in crate::sandbox) struct Output {
-    pipe: AsyncFd<File>,
+    pipe: Pipe,
     bytes: Vec<u8>,
     state: State,
     tap: Option<(Tap, Stream)>,
+    /// When it was read, or may have begun to fill.
+    since: Instant,
+}
+
+#[derive(Debug)]
+enum Pipe {
+    /// To be read at this time; nothing waits for it.
+    LeftAlone(File, Instant),
+    /// It was empty.
+    Awaited(AsyncFd<File>),
+    /// Nothing can be read from it.
+    Lost,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,14 +63,19 @@ enum State {
 impl Output {
     pub(in crate::sandbox) fn new(pipe: OwnedFd) -> io::Result<Self> {
         fd::set_nonblocking(&pipe)?;
-        let pipe = ready::readable(File::from(pipe))?;
-        Ok(Self { pipe, bytes: Vec::new(), state: State::Open, tap: None })
+        let since = Instant::now();
+        let pipe = Pipe::LeftAlone(File::from(pipe), since + START_PAUSE);
+        Ok(Self { pipe, bytes: Vec::new(), state: State::Open, tap: None, since })
     }
 
-    /// From now on whoever holds the tap sees the output as it is read, and first what came before.
-    pub(in crate::sandbox) fn tap(&mut self, tap: Option<Tap>, stream: Stream) {
+    /// The job begins. From now on whoever holds the tap sees the output as it is read, and first what came before.
+    pub(in crate::sandbox) fn begin(&mut self, tap: Option<Tap>, stream: Stream) {
         self.tap = tap.map(|tap| (tap, stream));
         self.show(0);
+        self.since = Instant::now();
+        if let Pipe::LeftAlone(_, until) = &mut self.pipe {
+            *until = self.since + FIRST_PAUSE;
+        }
     }
 
     /// There may be more to come.
@@ -54,21 +88,54 @@ impl Output {
         self.state == State::Over
     }
 
-    /// Waits for output, and takes it.
+    /// Waits for output, and takes it. Nothing is lost if it is dropped while it waits.
     pub(in crate::sandbox) async fn fill(&mut self, limit: u64) {
         let held = self.bytes.len();
-        match self.pipe.readable().await {
-            Ok(mut ready) => {
-                let read = take(ready.get_inner(), &mut self.bytes, limit);
-                match read {
-                    Ok(state) => self.state = state,
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
-                    Err(_) => self.state = State::Ended,
-                }
+        let read = match &self.pipe {
+            Pipe::LeftAlone(pipe, until) => {
+                sleep_until(*until).await;
+                take(pipe, &mut self.bytes, limit)
             }
-            Err(_) => self.state = State::Ended,
+            Pipe::Awaited(pipe) => match pipe.readable().await {
+                Ok(mut ready) => {
+                    let read = take(ready.get_inner(), &mut self.bytes, limit);
+                    if is_empty(&read) {
+                        ready.clear_ready();
+                    }
+                    read
+                }
+                Err(error) => Err(error),
+            },
+            Pipe::Lost => Ok(State::Ended),
+        };
+        if is_empty(&read) {
+            self.wait_for_it();
+        } else {
+            self.state = read.unwrap_or(State::Ended);
+            self.pause(self.bytes.len() - held);
         }
         self.show(held);
+    }
+
+    fn wait_for_it(&mut self) {
+        self.pipe = match std::mem::replace(&mut self.pipe, Pipe::Lost) {
+            Pipe::LeftAlone(pipe, _) => ready::readable(pipe).map_or(Pipe::Lost, Pipe::Awaited),
+            other => other,
+        };
+    }
+
+    /// After so many bytes: a pipe that fills fast is read again at once, any other is left alone for a while.
+    fn pause(&mut self, bytes: usize) {
+        let now = Instant::now();
+        let filling = now - std::mem::replace(&mut self.since, now);
+        let share = u32::try_from(FILLED / bytes.max(1)).unwrap_or(u32::MAX);
+        let pause = filling.saturating_mul(share).clamp(Duration::ZERO, PAUSE_MAX);
+        let is_slow = bytes < FILLED && pause >= PAUSE_MIN;
+        self.pipe = match std::mem::replace(&mut self.pipe, Pipe::Lost) {
+            Pipe::Awaited(pipe) if is_slow => Pipe::LeftAlone(pipe.into_inner(), now + pause),
+            Pipe::LeftAlone(pipe, _) => Pipe::LeftAlone(pipe, if is_slow { now + pause } else { now }),
+            other => other,
+        };
     }
 
     /// Passes on what came after the first `held` bytes.
@@ -82,11 +149,20 @@ impl Output {
     pub(in crate::sandbox) fn finish(&mut self, limit: u64) -> Captured {
         let held = self.bytes.len();
         while self.state == State::Open {
-            self.state = take(self.pipe.get_ref(), &mut self.bytes, limit).unwrap_or(State::Ended);
+            let read = match &self.pipe {
+                Pipe::LeftAlone(pipe, _) => take(pipe, &mut self.bytes, limit),
+                Pipe::Awaited(pipe) => take(pipe.get_ref(), &mut self.bytes, limit),
+                Pipe::Lost => Ok(State::Ended),
+            };
+            self.state = read.unwrap_or(State::Ended);
         }
         self.show(held);
         Captured { bytes: std::mem::take(&mut self.bytes), truncated: self.state == State::Over }
     }
+}
+
+fn is_empty(read: &io::Result<State>) -> bool {
+    read.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
 }
 
 /// One read. The byte after the limit is what tells "exactly" from "more".
@@ -197,6 +273,49 @@ mod tests {
             let over = captured(size + 1, limit).await;
             assert_eq!((over.bytes.len(), over.truncated), (size, true));
         }
+    }
+
+    /// Reads what `write` writes, a line at a time, and counts how often it was there to be read.
+    async fn reads(lines: usize, apart: Duration) -> (usize, usize) {
+        let (read, write) = fd::pipe().unwrap();
+        let mut output = Output::new(read).unwrap();
+        output.begin(None, Stream::Stdout);
+        let writer = std::thread::spawn(move || {
+            let mut write = File::from(write);
+            for _ in 0..lines {
+                write.write_all(b"a line\n").unwrap();
+                let next = std::time::Instant::now() + apart;
+                while std::time::Instant::now() < next {
+                    std::thread::yield_now();
+                }
+            }
+        });
+        let mut reads = 0;
+        while output.is_open() {
+            output.fill(u64::MAX >> 1).await;
+            reads += 1;
+        }
+        writer.join().unwrap();
+        (reads, output.finish(u64::MAX >> 1).bytes.len())
+    }
+
+    #[tokio::test]
+    async fn many_lines_are_read_together() {
+        let (all, bytes) = reads(2_000, Duration::from_micros(50)).await;
+        assert_eq!(bytes, 14_000);
+        // Some 0.2 s of lines, in pauses of 5 ms.
+        assert!(all < 400, "{all} reads");
+        // One in 20 ms is there at once, and the pipe is empty afterwards.
+        let (few, bytes) = reads(10, Duration::from_millis(20)).await;
+        assert!(bytes == 70 && (10..40).contains(&few), "{few} reads");
+    }
+
+    #[tokio::test]
+    async fn a_pipe_that_fills_fast_is_emptied_fast() {
+        let begun = std::time::Instant::now();
+        assert_eq!(captured(64 << 20, 64 << 20).await.bytes.len(), 64 << 20);
+        // With a pause for each time that it was full there would be 1,024 of them.
+        assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
     }
 
     #[tokio::test]

@@ -206,6 +206,7 @@ impl Fixtures {
             ("files", cases(&folder.join("files.jsonl"))),
             ("hostile", hostile_cases),
             ("libraries", cases(&folder.join("libraries.jsonl"))),
+            ("program", cases(&folder.join("program.jsonl"))),
             ("twin", cases(&folder.join("twin.jsonl"))),
         ]))
     }

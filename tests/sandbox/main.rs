@@ -1,4 +1,4 @@
-//! Runs every fixture of tests/fixtures/{behaviour,files}.jsonl and tests/fixtures/hostile/ through
+//! Runs every fixture of tests/fixtures/{behaviour,files,program}.jsonl and tests/fixtures/hostile/ through
 //! `sandpiper exec --json`: the real binary, no broker; those of tests/fixtures/twin.jsonl through a plain python3
 //! as well, those with a companion in one worker as well as in two. Each line is a test of its own, named after the file and the case.
 //!

@@ -204,6 +204,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[expect(clippy::zombie_processes, reason = "it is collected by its pidfd")]
     fn a_child_has_a_number_until_it_was_collected() {
         const { assert!(size_of::<PidfdInfo>() == 64) };
         let spawned =

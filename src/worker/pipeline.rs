@@ -3,6 +3,7 @@
 //! Every delivery is settled exactly once, and only after the broker has confirmed what is to be known of it. A failure
 //! of the job is a result. A failure of the worker is retried on another worker before it is one.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -19,7 +20,7 @@ use crate::worker::disposition::{NotRun, Settlement, not_run};
 use crate::worker::in_flight::InFlightJobs;
 use crate::worker::output_streamer::OutputStreamer;
 use crate::worker::recent_results::RecentResults;
-use crate::worker::redelivery::{Next, Redelivery};
+use crate::worker::redelivery::Redelivery;
 use crate::worker::reply::Replies;
 use crate::worker::request::{Request, Requests};
 use crate::worker::slots::Slots;
@@ -55,8 +56,8 @@ impl Pipeline {
         let _held = self.metrics.holding();
         let (request, job) = self.requests.read(&mut delivery, &self.sandbox);
         let delivery = match self.redelivery.answer_or_count(delivery, &request, &self.replies).await {
-            Next::Run(delivery) => delivery,
-            Next::Settled(settlement) => return settlement,
+            ControlFlow::Continue(delivery) => delivery,
+            ControlFlow::Break(settlement) => return settlement,
         };
         let _unsettled = request.fingerprint.map(|fingerprint| self.recent_results.begin(fingerprint));
         let result = match job {

@@ -1,5 +1,6 @@
 //! What happens to a delivery whose message was delivered before, until it is clear that its job has to run.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,34 +27,28 @@ pub(super) struct Redelivery {
     pub(super) kill: CancellationToken,
 }
 
-/// How a delivery goes on.
-#[derive(Debug)]
-pub(super) enum Next {
-    Run(Delivery),
-    Settled(Settlement),
-}
-
 impl Redelivery {
-    /// Answers a job whose result is known, and has a delivery counted whose queue does not count.
+    /// Answers a job whose result is known, and has a delivery counted whose queue does not count. Breaks if that has
+    /// settled the delivery.
     pub(super) async fn answer_or_count(
         &self,
         delivery: Delivery,
         request: &Request,
         replies: &Replies,
-    ) -> Next {
+    ) -> ControlFlow<Settlement, Delivery> {
         let earlier = self.earlier_result(&delivery, request.fingerprint).await;
         if delivery.is_gone() {
             delivery.lost();
-            return Next::Settled(Settlement::Redelivered);
+            return ControlFlow::Break(Settlement::Redelivered);
         }
         if let (Ok(to), Some(earlier)) = (&request.reply_to, earlier) {
-            return Next::Settled(replies.republish_result(delivery, to.clone(), &earlier).await);
+            return ControlFlow::Break(replies.republish_result(delivery, to.clone(), &earlier).await);
         }
         if delivery.uncounted && delivery.dropped.is_none() && !self.limit_reached(&delivery) {
             self.republish_with_count(delivery, replies).await;
-            return Next::Settled(Settlement::Redelivered);
+            return ControlFlow::Break(Settlement::Redelivered);
         }
-        Next::Run(delivery)
+        ControlFlow::Continue(delivery)
     }
 
     /// After the last delivery that the broker grants it would drop the job silently. So the job is not run once more:

@@ -52,8 +52,8 @@ def prepare(uid, gid, enable_network, preload, payload):
         shim, ours = zygote(binascii.a2b_base64(preload))
         uid, gid = os.getuid(), os.getgid()
     else:
-        shim = ctypes.CDLL(SHIM)
-        find_python()
+        shim = ctypes.PyDLL(SHIM)
+        find_python(shim)
         buffer_lines()
         renew_main()
         if preload:
@@ -235,23 +235,26 @@ def start_by_fork():
 # otherwise, after which python itself exits with code 1, or by SIGINT.
 
 
+NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
 class Start(BaseException):
     pass
 
 
-def find_python():
+def find_python(shim):
     # Looks for what is called in python, once.
     PREPARED["hold"] = ctypes.pythonapi.Py_IncRef
-    PREPARED["run"] = run = ctypes.PyDLL(SHIM).run_program
+    PREPARED["run"] = run = shim.run_program
     run.argtypes = [ctypes.c_int, ctypes.c_char_p, *[ctypes.py_object] * 5]
-    if ctypes.PyDLL(SHIM).find_python() != 0:
+    if shim.find_python() != 0:
         os._exit(OURS)
 
 
 def write_program(path, source):
     """Writes the program's file, and returns it open at its beginning."""
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        file = os.open(path, NEW_FILE, 0o644)
         rest = memoryview(source)
         while rest:
             rest = rest[os.write(file, rest) :]
@@ -344,11 +347,12 @@ def zygote(imports):
     # Whatever a child needs is made here, if it can be: each object that a child touches is a page to copy.
     for name in [name for name in os.environ if name.endswith("_NUM_THREADS")]:
         del os.environ[name]  # was for the imports, so that they start no thread
-    shim, fork = ctypes.CDLL(SHIM), ctypes.PyDLL(SHIM).zygote_fork
+    shim, with_lock = ctypes.CDLL(SHIM), ctypes.PyDLL(SHIM)
+    fork = with_lock.zygote_fork
     ready, await_order, enter, _ = shim.zygote_ready, shim.zygote_next, shim.zygote_enter, shim.lockdown
     before, after = ctypes.pythonapi.PyOS_BeforeFork, ctypes.pythonapi.PyOS_AfterFork_Parent
     as_child, trim = ctypes.pythonapi.PyOS_AfterFork_Child, getattr(ctypes.pythonapi, "malloc_trim", int)
-    find_python()
+    find_python(with_lock)
     reseed = reseeds()
     pipe, end = os.pipe()  # as the job's own standard input will be
     os.dup2(pipe, 0)

@@ -166,7 +166,7 @@ class Start(unittest.TestCase):
 (lambda space: exec(compile(open({head!r}).read(), "<sandpiper>", "exec"), space) or exec('''
 SHIM = {shim!r}
 def main():
-    find_python()
+    find_python(ctypes.PyDLL(SHIM))
     buffer_lines()
 {prepared}
     renew_main()

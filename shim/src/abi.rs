@@ -126,8 +126,9 @@ impl Report {
 
 /// The head of a policy as the worker writes it once and every python process maps it.
 ///
-/// After it come the steps that limit what can be executed, and the filter's programs, first those with a listener, then those without; each is its number of
-/// instructions as a `u32` and the instructions, 8 bytes each, as the kernel takes them.
+/// After it come the programs, first those with a listener, then those without; each is its number of
+/// instructions as a `u32` and the instructions, 8 bytes each, as the kernel takes them. What follows them is a
+/// [plan](crate::plan) that limits what can be executed, in most cases an empty one.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct PolicyHeader {
@@ -141,12 +142,10 @@ pub struct PolicyHeader {
     pub fallback: u32,
     /// 1 where supplementary groups cannot be dropped, as in a user namespace made without privilege.
     pub keeps_groups: u32,
-    /// Bytes of a [plan](crate::plan) that follow the header: the steps that limit what can be executed. 0 where none do.
-    pub programs: u32,
 }
 
 /// Marks a policy; changes with its layout.
-pub const POLICY_MAGIC: u32 = 0x5350_5002;
+pub const POLICY_MAGIC: u32 = 0x5350_5001;
 /// Size of [`PolicyHeader`].
 pub const POLICY_HEADER_LEN: usize = size_of::<PolicyHeader>();
 /// Most instructions the kernel takes in one program (`BPF_MAXINSNS`).

@@ -76,7 +76,8 @@ fn lock(uid: u32, gid: u32, enable_network: bool) -> Result<(), (LockdownStep, E
     drop_capabilities().map_err(at(LockdownStep::Capabilities))?;
     sys::set_no_new_privileges().map_err(at(LockdownStep::NoNewPrivileges))?;
     // Python itself has been started by now.
-    wall::raise(policy.limits).map_err(|failure| (LockdownStep::Programs, failure.errno))?;
+    let limits = policy.limits().map_err(at(LockdownStep::Policy))?;
+    wall::raise(limits).map_err(|failure| (LockdownStep::Programs, failure.errno))?;
     let listener = policy.install().map_err(at(LockdownStep::Filter))?;
 
     let report = if listener.is_some() { Report::Locked } else { Report::LockedWithoutListener };
@@ -120,9 +121,7 @@ fn drop_capabilities() -> Result<(), Errno> {
 /// The compiled policy, mapped read-only for the rest of the process's life.
 struct Policy {
     header: PolicyHeader,
-    /// The steps that limit what can be executed.
-    limits: &'static [u8],
-    /// The filter's programs.
+    /// What follows the header.
     programs: &'static [u8],
 }
 
@@ -146,11 +145,16 @@ impl Policy {
         // SAFETY: the slice has the header's length, and every bit pattern is a header; a read without
         // alignment needs none.
         let header: PolicyHeader = unsafe { head.as_ptr().cast::<PolicyHeader>().read_unaligned() };
-        if header.magic != POLICY_MAGIC {
-            return Err(libc::EBADMSG);
+        if header.magic == POLICY_MAGIC { Ok(Self { header, programs }) } else { Err(libc::EBADMSG) }
+    }
+
+    /// The steps behind the programs, which limit what can be executed.
+    fn limits(&self) -> Result<&'static [u8], Errno> {
+        let mut rest = self.programs;
+        for _ in 0..self.header.notifying.saturating_add(self.header.fallback) {
+            next_program(&mut rest)?;
         }
-        let (limits, programs) = programs.split_at_checked(header.programs as usize).ok_or(libc::EBADMSG)?;
-        Ok(Self { header, limits, programs })
+        Ok(rest)
     }
 
     /// Installs the programs; the listener comes from the last one of those that ask for it.

@@ -105,7 +105,8 @@ impl Environment {
             };
             let compile = if machine.traces { Policy::compile_for_tracing } else { Policy::compile };
             let policy = compile(&options).map_err(PrepareError::Policy)?;
-            let programs = programs.map(|paths| landlock::programs(&paths)).unwrap_or_default();
+            let programs =
+                programs.map(|paths| landlock::programs(machine.host.landlock, &paths)).unwrap_or_default();
             let file =
                 policy_file(&policy, network, machine.host.privilege, &programs).map_err(PrepareError::Io)?;
             let coarse = policy.coarse().bytes();
@@ -170,14 +171,13 @@ fn policy_file(policy: &Policy, network: bool, privilege: Privilege, programs: &
         count(policy.notifying()),
         count(policy.fallback()),
         (privilege == Privilege::None).into(),
-        u32::try_from(programs.bytes().len()).unwrap_or(u32::MAX),
     ];
     let mut bytes: Vec<u8> = header.iter().flat_map(|number| number.to_ne_bytes()).collect();
-    bytes.extend_from_slice(programs.bytes());
     for filter in policy.notifying().iter().chain(policy.fallback()) {
         let length = u32::try_from(filter.instructions().len()).unwrap_or(u32::MAX);
         bytes.extend_from_slice(&length.to_ne_bytes());
         bytes.extend_from_slice(&filter.bytes());
     }
+    bytes.extend_from_slice(programs.bytes());
     fd::sealed_file(c"policy", &bytes)
 }

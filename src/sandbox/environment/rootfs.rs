@@ -96,8 +96,8 @@ const STREAMS: [(&str, &str); 4] = [
     ("/dev/stderr", "/proc/self/fd/2"),
 ];
 
-/// Besides the job's own user, those that a system knows everywhere: all that is not the job's belongs to one of them.
-const USERS: &str = "root:x:0:0:root:/root:/bin/false\nnobody:x:65534:65534:nobody:/nonexistent:/bin/false\n";
+/// Besides the job's own user, whom all that is not the job's belongs to.
+const USERS: &str = "nobody:x:65534:65534:nobody:/nonexistent:/bin/false\n";
 const GROUPS: &str = "root:x:0:\nnogroup:x:65534:\n";
 
 const HOSTS: &str = "127.0.0.1 localhost\n127.0.1.1 sandpiper\n::1 localhost\n";

@@ -30,9 +30,14 @@ fn filesystem_rights(version: u32) -> u64 {
 }
 
 /// Lets only these files, and what is in these directories, be executed: a second layer, for when python runs.
-pub(in crate::sandbox) fn programs(paths: &[CString]) -> Plan {
+pub(in crate::sandbox) fn programs(version: u32, paths: &[CString]) -> Plan {
     let mut plan = Plan::default();
-    plan.push(&Step::LandlockBegin { filesystem: EXECUTE, network: 0, scoped: 0 });
+    // Of all rights this is the one that a layer takes away without naming it: files move from directory to directory.
+    let moves = if version >= 2 { REFER } else { 0 };
+    plan.push(&Step::LandlockBegin { filesystem: EXECUTE | moves, network: 0, scoped: 0 });
+    if moves != 0 {
+        plan.push(&Step::LandlockAllow { access: moves, path: c"/" });
+    }
     paths.iter().for_each(|path| plan.push(&Step::LandlockAllow { access: EXECUTE, path }));
     plan.push(&Step::LandlockEnforce {});
     plan

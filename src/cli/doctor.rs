@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use crate::cli::args::ConfigArgs;
+use crate::cli::rehearsal::rehearse;
 use crate::cli::{End, output};
 use crate::sandbox::doctor::{Check, examine};
 
@@ -10,19 +11,25 @@ const EXAMPLES: &str = "\
 Examples:
   sandpiper doctor                        what is there, what is not, and how to get it
   sandpiper doctor --json | jq '.checks[] | select(.ok | not)'
+  sandpiper doctor --layers               the layers alone: no sandbox is started, no broker is asked
 
 Exit code: 0 when serve would start here, 1 when something that it requires is missing.";
 
 /// Try every layer of the sandbox on this machine and say what is missing
 ///
-/// Each layer is tried for real, in child processes that are thrown away; nothing is changed. Run it as the
-/// user, and in the container, that the worker will run in.
+/// Each layer is tried for real, in child processes that are thrown away. If none is missing that the worker needs, the
+/// sandbox is started with its environments, a job runs in each, the port of metrics is tried and the broker is asked.
+/// Nothing is left of it. Run it as the user, and in the container, that the worker will run in.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Args {
     /// Print the findings as one JSON document
     #[arg(long)]
     json: bool,
+
+    /// Try the layers alone
+    #[arg(long)]
+    layers: bool,
 
     #[command(flatten)]
     config: ConfigArgs,
@@ -37,8 +44,12 @@ struct Findings {
 
 pub(super) fn run(args: &Args) -> anyhow::Result<End> {
     let config = args.config.load()?;
-    let checks = examine(&config);
-    let findings = Findings { ready: checks.iter().all(|check| check.ok || !check.required), checks };
+    let mut checks = examine(&config);
+    let are_ready = |checks: &[Check]| checks.iter().all(|check| check.ok || !check.required);
+    if !args.layers && are_ready(&checks) {
+        checks.extend(rehearse(&config, &checks)?);
+    }
+    let findings = Findings { ready: are_ready(&checks), checks };
     if args.json {
         output::print_json(&findings)?;
     } else {

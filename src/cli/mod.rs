@@ -14,6 +14,7 @@ mod local;
 mod output;
 mod ping;
 mod policy;
+mod rehearsal;
 mod remote;
 mod schema;
 mod serve;

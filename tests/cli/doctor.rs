@@ -45,6 +45,46 @@ fn a_shim_that_is_not_there_is_found_missing() {
     assert!(shim["detail"].as_str().unwrap().contains("/no/such/shim.so"), "{shim}");
 }
 
+/// What only a start shows: each of these ends `serve`.
+#[test]
+fn what_would_stop_a_worker_is_found() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let listen = format!("http.listen={}", taken.local_addr().unwrap());
+    for (setting, name, detail) in [
+        ("sandbox.allow_syscalls=[\"bpff\"]", "sandbox", "`bpff` is not a system call"),
+        ("sandbox.require=[\"landlok\"]", "sandbox", "there is no layer landlok"),
+        ("environments.default.mounts=[\"/nope\"]", "sandbox", "/nope"),
+        ("environments.default.allow_exec=[\"/usr/bin/nope\"]", "sandbox", "/usr/bin/nope"),
+        (&listen, "http.listen", "Address already in use"),
+    ] {
+        let doctor = run(["doctor", "--json", "--set", setting]);
+        assert_eq!(doctor.code, 1, "{setting}: {doctor:?}");
+        let findings = doctor.json();
+        let mut checks = findings["checks"].as_array().unwrap().iter();
+        let check = checks.find(|check| check["name"] == name && check["ok"] == false);
+        let check = check.unwrap_or_else(|| panic!("{setting}: {doctor:?}"));
+        assert!(check["required"] == true && check["detail"].as_str().unwrap().contains(detail), "{check}");
+        let served = run(["serve", "--once", "1", "--url", "amqp://127.0.0.1:1", "--set", setting]);
+        assert_eq!(served.code, 1, "{setting}: {served:?}");
+    }
+}
+
+#[test]
+fn a_job_is_run_in_each_environment() {
+    let set = "environments.other.imports=[\"no_such_module\"]";
+    let doctor = run(["doctor", "--json", "--set", set, "--set", "http.listen=off"]);
+    let findings = doctor.json();
+    let check = |name: &str| {
+        let mut checks = findings["checks"].as_array().unwrap().iter();
+        checks.find(|check| check["name"] == name).unwrap_or_else(|| panic!("{name}: {doctor:?}")).clone()
+    };
+    assert_eq!((doctor.code, &findings["ready"]), (0, &true.into()), "{doctor:?}");
+    assert_eq!(check("environments.default.job")["ok"], true);
+    assert_eq!(check("environments.other.job")["ok"], true);
+    let warm = check("environments.other.warm");
+    assert!(warm["ok"] == false && warm["detail"].as_str().unwrap().contains("no_such_module"), "{warm}");
+}
+
 #[test]
 fn what_the_operator_requires_is_required() {
     let doctor = run(["doctor", "--json", "--set", "sandbox.require=[\"cgroups\"]"]);

@@ -11,6 +11,7 @@ mod broker;
 mod cgroups;
 mod config;
 mod doctor;
+mod environments;
 mod exec;
 mod files;
 mod hardship;

@@ -79,7 +79,7 @@ pub(crate) fn exec(case: &Case) -> Ran {
 
 /// Whether this machine has a layer of the sandbox, as the worker sees it.
 pub(crate) fn has(layer: &str) -> bool {
-    let output = Command::new(worker()).args(["doctor", "--json"]).env_clear().output().unwrap();
+    let output = Command::new(worker()).args(["doctor", "--layers", "--json"]).env_clear().output().unwrap();
     let found: Value = serde_json::from_slice(&output.stdout).unwrap();
     let check = found["checks"].as_array().unwrap().iter().find(|c| c["name"] == layer);
     check.unwrap_or_else(|| panic!("doctor knows no layer {layer}"))["ok"] == true

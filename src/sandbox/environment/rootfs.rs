@@ -54,18 +54,18 @@ pub enum RootError {
     Links(PathBuf),
 }
 
+/// What every job has for itself.
+const OF_EACH_JOB: [&str; 3] = ["/dev/shm", "/tmp", "/work"];
+
 /// Printed by the interpreter itself: the only one who knows where it looks.
-const PROBE: &str = "
-import ctypes, json, sys, sysconfig
-paths = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, *sys.path}
-paths |= {sysconfig.get_paths()[name] for name in ('stdlib', 'platstdlib')}
-print(json.dumps({'executable': sys.executable, 'paths': sorted(filter(None, paths))}))
-";
+const PROBE: &str = include_str!("probe.py");
 
 #[derive(Deserialize)]
 struct Probe {
     executable: PathBuf,
     paths: Vec<PathBuf>,
+    /// Where packages lie that are installed by a link, or by a hook that knows the place.
+    elsewhere: Vec<PathBuf>,
 }
 
 /// Libraries that no interpreter names: the loader finds them by itself.
@@ -135,6 +135,17 @@ impl Root {
                 root.expose(path)?;
             }
         }
+        for path in &probe.elsewhere {
+            let real = path.canonicalize().unwrap_or_else(|_| path.clone());
+            let hidden = OF_EACH_JOB.iter().find(|own| real.starts_with(own));
+            let shown = match hidden {
+                Some(by) => Err(RootError::Covered { path: real, by }),
+                None => root.expose(path),
+            };
+            if let Err(error) = shown {
+                tracing::warn!(%error, "a package of the environment is not there for jobs");
+            }
+        }
         let data = DATA.iter().chain(NETWORK_DATA.iter().filter(|_| network));
         for path in data.map(Path::new).filter(|path| path.exists()) {
             root.expose(path)?;
@@ -162,7 +173,7 @@ impl Root {
         for (path, target) in STREAMS {
             root.add(Path::new(path), Entry::Link(target.into()));
         }
-        for by in ["/dev/shm", "/tmp", "/work"] {
+        for by in OF_EACH_JOB {
             if let Some(path) = root.entries.keys().rfind(|path| path.starts_with(by)) {
                 return Err(RootError::Covered { path: path.clone(), by });
             }

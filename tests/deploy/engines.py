@@ -267,9 +267,17 @@ def docker(suite, place, every, optimised, prepare):
         composed.check(engine, place, WORKER)
 
 
+def built_last():
+    """The suite whose Docker built or was given an image last."""
+    found = [*CACHE.glob("docker-*.data/image/*/repositories.json")]
+    want(found, "no Docker has built the image yet: run with --prepare first")
+    last = max(found, key=lambda path: path.stat().st_mtime_ns).relative_to(CACHE).parts[0]
+    return last.removeprefix("docker-").removesuffix(".data")
+
+
 def podman(place, every):
     archive = place / "sandpiper.tar"
-    with docker_of("bookworm", place) as engine:
+    with docker_of(built_last(), place) as engine:
         engine.client("save", "--output", archive, "sandpiper")
     archive.chmod(0o644)
     packages = ["podman", "crun", "uidmap", "iptables", "iproute2", "slirp4netns"]

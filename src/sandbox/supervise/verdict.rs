@@ -198,3 +198,6 @@ pub(in crate::sandbox) fn failed_step(report: Report, [origin, init, wall]: &[Pl
     };
     format!("failed to {who}: {what}: {why}")
 }
+
+#[cfg(test)]
+mod tests;

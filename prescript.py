@@ -41,25 +41,28 @@ OURS = 125
 
 
 def main(uid, gid, enable_network, preload, payload):
-    """Ends where python takes over, which it does when this script ends by an exception."""
-    prepare(uid, gid, enable_network, preload, payload)
-    raise Start
-
-
-def prepare(uid, gid, enable_network, preload, payload):
-    """The way of a process, from its start to the program's first line."""
+    """What comes before the lockdown. Ends where python takes over, which it does when this script ends by an exception."""
     if uid == 0:
-        shim, ours = zygote(binascii.a2b_base64(preload))
-        uid, gid = os.getuid(), os.getgid()
+        set_up_zygote(binascii.a2b_base64(preload))
     else:
-        shim = ctypes.PyDLL(SHIM)
+        PREPARED["shim"] = shim = ctypes.PyDLL(SHIM)
         find_python(shim)
         buffer_lines()
         renew_main()
         if preload:
             run_preload(binascii.a2b_base64(preload))
-        ours = imported()
-    if shim.lockdown(uid, gid, enable_network) != 0:
+        PREPARED["ours"] = imported()
+    hand_over(lambda: prepare(uid, gid, enable_network, payload))
+
+
+def prepare(uid, gid, enable_network, payload):
+    """From there to the program's first line. Returns the program's file, open, and its path."""
+    if uid == 0:
+        make_children()
+        if PREPARED["shared"]:
+            renew()
+        uid, gid = os.getuid(), os.getgid()
+    if PREPARED["shim"].lockdown(uid, gid, enable_network) != 0:
         os._exit(OURS)
 
     fields = receive()
@@ -71,16 +74,20 @@ def prepare(uid, gid, enable_network, preload, payload):
     if sys.stdin is not PREPARED.get("stdin"):
         open_stdin()
     os.chdir(WORK)
-    set_variables(environment)
+    if environment:
+        set_variables(environment)
     sys.path.insert(0, WORK)
-    make_way(ours)
+    make_way(PREPARED["ours"])
     path = f"{WORK}/{name}"
-    sys.argv[:] = [path, *map(os.fsdecode, arguments)]
+    if path != PREPARED.get("path"):
+        describe(path)
+    if arguments:
+        sys.argv[1:] = map(os.fsdecode, arguments)
     source = decode(binascii.a2b_base64(code or payload), binascii.a2b_base64(key))
     file = write_program(path, source)
     if sys.version_info < (3, 12) and b"\0" in source:
         refuse_nul(path, source)
-    hand_over(path, file)
+    return file, os.fsencode(path)
 
 
 # --- 1. What a job's process is given ------------------------------------------------------------------------------
@@ -230,9 +237,11 @@ def start_by_fork():
 # program's own, no name of ours in its tracebacks, and its own way to print what nobody caught. It runs a file so from
 # C, where our code cannot be, with one exception: when a script, which is what this is to python, ends by an exception,
 # python has left all of its frames, and calls `sys.excepthook` from C. So this script ends by raising `Start`, and the
-# hook is a function of the shim's, `run_program`. It calls `begin`, has python run the file and print its error, calls
+# hook is a function of the shim's, `run_program`. It calls `prepare`, has python run the file and print its error, calls
 # `ended` in between, and ends as python ends: by Py_Exit where the program came to its end or raised SystemExit, by its return
 # otherwise, after which python itself exits with code 1, or by SIGINT.
+#
+# A zygote gets there before it makes its children: what python does at the end of a script is done once for all of them.
 
 
 NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -246,19 +255,18 @@ def find_python(shim):
     # Looks for what is called in python, once.
     PREPARED["hold"] = ctypes.pythonapi.Py_IncRef
     PREPARED["run"] = run = shim.run_program
-    run.argtypes = [ctypes.c_int, ctypes.c_char_p, *[ctypes.py_object] * 5]
+    run.argtypes = [ctypes.py_object] * 5
     if shim.find_python() != 0:
         os._exit(OURS)
 
 
 def write_program(path, source):
-    """Writes the program's file, and returns it open at its beginning."""
+    """Writes the program's file, and returns it open."""
     try:
         file = os.open(path, NEW_FILE, 0o644)
-        rest = memoryview(source)
-        while rest:
-            rest = rest[os.write(file, rest) :]
-        os.lseek(file, 0, os.SEEK_SET)
+        written = os.write(file, source)
+        while written < len(source):
+            written += os.write(file, source[written:])
         return file
     except OSError as error:
         sys.stderr.write(f"{path}: {error.strerror}: the program is a file there, and counts in limits.disk_bytes\n")
@@ -274,39 +282,48 @@ def refuse_nul(path, source):
     sys.exit(1)
 
 
-def hand_over(path, file):
+def describe(path):
+    # What python tells a script of itself.
     module = sys.modules["__main__"].__dict__
     module["__file__"] = path
     module["__cached__"] = None
     module["__loader__"] = sys.modules["_frozen_importlib_external"].SourceFileLoader("__main__", path)
+    sys.argv[:] = [path]
+
+
+def hand_over(prepare):
+    """Has python call `prepare`, and then run the file that it returns."""
     PREPARED["hook"] = sys.excepthook
+
+    def begin():
+        # Nothing has been raised yet, as far as the program is concerned.
+        sys.excepthook = PREPARED["hook"]
+        for name in ("last_exc", "last_type", "last_value", "last_traceback"):
+            sys.__dict__.pop(name, None)
+        return prepare()
+
     # Held here as well: python itself does not hold what it calls, and `begin` puts another in its place.
-    PREPARED["start"] = sys.excepthook = _functools.partial(PREPARED["run"], file, os.fsencode(path), begin, ended)
-
-
-def begin():
-    # Nothing has been raised yet, as far as the program is concerned.
-    sys.excepthook = PREPARED["hook"]
-    for name in ("last_exc", "last_type", "last_value", "last_traceback"):
-        sys.__dict__.pop(name, None)
+    PREPARED["start"] = sys.excepthook = _functools.partial(PREPARED["run"], begin, ended)
+    raise Start
 
 
 def ended(kind=None, value=None):
     # With what was raised. As python does before it prints an error or takes itself apart:
-    for name in ("stderr", "stdout"):
-        try:
-            getattr(sys, name).flush()
-        except BaseException:
-            pass
-    code = exit_code(kind, value)
+    try:
+        sys.stderr.flush()
+    except BaseException:
+        pass
+    try:
+        sys.stdout.flush()
+    except BaseException:
+        pass
+    code = 0 if kind is None else exit_code(kind, value)
     if code is not None and "leave" in PREPARED:
         PREPARED["leave"](code)
 
 
 def exit_code(kind, value):
-    """The exit code with which python ends now; none if it has something to print first."""
-    if kind is None:
-        return 0
+    """The exit code with which python ends after that was raised; none if it has something to print first."""
     if kind is not SystemExit:
         return None
     code = value.code if isinstance(value, SystemExit) else value
@@ -337,42 +354,57 @@ def exit_code(kind, value):
 # and libsodium, other descriptors that an import has opened.
 
 
-def zygote(imports):
-    """Returns in the processes of jobs only, with the shim and what the imports have brought."""
+# Each object that a process touches is a page to copy: in counting who refers to it, python writes to it. So what can be
+# made before the fork is, and is held by this module: what a function holds is let go of when it ends.
+
+
+def set_up_zygote(imports):
     exec(compile(imports, "<imports>", "exec", dont_inherit=True), {"__name__": "<imports>"})
-    import gc
     import linecache
     import traceback
 
-    # Whatever a child needs is made here, if it can be: each object that a child touches is a page to copy.
+    PREPARED["modules"] = linecache, traceback  # of which tracebacks are made
     for name in [name for name in os.environ if name.endswith("_NUM_THREADS")]:
         del os.environ[name]  # was for the imports, so that they start no thread
-    shim, with_lock = ctypes.CDLL(SHIM), ctypes.PyDLL(SHIM)
-    fork = with_lock.zygote_fork
-    ready, await_order, enter, _ = shim.zygote_ready, shim.zygote_next, shim.zygote_enter, shim.lockdown
-    before, after = ctypes.pythonapi.PyOS_BeforeFork, ctypes.pythonapi.PyOS_AfterFork_Parent
-    as_child, trim = ctypes.pythonapi.PyOS_AfterFork_Child, getattr(ctypes.pythonapi, "malloc_trim", int)
+    PREPARED["shim"] = ctypes.CDLL(SHIM)
+    with_lock = ctypes.PyDLL(SHIM)
+    find_fork(PREPARED["shim"], with_lock)
     find_python(with_lock)
-    reseed = reseeds()
+    PREPARED["reseeds"] = reseeds()
     pipe, end = os.pipe()  # as the job's own standard input will be
     os.dup2(pipe, 0)
     os.close(pipe)
     os.close(end)
     open_stdin()
     PREPARED["stdin"] = sys.stdin
-    ours = imported()
+    PREPARED["ours"] = imported()
     slow = "the environment's fast_exit is false"
     # {{#fast_exit}}
     slow = set_up_fast_exit()
     # {{/fast_exit}}
     if slow:
         print(f"sandpiper: jobs end by python's own way, which takes longer: {slow}", file=sys.stderr)
-    held = mapped()
+    PREPARED["held"] = mapped()
+    PREPARED["shared"] = PREPARED["reseeds"] or PREPARED["held"] or not sys.modules.keys().isdisjoint(("tempfile", "uuid"))
     if os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) != 1:
         sys.exit("the environment's imports have started a thread, which a fork would lose")
-    for renew in reseed:
-        renew()  # sets up what it needs
+    for reseed in PREPARED["reseeds"]:
+        reseed()  # sets up what it needs
     buffer_lines()
+
+
+def find_fork(shim, with_lock):
+    global ready, await_order, fork, enter, before, after, as_child, trim
+    fork = with_lock.zygote_fork
+    ready, await_order, enter, _ = shim.zygote_ready, shim.zygote_next, shim.zygote_enter, shim.lockdown
+    before, after = ctypes.pythonapi.PyOS_BeforeFork, ctypes.pythonapi.PyOS_AfterFork_Parent
+    as_child, trim = ctypes.pythonapi.PyOS_AfterFork_Child, getattr(ctypes.pythonapi, "malloc_trim", int)
+
+
+def make_children():
+    """Returns in each of them."""
+    import gc
+
     # What is here now is never collected, so that a collection does not copy its pages; nor does a child that
     # allocates memory put the zygote's free pieces together and in order.
     gc.collect()
@@ -381,6 +413,8 @@ def zygote(imports):
     bytearray(100_000)
     # Nor is what hangs on it finalized. What the job gets for its own comes after it.
     renew_main()
+    PREPARED["path"] = f"{WORK}/main.py"
+    describe(PREPARED["path"])
     if ready() != 0:
         os._exit(OURS)
     while True:
@@ -396,9 +430,12 @@ def zygote(imports):
             os._exit(OURS)
     if enter() != 0:
         os._exit(OURS)
-    for renew in reseed:
-        renew()
-    for number, path in held.items():
+
+
+def renew():
+    for reseed in PREPARED["reseeds"]:
+        reseed()
+    for number, path in PREPARED["held"].items():
         again = os.open(path, os.O_RDONLY)
         if again != number:
             os.dup2(again, number, inheritable=False)
@@ -407,8 +444,6 @@ def zygote(imports):
         sys.modules["tempfile"]._name_sequence = None
     if "uuid" in sys.modules:
         sys.modules["uuid"]._last_timestamp = None
-    PREPARED["zygote"] = locals()  # so that what this function holds is not let go of
-    return shim, ours
 
 
 def reseeds():

@@ -379,7 +379,8 @@ AUTOSCALING = {
                   }, colors={"needed": ORANGE, "slots": GREY}),
             lines(4, "Arriving and ended, jobs/s", "Arriving: deliveries, and what the queues grow by.", "short",
                   {"arriving": ARRIVING, "ended": COMPLETED}, colors={"arriving": ORANGE, "ended": GREEN}),
-            lines(5, "Backlog in seconds", "Jobs that wait, divided by the present throughput.", "s", {"backlog": f"{WAITING} / {COMPLETED}"},
+            lines(5, "Backlog in seconds", "Jobs that wait, divided by the present throughput.", "s",
+                  {"backlog": f"{WAITING} / {COMPLETED}"},
                   thresholds=steps(GREEN, (60, YELLOW), (300, RED))),
             lines(6, "Jobs waiting for each worker", "What the autoscaler compares with its target.", "short", {
                 "waiting": f"{WAITING} / sum(sandpiper_ready{W})", "target": "vector($target)"},

@@ -45,7 +45,7 @@ pub enum Report {
     Failed {
         /// Which part of the start it was.
         stage: Stage,
-        /// The number of the plan's step, or of the [`lockdown::Step`](crate::lockdown::Step).
+        /// The number of the plan's step, or of the [`LockdownStep`](crate::lockdown::LockdownStep).
         step: u32,
         /// As the kernel gave it.
         errno: i32,

@@ -1,6 +1,6 @@
 //! The C ABI that `prescript.py` calls through ctypes.
 
-use core::ffi::{CStr, c_char, c_int, c_uint};
+use core::ffi::{c_int, c_uint};
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -66,23 +66,22 @@ pub extern "C" fn find_python() -> c_int {
     c_int::from(!program::find_python())
 }
 
-/// Runs the job's program; python calls it in the place of `sys.excepthook`, with the last three arguments. `file` is
-/// open for reading and becomes python's, `path` its name; `begin` and `ended` are called before and after. Returns 0, after which python exits as after any uncaught exception, or not at all.
+/// Runs the job's program; python calls it in the place of `sys.excepthook`, with the last three arguments. `begin` is
+/// called before and returns the program's file, open for reading, and its path as bytes; `ended` is called after.
+/// Returns 0, after which python exits as after any uncaught exception, or not at all.
 ///
 /// # Safety
-/// To be called with the interpreter's lock held and no exception set, after [`find_python`]. `path` is a C string, and
-/// `begin` and `ended` are callable objects that live for the whole call.
+/// To be called with the interpreter's lock held and no exception set, after [`find_python`]. `begin` and `ended` are
+/// callable objects that live for the whole call.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn run_program(
-    file: c_int,
-    path: *const c_char,
     begin: *mut PyObject,
     ended: *mut PyObject,
     _kind: *mut PyObject,
     _value: *mut PyObject,
     _trace: *mut PyObject,
 ) -> c_int {
-    // SAFETY: the caller says what `run` asks for, and that the path is a C string.
-    unsafe { program::run(file, CStr::from_ptr(path), begin, ended) };
+    // SAFETY: the caller says what `run` asks for.
+    unsafe { program::run(begin, ended) };
     0
 }

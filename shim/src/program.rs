@@ -8,7 +8,7 @@
 //! Who waits for whom: the python thread that came here holds the interpreter's lock all the time, and there may be
 //! other threads of the operator's imports or of a preload, which wait for it as for any other code in C.
 
-use core::ffi::{CStr, c_char, c_int, c_void};
+use core::ffi::{c_char, c_int, c_void};
 use core::ptr::null_mut;
 
 use std::sync::OnceLock;
@@ -75,6 +75,7 @@ python! {
     PyModule_GetDict: fn(Object) -> Object,
     Py_IncRef: fn(Object) -> (),
     Py_Exit: fn(c_int) -> (),
+    PyArg_ParseTuple: fn(Object, *const c_char; ...) -> c_int,
 }
 
 static PYTHON: OnceLock<Option<Python>> = OnceLock::new();
@@ -98,20 +99,30 @@ impl Python {
     }
 }
 
-/// Runs the file that is open as `file`, under the name `path`, as `__main__`, and closes it. `begin` is called
-/// before, and `ended` when the program has ended: without arguments if it came to its end, else with the type
-/// and the value of what it raised. Returns only if python is to exit as after any uncaught exception.
+/// Runs a program as `__main__`. `begin` says which: it returns the descriptor of its file, which is read from its beginning
+/// and closed, and the path that names it. `ended` is called when the program has ended: without arguments if it came to its end, else with the
+/// type and the value of what it raised. Returns only if python is to exit as after any uncaught exception.
 ///
 /// # Safety
 /// The interpreter's lock must be held, no exception be set, and both objects be alive and callable.
-pub(crate) unsafe fn run(file: c_int, path: &CStr, begin: Object, ended: Object) {
+pub(crate) unsafe fn run(begin: Object, ended: Object) {
     let Some(python) = PYTHON.get().and_then(Option::as_ref) else { return };
     let end: Object = null_mut();
-    // SAFETY: the lock is held, and what is called takes these arguments; lists of objects end in NULL. The stream is
-    // closed by python. What is fetched is restored, so nothing is let go of twice. Leaving levels of recursion that
-    // the interpreter has entered to come here, and entering them again, is no more than counting.
+    // SAFETY: the lock is held, and what is called takes these arguments; lists of objects end in NULL. The path lives as
+    // long as the tuple that it came in, which is never let go of. The stream is closed by python. What is fetched is
+    // restored, so nothing is let go of twice. Leaving levels of recursion that the interpreter has entered to come here,
+    // and entering them again, is no more than counting.
     unsafe {
-        python.done((python.PyObject_CallFunctionObjArgs)(begin, end));
+        let (mut file, mut path) = (-1, core::ptr::null());
+        let begun = (python.PyObject_CallFunctionObjArgs)(begin, end);
+        if begun.is_null()
+            || (python.PyArg_ParseTuple)(begun, c"iy".as_ptr(), &raw mut file, &raw mut path) == 0
+        {
+            // Ends the process if it is SystemExit.
+            (python.PyErr_Print)();
+            return;
+        }
+        libc::lseek(file, 0, libc::SEEK_SET);
         let stream = libc::fdopen(file, c"rb".as_ptr());
         if stream.is_null() {
             libc::_exit(125);
@@ -126,8 +137,7 @@ pub(crate) unsafe fn run(file: c_int, path: &CStr, begin: Object, ended: Object)
         for _ in 0..LEVELS {
             (python.Py_LeaveRecursiveCall)();
         }
-        let result =
-            (python.PyRun_FileExFlags)(stream, path.as_ptr(), FILE_INPUT, globals, globals, 1, null_mut());
+        let result = (python.PyRun_FileExFlags)(stream, path, FILE_INPUT, globals, globals, 1, null_mut());
         (python.Py_DecRef)(main);
         if !result.is_null() {
             (python.Py_DecRef)(result);

@@ -4,7 +4,7 @@
 //! where one is not; and it follows nested headers with its stack, so that some tens of kilobytes of brackets end
 //! the process. And a broker sends properties in one frame, whatever was agreed on the size of frames, where lapin
 //! gives the connection up over a larger one. Each time the message comes again, to the next worker. So frames are
-//! looked at as they come in, and changed in place; [`envelope`] knows how. Bodies pass through unseen, but for those
+//! looked at as they come in, and changed in place; [`sanitize`] knows how. Bodies pass through unseen, but for those
 //! that are larger than the worker reads: these are dropped as they come, and the delivery that lapin sees has none,
 //! with a note in [`Dropped`]. The broker itself is trusted: what is not AMQP at all is left for lapin to complain about.
 //!

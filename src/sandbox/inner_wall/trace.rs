@@ -14,7 +14,7 @@ pub struct Denied {
     pub syscall: Cow<'static, str>,
     /// The arguments that decided, where others are allowed: `arg1=0x5412`. Counted from 0.
     pub arguments: String,
-    /// `kill`, `refuse` or `quiet`, as in [`Entry`](super::Entry).
+    /// `kill`, `refuse` or `quiet`, as in [`PolicyEntry`](super::PolicyEntry).
     pub class: &'static str,
     /// What a job would get.
     pub errno: Option<String>,

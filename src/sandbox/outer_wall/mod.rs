@@ -2,7 +2,7 @@
 //!
 //! Read the steps of [`cold::wall`] or [`warm::wall`] from top to bottom: that is what happens around a job, in that
 //! order. Both end in the same [`confine`]; they differ in where the process comes from. A plan is data: what it depends
-//! on is in [`Host`], in [`Job`] and in the [`Root`](rootfs::Root).
+//! on is in [`Host`], in [`ConfinedJob`] and in the [`Root`](rootfs::Root).
 
 pub(super) mod cold;
 mod host_mounts;

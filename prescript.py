@@ -87,7 +87,7 @@ def prepare(uid, gid, enable_network, payload):
     file = write_program(path, source)
     if sys.version_info < (3, 12) and b"\0" in source:
         refuse_nul(path, source)
-    return file, os.fsencode(path)
+    return file, path
 
 
 # --- 1. What a job's process is given ------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def take_apart(assignment):
         return None
     key, code, name, count = fields[:4]
     end = 4 + int(count)
-    return key, code, os.fsdecode(name), fields[4:end], fields[end:-1]
+    return key, code, name.decode(), fields[4:end], fields[end:-1]
 
 
 def decode(code, key):

@@ -67,7 +67,7 @@ pub extern "C" fn find_python() -> c_int {
 }
 
 /// Runs the job's program; python calls it in the place of `sys.excepthook`, with the last three arguments. `begin` is
-/// called before and returns the program's file, open for reading, and its path as bytes; `ended` is called after.
+/// called before and returns the program's file, open for reading, and its path; `ended` is called after.
 /// Returns 0, after which python exits as after any uncaught exception, or not at all.
 ///
 /// # Safety

@@ -116,7 +116,7 @@ pub(crate) unsafe fn run(begin: Object, ended: Object) {
         let (mut file, mut path) = (-1, core::ptr::null());
         let begun = (python.PyObject_CallFunctionObjArgs)(begin, end);
         if begun.is_null()
-            || (python.PyArg_ParseTuple)(begun, c"iy".as_ptr(), &raw mut file, &raw mut path) == 0
+            || (python.PyArg_ParseTuple)(begun, c"is".as_ptr(), &raw mut file, &raw mut path) == 0
         {
             // Ends the process if it is SystemExit.
             (python.PyErr_Print)();

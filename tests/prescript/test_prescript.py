@@ -174,7 +174,7 @@ def prepare():
     sys.path.insert(0, os.path.dirname(path))
     describe(path)
     sys.argv[1:] = ["argument"]
-    return os.open(path, os.O_RDONLY), os.fsencode(path)
+    return os.open(path, os.O_RDONLY), path
 main()
 ''', space))({{"__builtins__": __builtins__, "__name__": "sandpiper"}})
 """

@@ -74,9 +74,9 @@ def prepare(uid, gid, enable_network, payload):
     if sys.stdin is not PREPARED.get("stdin"):
         open_stdin()
     os.chdir(WORK)
+    sys.path.insert(0, WORK)
     if environment:
         set_variables(environment)
-    sys.path.insert(0, WORK)
     make_way(PREPARED["ours"])
     path = f"{WORK}/{name}"
     if path != PREPARED.get("path"):
@@ -133,6 +133,77 @@ def set_variables(environment):
             import time
 
             time.tzset()
+        elif name.startswith(b"PYTHON") and value:
+            apply(name.decode(), os.fsdecode(value))
+
+
+def apply(name, value):
+    """Does what python itself would have done with this variable at its start. The worker refuses those that come too late."""
+    if name == "PYTHONPATH":
+        sys.path[1:1] = [os.path.join(WORK, entry) for entry in value.split(os.pathsep)]
+    elif name == "PYTHONSAFEPATH" and sys.version_info >= (3, 11):
+        sys.path.remove(WORK)
+    elif name == "PYTHONWARNINGS":
+        sys.warnoptions[:] = value.split(",")
+        known = sys.modules.get("warnings")
+        import warnings
+
+        if known:
+            warnings._processoptions(sys.warnoptions)
+    elif name == "PYTHONIOENCODING":
+        set_encoding(*value.split(":", 1))
+    elif name == "PYTHONUNBUFFERED":
+        import io
+
+        old = sys.stdout
+        raw = io.FileIO(1, "w", closefd=False)
+        raw.name = old.name
+        sys.stdout = sys.__stdout__ = io.TextIOWrapper(raw, old.encoding, old.errors, write_through=True)
+        sys.stdout.mode = "w"
+    elif name == "PYTHONDONTWRITEBYTECODE":
+        sys.dont_write_bytecode = True
+    elif name == "PYTHONPYCACHEPREFIX":
+        sys.pycache_prefix = value
+    elif name == "PYTHONINTMAXSTRDIGITS" and hasattr(sys, "set_int_max_str_digits"):
+        sys.set_int_max_str_digits(int(value))
+    elif name == "PYTHONFAULTHANDLER":
+        import faulthandler
+
+        faulthandler.enable()
+    elif name == "PYTHONTRACEMALLOC":
+        import tracemalloc
+
+        if int(value):
+            tracemalloc.start(int(value))
+    elif name == "PYTHONBREAKPOINT":
+        sys.breakpointhook = break_at
+
+
+def set_encoding(encoding, errors=None):
+    try:
+        for stream in (sys.stdin, sys.stdout):
+            stream.reconfigure(encoding=encoding or stream.encoding, errors=errors or "strict")
+        sys.stderr.reconfigure(encoding=encoding or sys.stderr.encoding, errors="backslashreplace")
+    except LookupError as error:
+        sys.stderr.write(f"env.PYTHONIOENCODING: {error}\n")
+        sys.exit(1)
+
+
+def break_at(*arguments, **options):
+    module, _, name = os.environ.get("PYTHONBREAKPOINT", "").rpartition(".")
+    if name == "0" and not module:
+        return None
+    if not name:
+        module, name = "pdb", "set_trace"
+    try:
+        found = getattr(__import__(module or "builtins", fromlist=[name]), name)
+    except (ImportError, AttributeError, ValueError):
+        import warnings
+
+        said = f'Ignoring unimportable $PYTHONBREAKPOINT: "{os.environ["PYTHONBREAKPOINT"]}"'
+        warnings.warn(said, RuntimeWarning, stacklevel=2)
+        return None
+    return found(*arguments, **options)
 
 
 def open_stdin():

@@ -9,6 +9,7 @@ use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use super::explain::{nearest, quote};
 use super::metadata::METADATA_MAX;
 use super::model::{Admission, InputFile, Job};
+use super::python_variables;
 use super::raw::{
     Capped, FILES_MAX, Object, PATTERNS_MAX, RawFile, RawJob, RawLimits, RawStdin, STRINGS_MAX, Strings,
 };
@@ -186,6 +187,7 @@ fn check_env(env: Option<Strings>) -> Result<BTreeMap<String, String>, String> {
                 quote(&format!("env.{name}"))
             ));
         }
+        python_variables::check(name, value)?;
     }
     Ok(env.items)
 }

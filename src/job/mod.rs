@@ -13,6 +13,7 @@ mod model;
 mod outcome;
 mod output;
 mod parse;
+mod python_variables;
 mod raw;
 mod reply;
 pub mod schema;

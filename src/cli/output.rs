@@ -9,7 +9,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 
 use crate::cli::End;
 use crate::job::{Encoding, Reply, Status};
-use crate::sys::place::write_below;
+use crate::sys::job_dir::write_below;
 
 /// One line on standard error, opened by our name so that it is not taken for the job's.
 pub(super) fn complain(message: &str) {

@@ -8,13 +8,13 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::environment::Environment;
-use super::identity::uid_claim::Claim;
+use super::identity::uid_claim::UidRangeClaim;
 use super::start::warm_pool::{Standby, WarmPool};
 use super::start::{StartContext, StartFailure, StartedJob, cold};
 use super::supervise::census::OomKills;
 use super::supervise::live_output::Tap;
 use super::supervise::syscall_trace::Trace;
-use super::supervise::{Cause, Terms, verdict};
+use super::supervise::{EndReason, Terms, verdict};
 use super::workdir::artifacts::{self, Wanted};
 use super::workdir::brought::Brought;
 use super::workdir::patterns::Patterns;
@@ -36,7 +36,7 @@ pub(super) struct Engine {
     /// Only without an inner wall.
     pub(super) trace: Option<Trace>,
     /// Of the uids that jobs have on the host; none if all have the worker's own.
-    pub(super) _claim: Option<Claim>,
+    pub(super) _claim: Option<UidRangeClaim>,
     /// The most processes that a job can ask for.
     pub(super) processes_max: u64,
     /// Bytes of artifacts that a result can hold, whatever else is in it.
@@ -89,25 +89,25 @@ impl Engine {
             tap,
             trace: self.trace.as_ref(),
         };
-        let cause = match started.watch.run(terms, stop).await {
+        let cause = match started.supervisor.run(terms, stop).await {
             Ok(cause) => cause,
             Err(error) => {
                 // Its seat is free again only when nothing of it is alive.
                 let group = started.lease.group.as_ref();
-                started.watch.finish(Cause::Cancelled, limits, group).await?;
+                started.supervisor.finish(EndReason::Cancelled, limits, group).await?;
                 return Err(error);
             }
         };
-        let mut seen = started.watch.finish(cause, limits, started.lease.group.as_ref()).await?;
-        let place = seen.place.take();
+        let mut seen = started.supervisor.finish(cause, limits, started.lease.group.as_ref()).await?;
+        let job_dir = seen.job_dir.take();
         let ran_out_of_processes = verdict::ran_out_of_processes(&seen);
         let mut outcome = verdict::judge(seen, limits, payload.has_preload, taken);
         outcome.warm = warm;
         if ran_out_of_processes {
             verdict::name_the_processes(&mut outcome, limits, self.processes_max);
         }
-        if let Some(place) = place {
-            artifacts::take(place, wanted, self.artifacts_max, &mut outcome).await?;
+        if let Some(job_dir) = job_dir {
+            artifacts::take(job_dir, wanted, self.artifacts_max, &mut outcome).await?;
         }
         Ok(outcome)
     }
@@ -132,9 +132,9 @@ impl Engine {
                 };
                 if let Err(error) = begun {
                     tracing::warn!(id = payload.id, %error, "a job starts cold");
-                    let Standby { watch, lease, .. } = standby;
+                    let Standby { supervisor, lease, .. } = standby;
                     // Its seat is free again only when it is dead, which that failed to wait for is said already.
-                    let _ = watch.finish(Cause::Cancelled, limits, lease.group.as_ref()).await;
+                    let _ = supervisor.finish(EndReason::Cancelled, limits, lease.group.as_ref()).await;
                     return None;
                 }
                 standby
@@ -146,8 +146,8 @@ impl Engine {
                     .ok()?
             }
         };
-        let Standby { watch, lease, generation } = standby;
-        Some(StartedJob { watch, lease, _generation: Some(generation) })
+        let Standby { supervisor, lease, generation } = standby;
+        Some(StartedJob { supervisor, lease, _generation: Some(generation) })
     }
 }
 

@@ -10,8 +10,8 @@ use super::cgroup::{self, Cgroup};
 use super::environment::{Environment, Machine};
 use super::error::StartError;
 use super::host::{Host, Privilege};
-use super::identity::uid_claim::Claim;
-use super::identity::{self, Seats};
+use super::identity::uid_claim::UidRangeClaim;
+use super::identity::{self, IdentityPool};
 use super::outer_wall::{INSIDE, trials};
 use super::run::Engine;
 use super::start::launcher::Launcher;
@@ -59,7 +59,7 @@ pub(super) fn set_up(config: &Config, trace: Option<Trace>) -> Result<Engine, St
     };
     let claim = (privilege == Privilege::Full).then(|| {
         let first = settings.uid_base.saturating_add(1);
-        Claim::lay(first..first.saturating_add(seat_count))
+        UidRangeClaim::acquire(first..first.saturating_add(seat_count))
     });
     // What runs an operator's imports is never root of the host.
     let can_start_warm = trace.is_none() && (privilege == Privilege::None || zygote_namespace.is_some());
@@ -91,7 +91,7 @@ pub(super) fn set_up(config: &Config, trace: Option<Trace>) -> Result<Engine, St
     let start = StartContext {
         host,
         launcher: Launcher::start(init_program)?,
-        seats: Seats::prepare(seats, privilege, settings.uid_base, groups),
+        seats: IdentityPool::prepare(seats, privilege, settings.uid_base, groups),
         timeout: settings.start_timeout,
         default_limits: config.limits.default,
         zygote_namespace,

@@ -4,7 +4,7 @@
 //! - [`launch`]: starts a job's first process and its python process behind the outer wall.
 //! - [`process`]: a child that is waited for by its pidfd.
 //! - [`notify`]: the kernel's questions about system calls.
-//! - [`place`]: files in a directory that a hostile process wrote.
+//! - [`job_dir`]: files in a directory that a hostile process wrote.
 //! - [`ready`]: descriptors that tokio watches.
 //! - [`userns`]: user namespaces with chosen maps.
 //! - [`probe`]: tries what a sandbox needs, for the doctor.
@@ -13,9 +13,9 @@
 
 pub mod fd;
 pub mod input;
+pub mod job_dir;
 pub mod launch;
 pub mod notify;
-pub mod place;
 pub mod probe;
 pub mod process;
 pub mod ready;

@@ -11,7 +11,7 @@ pub struct Listener(OwnedFd);
 
 /// A call that waits for an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Question {
+pub struct Notification {
     id: u64,
     /// `AUDIT_ARCH_*` of the way by which the call came.
     pub arch: u32,
@@ -33,7 +33,7 @@ impl Listener {
     /// # Errors
     /// `WouldBlock` where there is none; `NotFound` where the one there was has died with its process;
     /// `BrokenPipe` where nobody is left to ask.
-    pub fn receive(&self) -> io::Result<Question> {
+    pub fn receive(&self) -> io::Result<Notification> {
         // The receiving call itself always waits, so look first. One reader: nobody takes it in between.
         let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::ZERO)?;
@@ -50,7 +50,7 @@ impl Listener {
         if received < 0 {
             return Err(io::Error::last_os_error());
         }
-        Ok(Question {
+        Ok(Notification {
             id: question.id,
             arch: question.data.arch,
             number: question.data.nr,
@@ -59,14 +59,14 @@ impl Listener {
     }
 
     /// Answers with an errno. A process that died meanwhile needs no answer.
-    pub fn refuse(&self, question: Question, errno: i32) {
+    pub fn refuse(&self, question: Notification, errno: i32) {
         // Nobody is left to be told of an error.
         drop(self.answer(question, -errno.abs(), 0));
     }
 
     /// Lets the call happen. Whoever calls this holds nothing back: the arguments that were looked at may be others
     /// by the time the kernel reads them, so no verdict on a job may ever end here. For tracing alone.
-    pub fn let_through(&self, question: Question) {
+    pub fn let_through(&self, question: Notification) {
         let answered = self.answer(question, 0, CONTINUE);
         // Linux 5.0 to 5.4 have listeners, but no such answer.
         if answered.is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL)) {
@@ -74,7 +74,7 @@ impl Listener {
         }
     }
 
-    fn answer(&self, question: Question, error: i32, flags: u32) -> io::Result<()> {
+    fn answer(&self, question: Notification, error: i32, flags: u32) -> io::Result<()> {
         let mut answer = libc::seccomp_notif_resp { id: question.id, val: 0, error, flags };
         // SAFETY: the structure is live and of the size that the request's number names.
         let sent = unsafe { libc::ioctl(self.0.as_raw_fd(), SECCOMP_IOCTL_NOTIF_SEND, &raw mut answer) };

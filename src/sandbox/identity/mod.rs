@@ -46,7 +46,7 @@ fn covers(map: &str, first: u32, last: u32) -> bool {
 
 /// One job's identity while it runs.
 #[derive(Debug)]
-pub(super) struct Seat {
+pub(super) struct Identity {
     /// The job's uid and gid on the host.
     pub(super) outside: u32,
     /// Init's, and that of nobody else.
@@ -57,7 +57,7 @@ pub(super) struct Seat {
     pub(super) group: Option<Cgroup>,
 }
 
-impl Seat {
+impl Identity {
     /// The uid and gid that a job sees that a zygote started: all jobs of a zygote share its namespace.
     pub(super) fn inside_warm(&self, privilege: Privilege) -> u32 {
         match privilege {
@@ -82,20 +82,20 @@ impl Seat {
 
 /// All seats.
 #[derive(Debug)]
-pub(super) struct Seats {
-    free: Mutex<Vec<Seat>>,
+pub(super) struct IdentityPool {
+    free: Mutex<Vec<Identity>>,
     count: Arc<Semaphore>,
 }
 
 /// A seat on loan; it returns by itself.
 #[derive(Debug)]
-pub(super) struct Lease {
-    seat: Option<Seat>,
-    seats: Arc<Seats>,
+pub(super) struct IdentityLease {
+    seat: Option<Identity>,
+    seats: Arc<IdentityPool>,
     _permit: OwnedSemaphorePermit,
 }
 
-impl Seats {
+impl IdentityPool {
     /// Prepares one seat for every job that may run at one time.
     pub(super) fn prepare(
         count: usize,
@@ -121,11 +121,11 @@ impl Seats {
                         })
                         .inspect(|namespace| trials::limit_watches(namespace.as_fd()))
                         .ok();
-                    Seat { outside, init_outside: uid_base, namespace, group }
+                    Identity { outside, init_outside: uid_base, namespace, group }
                 }
                 Privilege::None => {
                     let own = nix::unistd::getuid().as_raw();
-                    Seat { outside: own, init_outside: own, namespace: None, group }
+                    Identity { outside: own, init_outside: own, namespace: None, group }
                 }
             }
         });
@@ -133,38 +133,38 @@ impl Seats {
     }
 
     /// A seat, where one is free.
-    pub(super) fn try_take(self: &Arc<Self>) -> Option<Lease> {
+    pub(super) fn try_take(self: &Arc<Self>) -> Option<IdentityLease> {
         let permit = Arc::clone(&self.count).try_acquire_owned().ok()?;
         self.lease(permit)
     }
 
     /// Waits for a free seat.
-    pub(super) async fn take(self: &Arc<Self>) -> Option<Lease> {
+    pub(super) async fn take(self: &Arc<Self>) -> Option<IdentityLease> {
         let permit = Arc::clone(&self.count).acquire_owned().await.ok()?;
         self.lease(permit)
     }
 
-    fn lease(self: &Arc<Self>, permit: OwnedSemaphorePermit) -> Option<Lease> {
+    fn lease(self: &Arc<Self>, permit: OwnedSemaphorePermit) -> Option<IdentityLease> {
         let seat = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop()?;
-        Some(Lease { seat: Some(seat), seats: Arc::clone(self), _permit: permit })
+        Some(IdentityLease { seat: Some(seat), seats: Arc::clone(self), _permit: permit })
     }
 }
 
-impl std::ops::Deref for Lease {
-    type Target = Seat;
+impl std::ops::Deref for IdentityLease {
+    type Target = Identity;
 
-    fn deref(&self) -> &Seat {
+    fn deref(&self) -> &Identity {
         self.seat.as_ref().expect("a lease has its seat until it is dropped")
     }
 }
 
-impl std::ops::DerefMut for Lease {
-    fn deref_mut(&mut self) -> &mut Seat {
+impl std::ops::DerefMut for IdentityLease {
+    fn deref_mut(&mut self) -> &mut Identity {
         self.seat.as_mut().expect("a lease has its seat until it is dropped")
     }
 }
 
-impl Drop for Lease {
+impl Drop for IdentityLease {
     fn drop(&mut self) {
         self.seats.free.lock().unwrap_or_else(PoisonError::into_inner).extend(self.seat.take());
     }

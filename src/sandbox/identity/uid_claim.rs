@@ -16,12 +16,12 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 /// The uids that are claimed for as long as this lives.
 #[derive(Debug)]
-pub(in crate::sandbox) struct Claim(
+pub(in crate::sandbox) struct UidRangeClaim(
     #[expect(dead_code, reason = "open sockets are what a claim is")] Vec<UnixDatagram>,
 );
 
-impl Claim {
-    pub(in crate::sandbox) fn lay(uids: Range<u32>) -> Self {
+impl UidRangeClaim {
+    pub(in crate::sandbox) fn acquire(uids: Range<u32>) -> Self {
         let mut held = Vec::new();
         let mut taken = Vec::new();
         for uid in uids {

@@ -10,10 +10,10 @@ use tokio_util::sync::CancellationToken;
 use crate::job::{Limits, Outcome, Status};
 use crate::sandbox::cgroup::{Cgroup, EnterBy};
 use crate::sandbox::environment::{Environment, Variant};
-use crate::sandbox::identity::Lease;
-use crate::sandbox::start::launcher::Order;
+use crate::sandbox::identity::IdentityLease;
+use crate::sandbox::start::launcher::LaunchRequest;
 use crate::sandbox::start::{StartContext, StartFailure, StartedJob};
-use crate::sandbox::supervise::{Cause, Ends, Watch};
+use crate::sandbox::supervise::{EndReason, JobSupervisor, ParentEnds};
 use crate::sandbox::supervise::{events, verdict};
 use crate::sandbox::{error, outer_wall};
 use crate::script::Payload;
@@ -52,7 +52,7 @@ pub(in crate::sandbox) async fn start(
         }
     };
     let pid = launched.job.pid();
-    let mut watch = Watch::new(launched, ends, lease.outside)?;
+    let mut supervisor = JobSupervisor::new(launched, ends, lease.outside)?;
     let admitted = async {
         match lease.group.as_ref().filter(|_| !payload.has_preload) {
             Some(group) if matches!(group.entry(), EnterBy::ParentWrite(_)) => {
@@ -62,20 +62,20 @@ pub(in crate::sandbox) async fn start(
             _ => Ok(()),
         }
     };
-    let (started, admitted) = tokio::join!(watch.start(taken + context.timeout, limits, stop), admitted);
+    let (started, admitted) = tokio::join!(supervisor.start(taken + context.timeout, limits, stop), admitted);
     let cause = match (started?, admitted) {
-        (None, Ok(())) => return Ok(StartedJob { watch, lease, _generation: None }),
+        (None, Ok(())) => return Ok(StartedJob { supervisor, lease, _generation: None }),
         (Some(cause), _) => cause,
         (None, Err(error)) => {
-            watch.finish(Cause::Cancelled, limits, lease.group.as_ref()).await?;
+            supervisor.finish(EndReason::Cancelled, limits, lease.group.as_ref()).await?;
             return failed(format!("the job's process could not enter its control group: {error}"));
         }
     };
     let explained = match cause {
-        Cause::StartFailed(report) => Some(verdict::failed_step(report, &plans)),
+        EndReason::StartFailed(report) => Some(verdict::failed_step(report, &plans)),
         _ => None,
     };
-    let seen = watch.finish(cause, limits, lease.group.as_ref()).await?;
+    let seen = supervisor.finish(cause, limits, lease.group.as_ref()).await?;
     let mut outcome = verdict::judge(seen, limits, payload.has_preload, taken);
     if outcome.status == Status::WorkerError {
         outcome.error = explained.or(outcome.error);
@@ -93,8 +93,8 @@ fn prepare(
     limits: &Limits,
     environment: &Environment,
     variant: &Variant,
-    seat: &Lease,
-) -> io::Result<(Order, Ends)> {
+    seat: &IdentityLease,
+) -> io::Result<(LaunchRequest, ParentEnds)> {
     let inside = seat.inside(context.host.privilege);
     let script =
         fd::sealed_file(c"script", payload.render(&environment.prescript, inside, inside).as_bytes())?;
@@ -140,7 +140,7 @@ fn prepare(
     };
     let wall =
         outer_wall::cold::wall(&job, &variant.root, variant.prepared.as_ref(), &variant.coarse, &descriptors);
-    let order = Order {
+    let order = LaunchRequest {
         origin: outer_wall::cold::origin(&context.host),
         init: outer_wall::cold::init(context.host.privilege, seat.namespace.as_ref(), seat.init_outside),
         wall,
@@ -149,6 +149,6 @@ fn prepare(
         group,
         _kept: kept,
     };
-    let ends = Ends { control: control_end, stdin: stdin_end, stdout: stdout_end, stderr: stderr_end };
+    let ends = ParentEnds { control: control_end, stdin: stdin_end, stdout: stdout_end, stderr: stderr_end };
     Ok((order, ends))
 }

@@ -14,7 +14,7 @@ use crate::sys::launch::{self, Launch, Launched, Program};
 
 /// One job's processes, to be started.
 #[derive(Debug)]
-pub(in crate::sandbox) struct Order {
+pub(in crate::sandbox) struct LaunchRequest {
     pub(in crate::sandbox) origin: Plan,
     pub(in crate::sandbox) init: Plan,
     pub(in crate::sandbox) wall: Plan,
@@ -28,13 +28,13 @@ pub(in crate::sandbox) struct Order {
 
 #[derive(Debug)]
 pub(in crate::sandbox) struct Launcher {
-    orders: mpsc::Sender<(Order, oneshot::Sender<io::Result<Launched>>)>,
+    orders: mpsc::Sender<(LaunchRequest, oneshot::Sender<io::Result<Launched>>)>,
 }
 
 impl Launcher {
     /// `init_program` is what every job's first process becomes.
     pub(in crate::sandbox) fn start(init_program: OwnedFd) -> io::Result<Self> {
-        let (orders, inbox) = mpsc::channel::<(Order, oneshot::Sender<io::Result<Launched>>)>();
+        let (orders, inbox) = mpsc::channel::<(LaunchRequest, oneshot::Sender<io::Result<Launched>>)>();
         std::thread::Builder::new().name("launcher".into()).spawn(move || {
             let blocked = launch::block_signals();
             for (order, reply) in inbox {
@@ -52,7 +52,7 @@ impl Launcher {
         Ok(Self { orders })
     }
 
-    pub(in crate::sandbox) async fn launch(&self, order: Order) -> io::Result<Launched> {
+    pub(in crate::sandbox) async fn launch(&self, order: LaunchRequest) -> io::Result<Launched> {
         let gone = || io::Error::other("the launching thread has ended");
         let (reply, launched) = oneshot::channel();
         self.orders.send((order, reply)).map_err(|_| gone())?;
@@ -60,7 +60,7 @@ impl Launcher {
     }
 }
 
-fn start(order: &Order, init_program: &OwnedFd) -> io::Result<Launched> {
+fn start(order: &LaunchRequest, init_program: &OwnedFd) -> io::Result<Launched> {
     launch::launch(&Launch {
         origin: order.origin.bytes(),
         init: order.init.bytes(),

@@ -12,18 +12,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::host::Host;
-use super::identity::{Lease, Seats};
-use super::supervise::Watch;
+use super::identity::{IdentityLease, IdentityPool};
+use super::supervise::JobSupervisor;
 use crate::job::{Limits, Outcome};
 use launcher::Launcher;
-use zygote::Generation;
+use zygote::ZygoteNamespace;
 
 /// What every start needs, cold or warm.
 #[derive(Debug)]
 pub(super) struct StartContext {
     pub(super) host: Host,
     pub(super) launcher: Launcher,
-    pub(super) seats: Arc<Seats>,
+    pub(super) seats: Arc<IdentityPool>,
     /// A start may take so long.
     pub(super) timeout: Duration,
     pub(super) default_limits: Limits,
@@ -34,10 +34,10 @@ pub(super) struct StartContext {
 /// A job's process behind both walls, waiting for its assignment.
 #[derive(Debug)]
 pub(super) struct StartedJob {
-    pub(super) watch: Watch,
-    pub(super) lease: Lease,
+    pub(super) supervisor: JobSupervisor,
+    pub(super) lease: IdentityLease,
     /// The zygote's namespace, which must outlive the job.
-    pub(super) _generation: Option<Arc<Generation>>,
+    pub(super) _generation: Option<Arc<ZygoteNamespace>>,
 }
 
 /// Why a job was not started.

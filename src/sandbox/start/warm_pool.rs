@@ -19,12 +19,12 @@ use tokio_util::sync::CancellationToken;
 use crate::job::Limits;
 use crate::ops::metrics::Metrics;
 use crate::sandbox::environment::Environment;
-use crate::sandbox::identity::Lease;
+use crate::sandbox::identity::IdentityLease;
 use crate::sandbox::outer_wall::plan::Plan;
 use crate::sandbox::start::StartContext;
-use crate::sandbox::start::zygote::{Generation, Process};
+use crate::sandbox::start::zygote::{Process, ZygoteNamespace};
 use crate::sandbox::supervise::verdict;
-use crate::sandbox::supervise::{Cause, Watch};
+use crate::sandbox::supervise::{EndReason, JobSupervisor};
 
 /// Forks after which a zygote is replaced, so that not every job for ever has the same address layout.
 const FORKS: u64 = 5_000;
@@ -56,9 +56,9 @@ enum State {
 /// A job's process before its job.
 #[derive(Debug)]
 pub(in crate::sandbox) struct Standby {
-    pub(in crate::sandbox) watch: Watch,
-    pub(in crate::sandbox) lease: Lease,
-    pub(in crate::sandbox) generation: Arc<Generation>,
+    pub(in crate::sandbox) supervisor: JobSupervisor,
+    pub(in crate::sandbox) lease: IdentityLease,
+    pub(in crate::sandbox) generation: Arc<ZygoteNamespace>,
 }
 
 impl WarmPool {
@@ -99,7 +99,7 @@ impl WarmPool {
         let standing = std::mem::take(&mut *self.standby.lock().unwrap_or_else(PoisonError::into_inner));
         for standby in standing {
             let group = standby.lease.group.as_ref();
-            let _ = standby.watch.finish(Cause::Cancelled, limits, group).await;
+            let _ = standby.supervisor.finish(EndReason::Cancelled, limits, group).await;
         }
         if let Some(process) = process {
             process.end().await;
@@ -140,7 +140,7 @@ impl WarmPool {
             };
             self.wake.notify_one();
             let mut standby = standby?;
-            if standby.watch.still_waits() {
+            if standby.supervisor.still_waits() {
                 return Some(standby);
             }
         }
@@ -151,7 +151,7 @@ impl WarmPool {
         &self,
         context: &StartContext,
         environment: &Environment,
-        mut lease: Lease,
+        mut lease: IdentityLease,
         limits: &Limits,
     ) -> io::Result<Standby> {
         if let Some(group) = &mut lease.group {
@@ -176,20 +176,20 @@ impl WarmPool {
             self.wake.notify_one();
         }
         drop(process);
-        let (mut watch, plan) = forked;
+        let (mut supervisor, plan) = forked;
         let by = Instant::now() + context.timeout;
-        let started = match watch.start(by, limits, &self.ended).await {
+        let started = match supervisor.start(by, limits, &self.ended).await {
             Ok(started) => started,
             Err(error) => {
-                watch.finish(Cause::Cancelled, limits, lease.group.as_ref()).await?;
+                supervisor.finish(EndReason::Cancelled, limits, lease.group.as_ref()).await?;
                 return Err(error);
             }
         };
         match started {
-            None => Ok(Standby { watch, lease, generation }),
+            None => Ok(Standby { supervisor, lease, generation }),
             Some(cause) => {
                 let why = explain(&cause, &plan);
-                watch.finish(cause, limits, lease.group.as_ref()).await?;
+                supervisor.finish(cause, limits, lease.group.as_ref()).await?;
                 Err(io::Error::other(why))
             }
         }
@@ -197,9 +197,9 @@ impl WarmPool {
 }
 
 /// Why a warm start failed, for a person.
-fn explain(cause: &Cause, plan: &Plan) -> String {
+fn explain(cause: &EndReason, plan: &Plan) -> String {
     match cause {
-        Cause::StartFailed(report) => {
+        EndReason::StartFailed(report) => {
             verdict::failed_step(*report, &[Plan::default(), Plan::default(), plan.clone()])
         }
         other => format!("a child of the zygote was not ready: {other:?}"),

@@ -16,13 +16,13 @@ use crate::job::Limits;
 use crate::sandbox::cgroup::Cgroup;
 use crate::sandbox::environment::Environment;
 use crate::sandbox::host::Privilege;
-use crate::sandbox::identity::Seat;
+use crate::sandbox::identity::Identity;
 use crate::sandbox::outer_wall::{self, plan::Plan};
 use crate::sandbox::start::StartContext;
-use crate::sandbox::start::launcher::Order;
+use crate::sandbox::start::launcher::LaunchRequest;
 use crate::sandbox::supervise::events::{ended, read_report};
 use crate::sandbox::supervise::verdict::failed_step;
-use crate::sandbox::supervise::{Ends, Watch};
+use crate::sandbox::supervise::{JobSupervisor, ParentEnds};
 use crate::script;
 use crate::sys::launch::Launched;
 use crate::sys::process::Child;
@@ -39,13 +39,13 @@ const ITS_OWN: &str = "sandpiper: ";
 pub(in crate::sandbox) struct Process {
     socket: AsyncFd<OwnedFd>,
     job: Child,
-    generation: Arc<Generation>,
+    generation: Arc<ZygoteNamespace>,
     forks: u64,
 }
 
 /// The pid namespace of a zygote, which holds those of its children: it lasts as long as any of them.
 #[derive(Debug)]
-pub(in crate::sandbox) struct Generation(Child);
+pub(in crate::sandbox) struct ZygoteNamespace(Child);
 
 impl Process {
     /// Starts python behind its outer wall and waits until it has done its imports.
@@ -79,7 +79,7 @@ impl Process {
             &variant.coarse_zygote,
             &descriptors,
         );
-        let order = Order {
+        let order = LaunchRequest {
             origin: outer_wall::warm::zygote_origin(&context.host, namespace, &variant.root),
             init: outer_wall::warm::zygote_init(),
             wall,
@@ -102,8 +102,12 @@ impl Process {
                 return Err(io::Error::other(why));
             }
         };
-        let process =
-            Self { socket, job: launched.job, generation: Arc::new(Generation(launched.init)), forks: 0 };
+        let process = Self {
+            socket,
+            job: launched.job,
+            generation: Arc::new(ZygoteNamespace(launched.init)),
+            forks: 0,
+        };
         let said = timeout_at(by, process.receive())
             .await
             .map_err(|_| io::Error::other("the zygote was not ready in the time that a start may take"))?;
@@ -124,12 +128,12 @@ impl Process {
         let Self { job, generation, .. } = self;
         // A child that cannot be waited for collects itself when it is dropped.
         let _ = kill(job).await;
-        if let Some(Generation(init)) = Arc::into_inner(generation) {
+        if let Some(ZygoteNamespace(init)) = Arc::into_inner(generation) {
             let _ = kill(init).await;
         }
     }
 
-    pub(in crate::sandbox) fn generation(&self) -> Arc<Generation> {
+    pub(in crate::sandbox) fn generation(&self) -> Arc<ZygoteNamespace> {
         Arc::clone(&self.generation)
     }
 
@@ -142,9 +146,9 @@ impl Process {
         &mut self,
         context: &StartContext,
         environment: &Environment,
-        seat: &Seat,
+        seat: &Identity,
         limits: &Limits,
-    ) -> io::Result<(Watch, Plan)> {
+    ) -> io::Result<(JobSupervisor, Plan)> {
         let owner = seat.owner(context.host.privilege);
         let (stdin, stdin_end) = fd::pipe_of(owner)?;
         let (stdout_end, stdout) = fd::pipe_of(owner)?;
@@ -199,8 +203,9 @@ impl Process {
             // It has its zygote's, which goes after the jobs. One that has ended already need not go.
             drop(std::fs::write(format!("/proc/{pid}/oom_score_adj"), outer_wall::JOB_GOES));
         }
-        let ends = Ends { control: control_end, stdin: stdin_end, stdout: stdout_end, stderr: stderr_end };
-        Ok((Watch::new(launched, ends, seat.outside)?, plan))
+        let ends =
+            ParentEnds { control: control_end, stdin: stdin_end, stdout: stdout_end, stderr: stderr_end };
+        Ok((JobSupervisor::new(launched, ends, seat.outside)?, plan))
     }
 
     async fn receive(&self) -> io::Result<(Option<Report>, Vec<OwnedFd>)> {

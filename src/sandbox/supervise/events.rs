@@ -9,7 +9,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, sleep_until};
 
 use crate::sys::fd;
-use crate::sys::notify::{Listener, Question};
+use crate::sys::notify::{Listener, Notification};
 use crate::sys::process::{Child, Exit, Resources};
 
 /// Collects a child when it has ended.
@@ -31,7 +31,7 @@ pub(in crate::sandbox) async fn at(when: Option<Instant>) {
 }
 
 /// The next question of the kernel's; for ever pending where there is no listener.
-pub(in crate::sandbox) async fn asked(listener: &Option<AsyncFd<Listener>>) -> Question {
+pub(in crate::sandbox) async fn asked(listener: &Option<AsyncFd<Listener>>) -> Notification {
     let Some(listener) = listener else { return std::future::pending().await };
     loop {
         let Ok(mut ready) = listener.readable().await else { return std::future::pending().await };

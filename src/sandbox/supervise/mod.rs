@@ -29,10 +29,10 @@ use crate::sandbox::supervise::events::{asked, at, ended, read_report, receive};
 use crate::sandbox::supervise::live_output::Tap;
 use crate::sandbox::supervise::streams::{Input, Output};
 use crate::sandbox::supervise::syscall_trace::Trace;
-use crate::sandbox::workdir::inputs::{self, Unlaid};
+use crate::sandbox::workdir::inputs::{self, InputsNotWritten};
+use crate::sys::job_dir::JobDir;
 use crate::sys::launch::Launched;
-use crate::sys::notify::{Listener, Question};
-use crate::sys::place::Place;
+use crate::sys::notify::{Listener, Notification};
 use crate::sys::process::{Child, Exit, Resources};
 use crate::sys::ready;
 
@@ -50,7 +50,7 @@ const COUNTED_CLOSELY: Duration = Duration::from_millis(300);
 
 /// What ended a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Cause {
+pub(super) enum EndReason {
     /// Its main process ended by itself.
     Ended,
     /// Wall time over.
@@ -74,15 +74,15 @@ pub(super) enum Cause {
     /// It did not come as far as the hand-over in time.
     StartTimeout,
     /// It sent something that is no report.
-    Garbled,
+    ProtocolViolation,
     /// Its files could not be laid into its working directory.
-    Unlaid(Unlaid),
+    InputsNotWritten(InputsNotWritten),
 }
 
 /// Everything that was seen of a job.
 #[derive(Debug)]
 pub(super) struct Observation {
-    pub(super) cause: Cause,
+    pub(super) cause: EndReason,
     pub(super) exit: Exit,
     pub(super) resources: Resources,
     /// Forbidden calls kill by themselves, and nobody is told which one it was.
@@ -93,7 +93,7 @@ pub(super) struct Observation {
     /// It was refused a process or a thread because it had as many as it may have; none where nothing counts that.
     pub(super) ran_out_of_processes: Option<bool>,
     /// Its working directory; none where it did not come as far as that.
-    pub(super) place: Option<Place>,
+    pub(super) job_dir: Option<JobDir>,
     /// When the code was handed over; none where it never was.
     pub(super) handed_over: Option<(Instant, SystemTime)>,
     pub(super) finished: Instant,
@@ -102,7 +102,7 @@ pub(super) struct Observation {
 
 /// The worker's ends of everything that leads into a job.
 #[derive(Debug)]
-pub(super) struct Ends {
+pub(super) struct ParentEnds {
     pub(super) control: OwnedFd,
     pub(super) stdin: OwnedFd,
     pub(super) stdout: OwnedFd,
@@ -130,7 +130,7 @@ pub(super) struct Terms<'a> {
 /// A job's processes, watched from their start until everything is dead. Dropped before that, it takes them
 /// with it.
 #[derive(Debug)]
-pub(super) struct Watch {
+pub(super) struct JobSupervisor {
     init: AsyncFd<Child>,
     job: AsyncFd<Child>,
     /// The report comes over it, and then the assignment goes.
@@ -142,7 +142,7 @@ pub(super) struct Watch {
     stdin: Option<OwnedFd>,
     /// The job's uid on the host.
     owner: u32,
-    place: Option<Place>,
+    job_dir: Option<JobDir>,
     handed_over: Option<(Instant, SystemTime)>,
     /// Where no group tells: what counts the kernel's kills around the job, and how many there had been.
     kills: Option<(OomKills, u64)>,
@@ -152,12 +152,12 @@ pub(super) struct Watch {
     refused: BTreeMap<String, u64>,
     refusals: u64,
     /// A refusal that is not answered before its time.
-    waiting: Option<(Question, i32, Instant)>,
+    waiting: Option<(Notification, i32, Instant)>,
 }
 
-impl Watch {
+impl JobSupervisor {
     /// `owner` is the job's uid on the host.
-    pub(super) fn new(launched: Launched, ends: Ends, owner: u32) -> io::Result<Self> {
+    pub(super) fn new(launched: Launched, ends: ParentEnds, owner: u32) -> io::Result<Self> {
         Ok(Self {
             init: ready::readable(launched.init)?,
             job: ready::readable(launched.job)?,
@@ -168,7 +168,7 @@ impl Watch {
             stderr: Output::new(ends.stderr)?,
             stdin: Some(ends.stdin),
             owner,
-            place: None,
+            job_dir: None,
             handed_over: None,
             kills: None,
             census: Census::new(),
@@ -201,7 +201,7 @@ impl Watch {
         by: Instant,
         limits: &Limits,
         stop: &CancellationToken,
-    ) -> io::Result<Option<Cause>> {
+    ) -> io::Result<Option<EndReason>> {
         loop {
             tokio::select! {
                 biased;
@@ -214,31 +214,31 @@ impl Watch {
                 }
                 exit = ended(&self.job) => {
                     self.exit = Some(exit?);
-                    return Ok(Some(self.last_report().unwrap_or(Cause::Ended)));
+                    return Ok(Some(self.last_report().unwrap_or(EndReason::Ended)));
                 }
-                () = stop.cancelled() => return Ok(Some(Cause::Cancelled)),
-                () = sleep_until(by) => return Ok(Some(Cause::StartTimeout)),
+                () = stop.cancelled() => return Ok(Some(EndReason::Cancelled)),
+                () = sleep_until(by) => return Ok(Some(EndReason::StartTimeout)),
                 // A preload may write, too.
                 () = self.stdout.fill(limits.output_bytes), if self.stdout.is_open() => {}
                 () = self.stderr.fill(limits.output_bytes), if self.stderr.is_open() => {}
             }
             if self.stdout.is_over() || self.stderr.is_over() {
-                return Ok(Some(Cause::OutputLimit));
+                return Ok(Some(EndReason::OutputLimit));
             }
         }
     }
 
     /// Hands over the code, and watches until something ends the job.
-    pub(super) async fn run(&mut self, terms: Terms<'_>, stop: &CancellationToken) -> io::Result<Cause> {
+    pub(super) async fn run(&mut self, terms: Terms<'_>, stop: &CancellationToken) -> io::Result<EndReason> {
         let Terms { limits, policy, group, trace, .. } = terms;
-        let (Some(control), Some(stdin), Some(place)) =
-            (self.control.take(), self.stdin.take(), self.place.take())
+        let (Some(control), Some(stdin), Some(job_dir)) =
+            (self.control.take(), self.stdin.take(), self.job_dir.take())
         else {
-            return Ok(Cause::Garbled);
+            return Ok(EndReason::ProtocolViolation);
         };
-        match inputs::lay(place, terms.files, *limits).await? {
-            (place, Ok(())) => self.place = Some(place),
-            (_, Err(unlaid)) => return Ok(Cause::Unlaid(unlaid)),
+        match inputs::lay(job_dir, terms.files, *limits).await? {
+            (job_dir, Ok(())) => self.job_dir = Some(job_dir),
+            (_, Err(unlaid)) => return Ok(EndReason::InputsNotWritten(unlaid)),
         }
         self.stdout.begin(terms.tap.clone(), Stream::Stdout);
         self.stderr.begin(terms.tap, Stream::Stderr);
@@ -251,23 +251,23 @@ impl Watch {
         let cpu_limit = Duration::from_millis(limits.cpu_ms);
         // Where memory is only counted, what a job takes at once is taken at its beginning.
         let beginning = start + if group.is_none() { COUNTED_CLOSELY } else { Duration::ZERO };
-        let mut look = start + if group.is_none() { CPU_CHECK_MIN } else { pause(cpu_limit) };
+        let mut next_check = start + if group.is_none() { CPU_CHECK_MIN } else { pause(cpu_limit) };
         loop {
             // In this order: no flood of output or of calls delays what ends the job.
             tokio::select! {
                 biased;
                 exit = ended(&self.job) => {
                     self.exit = Some(exit?);
-                    return Ok(Cause::Ended);
+                    return Ok(EndReason::Ended);
                 }
-                () = stop.cancelled() => return Ok(Cause::Cancelled),
-                () = sleep_until(deadline) => return Ok(Cause::Timeout),
-                () = sleep_until(look) => {
+                () = stop.cancelled() => return Ok(EndReason::Cancelled),
+                () = sleep_until(deadline) => return Ok(EndReason::Timeout),
+                () = sleep_until(next_check) => {
                     if let (Some(group), Some(main)) = (group, self.job.get_ref().pid()) {
                         self.census.sample(group, main);
                     }
                     if group.is_some_and(Cgroup::killed_for_memory) {
-                        return Ok(Cause::MemoryLimit);
+                        return Ok(EndReason::MemoryLimit);
                     }
                     if let Some(cause) = self.count(limits, group.is_some()).await {
                         return Ok(cause);
@@ -275,10 +275,10 @@ impl Watch {
                     let used = group.and_then(Cgroup::cpu_time).or_else(|| self.job.get_ref().cpu_time());
                     let left = cpu_limit.saturating_sub(used.unwrap_or_default());
                     if left.is_zero() {
-                        return Ok(Cause::CpuLimit);
+                        return Ok(EndReason::CpuLimit);
                     }
                     let closely = self.census.comes_near() || Instant::now() < beginning;
-                    look = Instant::now() + if closely { CPU_CHECK_MIN } else { pause(left) };
+                    next_check = Instant::now() + if closely { CPU_CHECK_MIN } else { pause(left) };
                 }
                 () = at(self.waiting.map(|(_, _, when)| when)) => self.answer(),
                 question = asked(&self.listener), if self.waiting.is_none() => {
@@ -287,7 +287,7 @@ impl Watch {
                         continue;
                     }
                     match policy.judge(question.arch, question.number, &question.arguments) {
-                        Judgement::Kill { name } => return Ok(Cause::Forbidden(name.into_owned())),
+                        Judgement::Kill { name } => return Ok(EndReason::Forbidden(name.into_owned())),
                         Judgement::Refuse { name, errno } => self.refuse(question, &name, errno),
                     }
                 }
@@ -297,21 +297,21 @@ impl Watch {
                 () = stdin.send(), if stdin.is_open() => {}
             }
             if self.stdout.is_over() || self.stderr.is_over() {
-                return Ok(Cause::OutputLimit);
+                return Ok(EndReason::OutputLimit);
             }
         }
     }
 
     /// Counts what its processes hold together, where it is time to.
-    async fn count(&mut self, limits: &Limits, grouped: bool) -> Option<Cause> {
+    async fn count(&mut self, limits: &Limits, grouped: bool) -> Option<EndReason> {
         let roots = [self.init.get_ref().pid()?, self.job.get_ref().pid()?];
         let memory = (!grouped).then(|| Counted {
-            files: self.place.as_ref().map_or(0, Place::used),
+            files: self.job_dir.as_ref().map_or(0, JobDir::used),
             limit: limits.memory_bytes,
         });
         match self.census.take(roots, memory).await? {
-            Excess::Locks => Some(Cause::TooManyLocks),
-            Excess::Memory => Some(Cause::MemoryLimit),
+            Excess::Locks => Some(EndReason::TooManyLocks),
+            Excess::Memory => Some(EndReason::MemoryLimit),
         }
     }
 
@@ -321,7 +321,7 @@ impl Watch {
     /// A child that cannot be waited for.
     pub(super) async fn finish(
         mut self,
-        cause: Cause,
+        cause: EndReason,
         limits: &Limits,
         group: Option<&Cgroup>,
     ) -> io::Result<Observation> {
@@ -344,23 +344,23 @@ impl Watch {
         resources.peak_resident = if group.is_some() { peak.min(limits.memory_bytes) } else { peak };
         let cause = match cause {
             // Its end may have come before anyone looked; and where its start failed, that is why.
-            Cause::Ended | Cause::StartFailed(_) | Cause::MemoryLimit
+            EndReason::Ended | EndReason::StartFailed(_) | EndReason::MemoryLimit
                 if group.is_some_and(Cgroup::killed_for_memory) =>
             {
                 let own = group.is_none_or(|group| group.came_near(limits.memory_bytes));
-                if own { Cause::MemoryLimit } else { Cause::MemoryElsewhere }
+                if own { EndReason::MemoryLimit } else { EndReason::MemoryElsewhere }
             }
             // Nobody else sends it this signal but the job itself.
-            Cause::Ended
+            EndReason::Ended
                 if exit == Exit::Signal(libc::SIGKILL)
                     && self
                         .kills
                         .is_some_and(|(kills, before)| kills.count().is_some_and(|now| now > before)) =>
             {
-                Cause::MemoryElsewhere
+                EndReason::MemoryElsewhere
             }
             // The last of it was still in the pipe.
-            Cause::Ended if stdout.truncated || stderr.truncated => Cause::OutputLimit,
+            EndReason::Ended if stdout.truncated || stderr.truncated => EndReason::OutputLimit,
             cause => cause,
         };
         Ok(Observation {
@@ -372,7 +372,7 @@ impl Watch {
             stdout,
             stderr,
             refused: std::mem::take(&mut self.refused),
-            place: self.place.take(),
+            job_dir: self.job_dir.take(),
             handed_over: self.handed_over,
             finished: Instant::now(),
             finished_at: SystemTime::now(),
@@ -383,41 +383,43 @@ impl Watch {
     fn reported(&mut self, received: (Option<Report>, Vec<OwnedFd>)) -> io::Result<Reported> {
         let (report, fds) = received;
         let mut fds = fds.into_iter();
-        let place = match (report, fds.next(), fds.next(), fds.next()) {
-            (Some(Report::Locked), Some(listener), Some(place), None) => {
+        let job_dir = match (report, fds.next(), fds.next(), fds.next()) {
+            (Some(Report::Locked), Some(listener), Some(job_dir), None) => {
                 self.listener = Some(ready::readable(Listener::new(listener))?);
-                place
+                job_dir
             }
-            (Some(Report::LockedWithoutListener), Some(place), None, None) => {
+            (Some(Report::LockedWithoutListener), Some(job_dir), None, None) => {
                 self.unnamed_kills = true;
-                place
+                job_dir
             }
             (Some(report @ Report::Failed { .. }), ..) => {
-                return Ok(Reported::Failed(Cause::StartFailed(report)));
+                return Ok(Reported::Failed(EndReason::StartFailed(report)));
             }
             // The end of the socket is the end of the process, or will be.
             (None, None, ..) => {
                 self.control = None;
                 return Ok(Reported::End);
             }
-            _ => return Ok(Reported::Failed(Cause::Garbled)),
+            _ => return Ok(Reported::Failed(EndReason::ProtocolViolation)),
         };
         // A preload could have sent another directory than the job's own.
-        let Ok(place) = Place::new(place, self.owner) else { return Ok(Reported::Failed(Cause::Garbled)) };
-        self.place = Some(place);
+        let Ok(job_dir) = JobDir::new(job_dir, self.owner) else {
+            return Ok(Reported::Failed(EndReason::ProtocolViolation));
+        };
+        self.job_dir = Some(job_dir);
         Ok(Reported::Locked)
     }
 
     /// What a process said just before it ended, where that has not been read yet.
-    fn last_report(&self) -> Option<Cause> {
+    fn last_report(&self) -> Option<EndReason> {
         let control = self.control.as_ref()?;
         match read_report(control.get_ref()) {
-            Ok((Some(report @ Report::Failed { .. }), _)) => Some(Cause::StartFailed(report)),
+            Ok((Some(report @ Report::Failed { .. }), _)) => Some(EndReason::StartFailed(report)),
             _ => None,
         }
     }
 
-    fn refuse(&mut self, question: Question, name: &str, errno: i32) {
+    fn refuse(&mut self, question: Notification, name: &str, errno: i32) {
         *self.refused.entry(name.to_owned()).or_default() += 1;
         self.refusals += 1;
         let delay = if self.refusals > PROMPT_REFUSALS { REFUSAL_DELAY } else { Duration::ZERO };
@@ -437,16 +439,16 @@ impl Watch {
 /// What a report means for a start.
 enum Reported {
     Locked,
-    Failed(Cause),
+    Failed(EndReason),
     End,
 }
 
 /// How long nothing need be looked at, with so much CPU time left.
 fn pause(left: Duration) -> Duration {
-    soonest(left).min(MEMORY_CHECK)
+    earliest_exhaustion(left).min(MEMORY_CHECK)
 }
 
 /// The earliest that so much CPU time can have been used: with every processor busy for the job.
-fn soonest(left: Duration) -> Duration {
+fn earliest_exhaustion(left: Duration) -> Duration {
     (left / *PROCESSORS).max(CPU_CHECK_MIN)
 }

@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::sandbox::inner_wall::{Denied, Policy};
-use crate::sys::notify::{Listener, Question};
+use crate::sys::notify::{Listener, Notification};
 
 /// Different calls that are told apart. Names are few; arguments are the program's to choose.
 const MOST: usize = 512;
@@ -26,7 +26,7 @@ pub struct Trace(Arc<Mutex<BTreeMap<Denied, u64>>>);
 
 impl Trace {
     /// Notes the call, and lets it happen.
-    pub(in crate::sandbox) fn pass(&self, policy: &Policy, listener: &Listener, question: Question) {
+    pub(in crate::sandbox) fn pass(&self, policy: &Policy, listener: &Listener, question: Notification) {
         let mut denied = policy.denied(question.arch, question.number, &question.arguments);
         let mut notes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if notes.len() >= MOST && !notes.contains_key(&denied) {

@@ -11,8 +11,8 @@ use crate::job::{BlockedSyscall, Limits, Outcome, Status, Usage};
 use crate::sandbox::error::explained;
 use crate::sandbox::outer_wall::plan::Plan;
 use crate::sandbox::supervise::census;
-use crate::sandbox::supervise::{Cause, Observation};
-use crate::sandbox::workdir::inputs::Unlaid;
+use crate::sandbox::supervise::{EndReason, Observation};
+use crate::sandbox::workdir::inputs::InputsNotWritten;
 use crate::sys::process::Exit;
 use crate::sys::signal;
 
@@ -25,26 +25,26 @@ pub(in crate::sandbox) fn judge(
 ) -> Outcome {
     let preload_ended = has_preload && seen.handed_over.is_none();
     let (status, error) = match &seen.cause {
-        Cause::Ended if seen.handed_over.is_none() && !has_preload => {
+        EndReason::Ended if seen.handed_over.is_none() && !has_preload => {
             (Status::WorkerError, format!("python ended before it was locked down: {}", describe(seen.exit)))
         }
-        Cause::Ended => ended(&seen, limits),
-        Cause::Timeout => (Status::Timeout, format!("the job ran longer than {} ms", limits.timeout_ms)),
-        Cause::StartTimeout if preload_ended => {
+        EndReason::Ended => ended(&seen, limits),
+        EndReason::Timeout => (Status::Timeout, format!("the job ran longer than {} ms", limits.timeout_ms)),
+        EndReason::StartTimeout if preload_ended => {
             (Status::Timeout, "the preload did not end in the time that a start may take".into())
         }
-        Cause::StartTimeout => {
+        EndReason::StartTimeout => {
             (Status::WorkerError, "python was not ready in the time that a start may take".into())
         }
-        Cause::CpuLimit => cpu_limit(limits),
-        Cause::MemoryLimit if seen.handed_over.is_none() && !has_preload => (
+        EndReason::CpuLimit => cpu_limit(limits),
+        EndReason::MemoryLimit if seen.handed_over.is_none() && !has_preload => (
             Status::MemoryLimit,
             format!("{} bytes of memory are too few for python to start", limits.memory_bytes),
         ),
-        Cause::MemoryLimit => {
+        EndReason::MemoryLimit => {
             (Status::MemoryLimit, format!("the job used more than {} bytes of memory", limits.memory_bytes))
         }
-        Cause::MemoryElsewhere => (
+        EndReason::MemoryElsewhere => (
             Status::WorkerError,
             format!(
                 "the kernel killed the job because the machine, or the container around the worker, was out of \
@@ -52,35 +52,37 @@ pub(in crate::sandbox) fn judge(
                 limits.memory_bytes
             ),
         ),
-        Cause::TooManyLocks => (
+        EndReason::TooManyLocks => (
             Status::MemoryLimit,
             format!(
                 "the job held more than {} record locks of files, which are memory of the kernel's",
                 census::LOCKS
             ),
         ),
-        Cause::OutputLimit => (
+        EndReason::OutputLimit => (
             Status::OutputLimit,
             format!("the job wrote more than {} bytes to one stream", limits.output_bytes),
         ),
-        Cause::Forbidden(name) => {
+        EndReason::Forbidden(name) => {
             (Status::SyscallKilled, format!("the job made the forbidden system call {name}"))
         }
-        Cause::Cancelled => (Status::Cancelled, "the job was cancelled while it ran".into()),
+        EndReason::Cancelled => (Status::Cancelled, "the job was cancelled while it ran".into()),
         // The caller, who has the plan, says which step it was.
-        Cause::StartFailed(_) => (Status::WorkerError, "the sandbox could not be set up".into()),
-        Cause::Unlaid(Unlaid::Refused(why)) => (Status::Rejected, why.clone()),
-        Cause::Unlaid(Unlaid::Failed(why)) => (Status::WorkerError, why.clone()),
-        Cause::Garbled => (Status::WorkerError, "python sent something that is no report".into()),
+        EndReason::StartFailed(_) => (Status::WorkerError, "the sandbox could not be set up".into()),
+        EndReason::InputsNotWritten(InputsNotWritten::Refused(why)) => (Status::Rejected, why.clone()),
+        EndReason::InputsNotWritten(InputsNotWritten::Failed(why)) => (Status::WorkerError, why.clone()),
+        EndReason::ProtocolViolation => {
+            (Status::WorkerError, "python sent something that is no report".into())
+        }
     };
-    let by_itself = matches!(seen.cause, Cause::Ended) && status != Status::WorkerError;
+    let by_itself = matches!(seen.cause, EndReason::Ended) && status != Status::WorkerError;
     let (exit_code, signal) = match seen.exit {
         Exit::Code(code) if by_itself => (Some(code), None),
         Exit::Signal(number) if by_itself && status == Status::Signaled => (None, Some(signal::name(number))),
         _ => (None, None),
     };
     let syscall = match &seen.cause {
-        Cause::Forbidden(name) => Some(name.clone()),
+        EndReason::Forbidden(name) => Some(name.clone()),
         _ => None,
     };
     let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use super::brought::Brought;
 use super::patterns::{DEPTH_MAX, Patterns};
 use crate::job::{Artifact, Outcome, Status};
-use crate::sys::place::{Folder, Kind, Place, part};
+use crate::sys::job_dir::{Folder, JobDir, Kind, part};
 
 /// Files in one result.
 const MOST: usize = 256;
@@ -38,7 +38,7 @@ pub(in crate::sandbox) struct Wanted {
 /// Puts what the job asked for into its outcome, and lets go of its files: they are gone before its seat is free
 /// again.
 pub(in crate::sandbox) async fn take(
-    place: Place,
+    job_dir: JobDir,
     wanted: Option<Wanted>,
     room: u64,
     outcome: &mut Outcome,
@@ -46,12 +46,12 @@ pub(in crate::sandbox) async fn take(
     let returned =
         outcome.started_at.is_some() && !matches!(outcome.status, Status::WorkerError | Status::Cancelled);
     let Some(wanted) = wanted.filter(|_| returned) else {
-        if !place.is_small() {
-            tokio::task::spawn_blocking(move || drop(place)).await?;
+        if !job_dir.is_small() {
+            tokio::task::spawn_blocking(move || drop(job_dir)).await?;
         }
         return Ok(());
     };
-    let collected = tokio::task::spawn_blocking(move || collect(&place, &wanted, room)).await?;
+    let collected = tokio::task::spawn_blocking(move || collect(&job_dir, &wanted, room)).await?;
     outcome.artifacts = collected.artifacts;
     // A job that failed has not come as far as its files, maybe, and has something else to say.
     let unmatched = collected.unmatched.filter(|_| outcome.status == Status::Succeeded);
@@ -75,17 +75,17 @@ struct Collected {
 }
 
 /// Reads every matching file, `room` bytes in all, as the job's user. Blocks, so it is for a thread that may.
-fn collect(place: &Place, wanted: &Wanted, room: u64) -> Collected {
+fn collect(job_dir: &JobDir, wanted: &Wanted, room: u64) -> Collected {
     let until = Instant::now() + TIME;
-    place.as_owner(|| collect_until(until, place, wanted, room)).unwrap_or_else(|error| Collected {
+    job_dir.as_owner(|| collect_until(until, job_dir, wanted, room)).unwrap_or_else(|error| Collected {
         left_out: Some(format!("the artifacts could not be read: become the job's user: {error}")),
         ..Collected::default()
     })
 }
 
-fn collect_until(until: Instant, place: &Place, wanted: &Wanted, room: u64) -> Collected {
+fn collect_until(until: Instant, job_dir: &JobDir, wanted: &Wanted, room: u64) -> Collected {
     let mut search = Search {
-        place,
+        job_dir,
         wanted,
         matched: vec![false; wanted.patterns.written().len()],
         until,
@@ -96,7 +96,7 @@ fn collect_until(until: Instant, place: &Place, wanted: &Wanted, room: u64) -> C
         unread: None,
         over_time: false,
     };
-    match place.read() {
+    match job_dir.read() {
         Ok(folder) => search.folder(folder, &mut Vec::new(), 0),
         Err(error) => search.unread = Some(error),
     }
@@ -106,7 +106,7 @@ fn collect_until(until: Instant, place: &Place, wanted: &Wanted, room: u64) -> C
 
 #[derive(Debug)]
 struct Search<'a> {
-    place: &'a Place,
+    job_dir: &'a JobDir,
     wanted: &'a Wanted,
     /// Whether anything is returned, or would be, for each of the patterns.
     matched: Vec<bool>,
@@ -210,7 +210,7 @@ impl Search<'_> {
 
     /// A file's content, at most as much as was seen of it; none where the time is over.
     fn content(&mut self, path: &str, size: u64) -> io::Result<Option<Vec<u8>>> {
-        let mut file = self.place.open(path)?.take(size);
+        let mut file = self.job_dir.open(path)?.take(size);
         let mut content = Vec::with_capacity(usize::try_from(size).unwrap_or(0));
         loop {
             if self.is_over_time() {
@@ -282,14 +282,14 @@ mod tests {
 
     use super::*;
 
-    fn place(files: &[(&str, usize)]) -> (tempfile::TempDir, Place) {
+    fn job_dir(files: &[(&str, usize)]) -> (tempfile::TempDir, JobDir) {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-        let place =
-            Place::new(File::open(dir.path()).unwrap().into(), nix::unistd::geteuid().as_raw()).unwrap();
+        let job_dir =
+            JobDir::new(File::open(dir.path()).unwrap().into(), nix::unistd::geteuid().as_raw()).unwrap();
         for (path, size) in files {
-            io::Write::write_all(&mut place.create(path).unwrap(), &vec![b'x'; *size]).unwrap();
+            io::Write::write_all(&mut job_dir.create(path).unwrap(), &vec![b'x'; *size]).unwrap();
         }
-        (dir, place)
+        (dir, job_dir)
     }
 
     fn wanted(patterns: &[&str]) -> Wanted {
@@ -303,19 +303,19 @@ mod tests {
 
     #[test]
     fn the_largest_give_way_until_the_rest_fits() {
-        let (_dir, place) = place(&[("a", 50), ("b/c", 100), ("d", 49), ("e", 0)]);
+        let (_dir, job_dir) = job_dir(&[("a", 50), ("b/c", 100), ("d", 49), ("e", 0)]);
         let all = wanted(&["**"]);
-        let collected = collect(&place, &all, 99);
+        let collected = collect(&job_dir, &all, 99);
         assert_eq!(paths(&collected), ["a", "d", "e"]);
         assert!(collected.left_out.unwrap().starts_with("1 of 4 artifacts were left out"));
-        assert_eq!(collect(&place, &all, 199).left_out, None);
-        assert_eq!(paths(&collect(&place, &all, 0)), ["e"]);
+        assert_eq!(collect(&job_dir, &all, 199).left_out, None);
+        assert_eq!(paths(&collect(&job_dir, &all, 0)), ["e"]);
     }
 
     #[test]
     fn a_wildcard_matches_no_leading_dot() {
         let all = [(".env", 1), ("a", 1), ("b/.c", 1), (".git/config", 1), (".git/.x", 1), ("b/d.e", 1)];
-        let (_dir, place) = place(&all);
+        let (_dir, job_dir) = job_dir(&all);
         for (pattern, found) in [
             ("**", &["a", "b/d.e"][..]),
             ("*", &["a"]),
@@ -329,14 +329,14 @@ mod tests {
             ("{b/.c,a}", &["a", "b/.c"]),
             ("b/*", &["b/d.e"]),
         ] {
-            let collected = collect(&place, &wanted(&[pattern]), 100);
+            let collected = collect(&job_dir, &wanted(&[pattern]), 100);
             assert_eq!(paths(&collected), found, "{pattern}");
         }
     }
 
     #[test]
     fn what_a_job_was_given_comes_back_if_it_changed_it_or_if_it_is_named() {
-        let (_dir, place) = place(&[("main.py", 3), ("in/a", 3), ("in/b", 3), ("in/c", 4), ("in/d", 3)]);
+        let (_dir, job_dir) = job_dir(&[("main.py", 3), ("in/a", 3), ("in/b", 3), ("in/c", 4), ("in/d", 3)]);
         let given = |path: &str, content: &[u8]| (path.to_owned(), content.to_vec());
         let given =
             [given("main.py", b"xxx"), given("in/a", b"xxx"), given("in/b", b"xxy"), given("in/c", b"xxx")];
@@ -353,7 +353,7 @@ mod tests {
             let mut wanted = wanted(patterns);
             wanted.brought =
                 Brought::of(given.iter().map(|(path, content)| (path.as_str(), content.as_slice())));
-            let collected = collect(&place, &wanted, 100);
+            let collected = collect(&job_dir, &wanted, 100);
             assert_eq!(paths(&collected), found, "{patterns:?}");
             let says = collected.unmatched.unwrap_or_default();
             assert!(
@@ -365,20 +365,20 @@ mod tests {
 
     #[test]
     fn a_search_past_its_time_ends_and_says_so() {
-        let (_dir, place) = place(&[("a", 1), ("b/c", 1)]);
+        let (_dir, job_dir) = job_dir(&[("a", 1), ("b/c", 1)]);
         let past = Instant::now().checked_sub(Duration::from_millis(1)).unwrap();
-        let collected = collect_until(past, &place, &wanted(&["**"]), 100);
+        let collected = collect_until(past, &job_dir, &wanted(&["**"]), 100);
         assert_eq!(paths(&collected), [""; 0]);
         assert!(collected.left_out.unwrap().contains("was ended after 5000 ms"));
     }
 
     #[test]
     fn only_a_directory_in_memory_of_the_jobs_own_is_taken() {
-        let (dir, _place) = place(&[("file", 1)]);
+        let (dir, _place) = job_dir(&[("file", 1)]);
         let own = nix::unistd::geteuid().as_raw();
         let open = |path: &Path| File::open(path).unwrap().into();
-        assert!(Place::new(open(dir.path()), own + 1).is_err());
-        assert!(Place::new(open(&dir.path().join("file")), own).is_err());
-        assert!(Place::new(open(Path::new(env!("CARGO_MANIFEST_DIR"))), own).is_err());
+        assert!(JobDir::new(open(dir.path()), own + 1).is_err());
+        assert!(JobDir::new(open(&dir.path().join("file")), own).is_err());
+        assert!(JobDir::new(open(Path::new(env!("CARGO_MANIFEST_DIR"))), own).is_err());
     }
 }

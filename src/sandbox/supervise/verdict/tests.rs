@@ -25,7 +25,7 @@ use Phase::{Preload, Running, Starting};
 const KILLED: Exit = Exit::Signal(libc::SIGKILL);
 const FAILED_STEP: Report = Report::Failed { stage: Stage::Wall, step: 0, errno: libc::EPERM };
 
-fn seen(cause: Cause, exit: Exit, phase: Phase) -> Observation {
+fn seen(cause: EndReason, exit: Exit, phase: Phase) -> Observation {
     let (now, wall) = (Instant::now(), SystemTime::now());
     let nothing = || Captured { bytes: Vec::new(), truncated: false };
     Observation {
@@ -37,7 +37,7 @@ fn seen(cause: Cause, exit: Exit, phase: Phase) -> Observation {
         stderr: nothing(),
         refused: BTreeMap::new(),
         ran_out_of_processes: Some(false),
-        place: None,
+        job_dir: None,
         handed_over: (phase == Running).then_some((now, wall)),
         finished: now,
         finished_at: wall,
@@ -49,39 +49,45 @@ fn status_of(seen: Observation, phase: Phase) -> Outcome {
 }
 
 /// Each with what the README says of it.
-fn table() -> Vec<(Cause, Exit, Phase, Status, &'static str)> {
-    let refused = || Cause::Unlaid(Unlaid::Refused("two files of one name".into()));
-    let failed = || Cause::Unlaid(Unlaid::Failed("no space on the device".into()));
+fn table() -> Vec<(EndReason, Exit, Phase, Status, &'static str)> {
+    let refused = || EndReason::InputsNotWritten(InputsNotWritten::Refused("two files of one name".into()));
+    let failed = || EndReason::InputsNotWritten(InputsNotWritten::Failed("no space on the device".into()));
     vec![
-        (Cause::Ended, Exit::Code(0), Running, Status::Succeeded, "exit code 0"),
-        (Cause::Ended, Exit::Code(3), Running, Status::Failed, "any other exit code"),
+        (EndReason::Ended, Exit::Code(0), Running, Status::Succeeded, "exit code 0"),
+        (EndReason::Ended, Exit::Code(3), Running, Status::Failed, "any other exit code"),
         // What a program claims is not believed.
-        (Cause::Ended, Exit::Code(137), Running, Status::Failed, "any other exit code"),
-        (Cause::Ended, Exit::Code(0), Preload, Status::Succeeded, "exit code 0"),
-        (Cause::Ended, Exit::Code(3), Preload, Status::Failed, "any other exit code"),
-        (Cause::Ended, Exit::Code(0), Starting, Status::WorkerError, "our fault"),
-        (Cause::Ended, Exit::Signal(libc::SIGSEGV), Starting, Status::WorkerError, "our fault"),
-        (Cause::Ended, Exit::Signal(libc::SIGSEGV), Running, Status::Signaled, "died of a signal"),
-        (Cause::Ended, Exit::Signal(libc::SIGSYS), Running, Status::Signaled, "died of a signal"),
-        (Cause::Ended, KILLED, Running, Status::Signaled, "died of a signal"),
-        (Cause::Timeout, KILLED, Running, Status::Timeout, "wall time over"),
-        (Cause::StartTimeout, KILLED, Preload, Status::Timeout, "wall time over"),
-        (Cause::StartTimeout, KILLED, Starting, Status::WorkerError, "our fault"),
-        (Cause::CpuLimit, KILLED, Running, Status::CpuLimit, "that limit was reached"),
-        (Cause::MemoryLimit, KILLED, Starting, Status::MemoryLimit, "that limit was reached"),
-        (Cause::MemoryLimit, KILLED, Preload, Status::MemoryLimit, "that limit was reached"),
-        (Cause::MemoryLimit, KILLED, Running, Status::MemoryLimit, "that limit was reached"),
-        (Cause::TooManyLocks, KILLED, Running, Status::MemoryLimit, "that limit was reached"),
-        (Cause::MemoryElsewhere, KILLED, Running, Status::WorkerError, "our fault"),
-        (Cause::OutputLimit, KILLED, Preload, Status::OutputLimit, "that limit was reached"),
-        (Cause::OutputLimit, KILLED, Running, Status::OutputLimit, "that limit was reached"),
+        (EndReason::Ended, Exit::Code(137), Running, Status::Failed, "any other exit code"),
+        (EndReason::Ended, Exit::Code(0), Preload, Status::Succeeded, "exit code 0"),
+        (EndReason::Ended, Exit::Code(3), Preload, Status::Failed, "any other exit code"),
+        (EndReason::Ended, Exit::Code(0), Starting, Status::WorkerError, "our fault"),
+        (EndReason::Ended, Exit::Signal(libc::SIGSEGV), Starting, Status::WorkerError, "our fault"),
+        (EndReason::Ended, Exit::Signal(libc::SIGSEGV), Running, Status::Signaled, "died of a signal"),
+        (EndReason::Ended, Exit::Signal(libc::SIGSYS), Running, Status::Signaled, "died of a signal"),
+        (EndReason::Ended, KILLED, Running, Status::Signaled, "died of a signal"),
+        (EndReason::Timeout, KILLED, Running, Status::Timeout, "wall time over"),
+        (EndReason::StartTimeout, KILLED, Preload, Status::Timeout, "wall time over"),
+        (EndReason::StartTimeout, KILLED, Starting, Status::WorkerError, "our fault"),
+        (EndReason::CpuLimit, KILLED, Running, Status::CpuLimit, "that limit was reached"),
+        (EndReason::MemoryLimit, KILLED, Starting, Status::MemoryLimit, "that limit was reached"),
+        (EndReason::MemoryLimit, KILLED, Preload, Status::MemoryLimit, "that limit was reached"),
+        (EndReason::MemoryLimit, KILLED, Running, Status::MemoryLimit, "that limit was reached"),
+        (EndReason::TooManyLocks, KILLED, Running, Status::MemoryLimit, "that limit was reached"),
+        (EndReason::MemoryElsewhere, KILLED, Running, Status::WorkerError, "our fault"),
+        (EndReason::OutputLimit, KILLED, Preload, Status::OutputLimit, "that limit was reached"),
+        (EndReason::OutputLimit, KILLED, Running, Status::OutputLimit, "that limit was reached"),
         // It may have ended before it could be killed.
-        (Cause::OutputLimit, Exit::Code(0), Running, Status::OutputLimit, "that limit was reached"),
-        (Cause::Forbidden("mount".into()), KILLED, Running, Status::SyscallKilled, "a forbidden system call"),
-        (Cause::Cancelled, KILLED, Starting, Status::Cancelled, "stopped on request"),
-        (Cause::Cancelled, KILLED, Running, Status::Cancelled, "stopped on request"),
-        (Cause::StartFailed(FAILED_STEP), Exit::Code(125), Starting, Status::WorkerError, "our fault"),
-        (Cause::Garbled, KILLED, Preload, Status::WorkerError, "our fault"),
+        (EndReason::OutputLimit, Exit::Code(0), Running, Status::OutputLimit, "that limit was reached"),
+        (
+            EndReason::Forbidden("mount".into()),
+            KILLED,
+            Running,
+            Status::SyscallKilled,
+            "a forbidden system call",
+        ),
+        (EndReason::Cancelled, KILLED, Starting, Status::Cancelled, "stopped on request"),
+        (EndReason::Cancelled, KILLED, Running, Status::Cancelled, "stopped on request"),
+        (EndReason::StartFailed(FAILED_STEP), Exit::Code(125), Starting, Status::WorkerError, "our fault"),
+        (EndReason::ProtocolViolation, KILLED, Preload, Status::WorkerError, "our fault"),
         (refused(), KILLED, Starting, Status::Rejected, "not acceptable, never run"),
         (failed(), KILLED, Starting, Status::WorkerError, "our fault"),
     ]
@@ -112,11 +118,11 @@ fn the_kernels_own_signals_are_told_from_the_jobs() {
     let limits = Bounds::default().default;
     let over = Duration::from_millis(limits.cpu_ms);
     for signal in [libc::SIGXCPU, libc::SIGKILL] {
-        let mut spent = seen(Cause::Ended, Exit::Signal(signal), Running);
+        let mut spent = seen(EndReason::Ended, Exit::Signal(signal), Running);
         spent.resources.user = over;
         assert_eq!(status_of(spent, Running).status, Status::CpuLimit);
     }
-    let mut unnamed = seen(Cause::Ended, Exit::Signal(libc::SIGSYS), Running);
+    let mut unnamed = seen(EndReason::Ended, Exit::Signal(libc::SIGSYS), Running);
     unnamed.unnamed_kills = true;
     assert_eq!(status_of(unnamed, Running).status, Status::SyscallKilled);
 }

@@ -28,7 +28,7 @@ const FEW_BLOCKS: u64 = 256;
 
 /// The directory.
 #[derive(Debug)]
-pub struct Place {
+pub struct JobDir {
     directory: OwnedFd,
     owner: Uid,
 }
@@ -44,11 +44,11 @@ pub enum Kind {
     Other,
 }
 
-/// An open directory, in the place or below it.
+/// An open directory, in the job's directory or below it.
 #[derive(Debug)]
 pub struct Folder(Dir);
 
-impl Place {
+impl JobDir {
     /// Takes over a descriptor that a job's process sent, if it is what it should be: a directory in a file
     /// system in memory, of the job's own user.
     pub fn new(directory: OwnedFd, owner: u32) -> io::Result<Self> {
@@ -86,13 +86,13 @@ impl Place {
         Folder::open(&self.directory, c".")
     }
 
-    /// A regular file for reading, by a path that was found below [`Place::read`].
+    /// A regular file for reading, by a path that was found below [`JobDir::read`].
     pub fn open(&self, path: &str) -> io::Result<File> {
         let file = File::from(open(&self.directory, path, OFlag::O_RDONLY)?);
         if file.metadata()?.is_file() { Ok(file) } else { Err(io::ErrorKind::InvalidInput.into()) }
     }
 
-    /// Little was written: letting go of the place, and so of its file system, takes no time to speak of.
+    /// Little was written: dropping the directory, and so its file system, takes no time to speak of.
     pub fn is_small(&self) -> bool {
         fstatfs(&self.directory)
             .is_ok_and(|stat| stat.blocks().saturating_sub(stat.blocks_free()) <= FEW_BLOCKS)
@@ -118,7 +118,7 @@ impl Rights {
         if user == geteuid() {
             return Ok(Self { own: None });
         }
-        // In a job's place, user and group have the same number. These calls cannot fail, only do nothing.
+        // In a job's directory, user and group have the same number. These calls cannot fail, only do nothing.
         let own_group = setfsgid(Gid::from_raw(user.as_raw()));
         let rights = Self { own: Some((setfsuid(user), own_group)) };
         let nobody = Uid::from_raw(u32::MAX);
@@ -242,10 +242,10 @@ mod tests {
         }
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         chown(dir.path(), Some(SOMEBODY), Some(SOMEBODY)).unwrap();
-        let place = Place::new(File::open(dir.path()).unwrap().into(), SOMEBODY).unwrap();
+        let job_dir = JobDir::new(File::open(dir.path()).unwrap().into(), SOMEBODY).unwrap();
         let secret = tempfile::NamedTempFile::new().unwrap();
-        let denied = place.as_owner(|| {
-            drop(place.create("a/b").unwrap());
+        let denied = job_dir.as_owner(|| {
+            drop(job_dir.create("a/b").unwrap());
             File::open(secret.path()).map(drop).map_err(|error| error.kind())
         });
         assert_eq!(denied.unwrap(), Err(io::ErrorKind::PermissionDenied));
@@ -261,19 +261,19 @@ mod tests {
     #[test]
     fn no_path_leads_out() {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-        let place = Place::new(File::open(dir.path()).unwrap().into(), geteuid().as_raw()).unwrap();
-        drop(place.create("in/file").unwrap());
+        let job_dir = JobDir::new(File::open(dir.path()).unwrap().into(), geteuid().as_raw()).unwrap();
+        drop(job_dir.create("in/file").unwrap());
         symlink("in", dir.path().join("link")).unwrap();
         symlink("in/file", dir.path().join("file")).unwrap();
         for path in
             ["link/file", "file", "..", "../x", "in/../in/file/..", "/etc/passwd", "in", "link/../in/file"]
         {
-            assert!(place.open(path).is_err(), "{path}");
+            assert!(job_dir.open(path).is_err(), "{path}");
         }
         for path in ["link/new", "file", "../new", "in/../../new", "in/file", "in"] {
-            assert!(place.create(path).is_err(), "{path}");
+            assert!(job_dir.create(path).is_err(), "{path}");
         }
-        assert!(place.open("in/file").is_ok());
+        assert!(job_dir.open("in/file").is_ok());
         assert_eq!(std::fs::read_dir(dir.path().join("in")).unwrap().count(), 1);
     }
 }

@@ -193,7 +193,7 @@ mod tests {
     fn a_cold_process_is_given_all_but_the_zygote() {
         let cold = Prescript::plain().unwrap();
         assert!(cold.source().contains("def prepare(") && !cold.source().contains("{{"));
-        for only_zygotes in ["def zygote(", "SPARE", "def set_up_fast_exit("] {
+        for only_zygotes in ["def set_up_zygote(", "SPARE", "def set_up_fast_exit("] {
             assert!(
                 TEMPLATE.contains(only_zygotes) && !cold.source().contains(only_zygotes),
                 "{only_zygotes}"
@@ -208,7 +208,7 @@ mod tests {
             [true, false].map(|fast_exit| render_zygote(&["json".into()], fast_exit).unwrap());
         let define = hex("def set_up_fast_exit(");
         assert!(with.contains(&define) && !without.contains(&define));
-        assert!([with, without].iter().all(|script| script.contains(&hex("def zygote("))));
+        assert!([with, without].iter().all(|script| script.contains(&hex("def set_up_zygote("))));
     }
 
     #[test]

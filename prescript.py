@@ -472,6 +472,12 @@ def find_fork(shim, with_lock):
     as_child, trim = ctypes.pythonapi.PyOS_AfterFork_Child, getattr(ctypes.pythonapi, "malloc_trim", int)
 
 
+HUGE_PAGES = 0
+# {{#huge_pages}}
+HUGE_PAGES = 1
+# {{/huge_pages}}
+
+
 def make_children():
     """Returns in each of them."""
     import gc
@@ -486,7 +492,7 @@ def make_children():
     renew_main()
     PREPARED["path"] = f"{WORK}/main.py"
     describe(PREPARED["path"])
-    if ready() != 0:
+    if ready(HUGE_PAGES) != 0:
         os._exit(OURS)
     while True:
         if await_order() != 1:

@@ -38,7 +38,10 @@ pub enum Report {
     /// travels alone.
     LockedWithoutListener,
     /// A zygote has done its imports and waits for orders.
-    Ready,
+    Ready {
+        /// 0 if its memory is in huge pages, else why not, as the kernel gave it.
+        huge_pages: i32,
+    },
     /// A zygote has carried out an order. The pidfds of init and of the job travel with this report.
     Forked,
     /// A step failed; the process ends before it has seen any code.
@@ -91,7 +94,7 @@ impl Report {
         let (kind, stage, step, errno) = match self {
             Self::Locked => (LOCKED, 0, 0, 0),
             Self::LockedWithoutListener => (LOCKED_WITHOUT_LISTENER, 0, 0, 0),
-            Self::Ready => (READY, 0, 0, 0),
+            Self::Ready { huge_pages } => (READY, 0, 0, huge_pages),
             Self::Forked => (FORKED, 0, 0, 0),
             Self::Failed { stage, step, errno } => (FAILED, stage as u32, step, errno),
         };
@@ -112,7 +115,9 @@ impl Report {
         match number(0) {
             LOCKED if empty => Some(Self::Locked),
             LOCKED_WITHOUT_LISTENER if empty => Some(Self::LockedWithoutListener),
-            READY if empty => Some(Self::Ready),
+            READY if bytes[4..12].iter().all(|byte| *byte == 0) => {
+                Some(Self::Ready { huge_pages: number(12).cast_signed() })
+            }
             FORKED if empty => Some(Self::Forked),
             FAILED => Some(Self::Failed {
                 stage: Stage::from_number(number(4))?,
@@ -160,7 +165,8 @@ mod tests {
         let all = [
             Report::Locked,
             Report::LockedWithoutListener,
-            Report::Ready,
+            Report::Ready { huge_pages: 0 },
+            Report::Ready { huge_pages: 22 },
             Report::Forked,
             Report::Failed { stage: Stage::Wall, step: 7, errno: 13 },
             Report::Failed { stage: Stage::Lockdown, step: u32::MAX, errno: -1 },

@@ -30,11 +30,11 @@ fn zygote() -> MutexGuard<'static, Zygote> {
     ZYGOTE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Makes this process a zygote and tells the worker that it is one. Returns 0, or an errno; then the process
-/// must end.
+/// Makes this process a zygote, with its memory in huge pages if `huge_pages` is not 0, and tells the worker that it is
+/// one. Returns 0, or an errno; then the process must end.
 #[unsafe(no_mangle)]
-pub extern "C" fn zygote_ready() -> c_int {
-    zygote().ready().err().unwrap_or(0)
+pub extern "C" fn zygote_ready(huge_pages: c_int) -> c_int {
+    zygote().ready(huge_pages != 0).err().unwrap_or(0)
 }
 
 /// Waits for an order. Returns 1 when there is one, 0 when the worker has gone, and a negative errno when the

@@ -38,27 +38,32 @@ impl Zygote {
         Self { plan: [0; MAX_ORDER], length: 0, thread_id: 0, own_pids: -1 }
     }
 
-    /// Finds what forking needs, takes the process out of its children's reach, and tells the worker that the
-    /// zygote is ready.
+    /// Finds what forking needs, takes the process out of its children's reach, moves its memory into huge pages if it
+    /// shall, and tells the worker that the zygote is ready.
     ///
     /// # Errors
     /// This system cannot start jobs warm; the worker has been told why.
-    pub fn ready(&mut self) -> Result<(), Errno> {
-        let prepared = self.prepare();
+    pub fn ready(&mut self, huge_pages: bool) -> Result<(), Errno> {
+        let prepared = self.prepare(huge_pages);
         let report = match prepared {
-            Ok(()) => Report::Ready,
+            Ok(huge_pages) => Report::Ready { huge_pages },
             Err(errno) => Report::Failed { stage: Stage::Zygote, step: 0, errno },
         };
         report::send(CONTROL_FD, report, &[])?;
-        prepared
+        prepared.map(drop)
     }
 
-    fn prepare(&mut self) -> Result<(), Errno> {
+    /// Returns what kept the memory from huge pages, 0 if nothing did.
+    fn prepare(&mut self, huge_pages: bool) -> Result<Errno, Errno> {
         // From here on no handler runs in this process: pages are moved while nothing writes to them, and the first
         // processes of jobs share this memory. The jobs themselves unblock their signals.
         sys::block_signals()?;
         // Makes jobs faster and nothing else.
-        let _ = pages::gather();
+        let kept = match huge_pages.then(pages::gather) {
+            Some(Ok(())) => 0,
+            Some(Err(error)) => error.raw_os_error().unwrap_or(libc::ENOTSUP),
+            None => libc::ECANCELED,
+        };
         // SAFETY: the call takes nothing.
         let pid = unsafe { syscall(libc::SYS_getpid, [0; 5]) }?;
         // SAFETY: the call takes numbers.
@@ -67,7 +72,7 @@ impl Zygote {
         self.thread_id = thread_id_address()?;
         // Becoming python has kept what it needs for its children; nothing that comes after may gain more.
         wall::drop_bounding()?;
-        sys::prctl(libc::PR_SET_DUMPABLE, [0; 4]).map(drop)
+        sys::prctl(libc::PR_SET_DUMPABLE, [0; 4]).map(|_| kept)
     }
 
     /// Waits for an order and takes its descriptors to their places. `false` when the worker has gone.
@@ -486,7 +491,7 @@ mod tests {
             }
             let before = HANDLED.load(Ordering::Relaxed);
             // That an ordinary user may drop no capabilities comes after what this is about.
-            let prepared = Zygote::new().prepare();
+            let prepared = Zygote::new().prepare(true);
             let during = HANDLED.load(Ordering::Relaxed) - before;
             assert!(during < FEW, "{during} handlers ran: {prepared:?}");
             assert!(memory.iter().all(|byte| *byte == 1));

@@ -238,9 +238,18 @@ impl Checker {
                     paths.into_iter().map(|path| self.program(&key, path)).collect::<Result<_, _>>()?,
                 ),
             };
-            let RawEnvironment { warm, imports, fast_exit, .. } = raw;
-            let environment =
-                Environment { python, mounts, allow_exec, proc, warm, imports, standby, fast_exit };
+            let RawEnvironment { warm, imports, fast_exit, huge_pages, .. } = raw;
+            let environment = Environment {
+                python,
+                mounts,
+                allow_exec,
+                proc,
+                warm,
+                imports,
+                standby,
+                fast_exit,
+                huge_pages,
+            };
             environments.insert(name, environment);
         }
         Ok(environments)

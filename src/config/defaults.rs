@@ -74,6 +74,7 @@ impl Default for Environment {
             imports: Vec::new(),
             standby: one_a_processor().max(2),
             fast_exit: true,
+            huge_pages: true,
         }
     }
 }

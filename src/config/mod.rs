@@ -324,6 +324,8 @@ pub struct Environment {
     pub standby: usize,
     /// A fork whose job would not notice ends without taking its python apart.
     pub fast_exit: bool,
+    /// The python that is forked moves its memory into huge pages.
+    pub huge_pages: bool,
 }
 
 /// What jobs may execute.

@@ -136,6 +136,7 @@ pub(super) struct RawEnvironment {
     pub(super) imports: Vec<String>,
     pub(super) standby: usize,
     pub(super) fast_exit: bool,
+    pub(super) huge_pages: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -254,6 +255,7 @@ impl From<Environment> for RawEnvironment {
             // As many as slots, in the same way.
             standby: 0,
             fast_exit: environment.fast_exit,
+            huge_pages: environment.huge_pages,
         }
     }
 }

@@ -148,13 +148,14 @@ impl Payload {
 }
 
 /// The prescript for a zygote, which has uid 0 in its own namespace and no code: it does these imports. With
-/// `fast_exit`, its jobs need not take themselves apart at their end.
+/// `fast_exit`, its jobs need not take themselves apart at their end; with `huge_pages` it moves its memory into such.
 ///
 /// # Errors
 /// The template lacks a section.
-pub fn render_zygote(imports: &[String], fast_exit: bool) -> Result<String, TemplateError> {
-    let sections = if fast_exit { &["zygote", "fast_exit"][..] } else { &["zygote"] };
-    let template = Template::cut(TEMPLATE, sections)?;
+pub fn render_zygote(imports: &[String], fast_exit: bool, huge_pages: bool) -> Result<String, TemplateError> {
+    let sections = [("zygote", true), ("fast_exit", fast_exit), ("huge_pages", huge_pages)];
+    let kept: Vec<&str> = sections.into_iter().filter(|(_, kept)| *kept).map(|(name, _)| name).collect();
+    let template = Template::cut(TEMPLATE, &kept)?;
     let imports: String = imports.iter().map(|module| format!("import {module}\n")).collect();
     let values = Values { uid: 0, gid: 0, network: false, preload: &BASE64.encode(imports), code: "" };
     Ok(template.launcher(&template.head_expression(), &values))
@@ -202,12 +203,12 @@ mod tests {
     }
 
     #[test]
-    fn a_zygote_has_the_fast_exit_where_it_may() {
+    fn a_zygote_has_the_fast_exit_and_huge_pages_where_it_may() {
         let hex = |text: &str| text.bytes().map(|byte| format!("{byte:02x}")).collect::<String>();
-        let [with, without] =
-            [true, false].map(|fast_exit| render_zygote(&["json".into()], fast_exit).unwrap());
-        let define = hex("def set_up_fast_exit(");
-        assert!(with.contains(&define) && !without.contains(&define));
+        let [with, without] = [true, false].map(|kept| render_zygote(&["json".into()], kept, kept).unwrap());
+        for only in ["def set_up_fast_exit(", "HUGE_PAGES = 1"] {
+            assert!(with.contains(&hex(only)) && !without.contains(&hex(only)), "{only}");
+        }
         assert!([with, without].iter().all(|script| script.contains(&hex("def set_up_zygote("))));
     }
 

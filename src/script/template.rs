@@ -11,7 +11,7 @@ const START: &str = "start";
 const MAIN: &str = "main";
 /// The sections that a rendering may leave out. There must be each of them, for a rendering without it to mean
 /// anything.
-const OPTIONAL: [&str; 2] = ["zygote", "fast_exit"];
+const OPTIONAL: [&str; 3] = ["zygote", "fast_exit", "huge_pages"];
 
 /// Why the template cannot be rendered.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -180,7 +180,7 @@ mod tests {
     #[test]
     fn sections_are_kept_whole_or_left_out_whole() {
         let text = "a\n# {{#zygote}}\nb\n    # {{#fast_exit}}\nc\n    # {{/fast_exit}}\n# {{/zygote}}\nd\n\
-                    # {{#zygote}}\ne\n# {{/zygote}}\n";
+                    # {{#zygote}}\n# {{#huge_pages}}\n# {{/huge_pages}}\ne\n# {{/zygote}}\n";
         for (kept, head) in [
             (&[][..], "a\nd\n"),
             (&["zygote"], "a\nb\nd\ne\n"),
@@ -193,7 +193,7 @@ mod tests {
 
     #[test]
     fn a_missing_or_broken_section_is_an_error() {
-        let sound = "# {{#zygote}}\n# {{#fast_exit}}\n# {{/fast_exit}}\n# {{/zygote}}\n";
+        let sound = "# {{#zygote}}\n# {{#fast_exit}}\n# {{/fast_exit}}\n# {{/zygote}}\n# {{#huge_pages}}\n# {{/huge_pages}}\n";
         cut(sound, &[]).unwrap();
         assert_eq!(
             cut("# {{#zygote}}\n# {{/zygote}}\n", &[]),

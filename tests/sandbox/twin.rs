@@ -19,9 +19,11 @@ pub(crate) fn verify(case: &Case) -> Result<(), Failed> {
     let plain = plain(&case.job());
     agree(case, &plain)?;
     if run::is_warm() {
-        // A fork ends by python's own way, or by the fast exit where nothing of its would notice.
+        // A fork ends by python's own way, or by the fast exit where nothing of its would notice; and its memory is in
+        // huge pages or not.
         let mut slow = case.clone();
         slow.set.push("environments.default.fast_exit=false".into());
+        slow.set.push("environments.default.huge_pages=false".into());
         agree(&slow, &plain)?;
     }
     Ok(())

@@ -36,6 +36,8 @@ pub(super) struct Environment {
     pub(super) imports: Vec<String>,
     /// Forks of it need not take themselves apart.
     pub(super) fast_exit: bool,
+    /// The zygote moves its memory into huge pages.
+    pub(super) huge_pages: bool,
     /// Children that are to stand by.
     pub(super) standby: usize,
     offline: Variant,
@@ -121,6 +123,7 @@ impl Environment {
             prescript: prescript(name, &environment.python).map_err(PrepareError::Template)?,
             imports: environment.imports.clone(),
             fast_exit: environment.fast_exit,
+            huge_pages: environment.huge_pages,
             standby: environment.standby,
             offline: variant(false)?,
             online: variant(true)?,

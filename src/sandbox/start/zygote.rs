@@ -54,7 +54,8 @@ impl Process {
         environment: &Environment,
     ) -> io::Result<Self> {
         let variant = environment.variant(false);
-        let script = script::render_zygote(&environment.imports, environment.fast_exit);
+        let script =
+            script::render_zygote(&environment.imports, environment.fast_exit, environment.huge_pages);
         let script = fd::sealed_file(c"script", script.map_err(io::Error::other)?.as_bytes())?;
         let (stdin, _) = fd::pipe()?;
         let (said, output) = fd::pipe()?;
@@ -112,7 +113,17 @@ impl Process {
             .await
             .map_err(|_| io::Error::other("the zygote was not ready in the time that a start may take"))?;
         match said? {
-            (Some(Report::Ready), _) => Ok(process),
+            (Some(Report::Ready { huge_pages }), _) => {
+                let why = (huge_pages != 0).then(|| io::Error::from_raw_os_error(huge_pages).to_string());
+                let why = why.filter(|_| environment.huge_pages);
+                tracing::debug!(
+                    environment = environment.name,
+                    huge_pages = environment.huge_pages && huge_pages == 0,
+                    why,
+                    "a zygote is ready"
+                );
+                Ok(process)
+            }
             (Some(report), _) => Err(io::Error::other(failed_step(report, &plans))),
             (None, _) => {
                 let last = tokio::task::spawn_blocking(move || output.join().ok().flatten());

@@ -134,10 +134,10 @@ def set_variables(environment):
 
             time.tzset()
         elif name.startswith(b"PYTHON") and value:
-            apply(name.decode(), os.fsdecode(value))
+            apply_variable(name.decode(), os.fsdecode(value))
 
 
-def apply(name, value):
+def apply_variable(name, value):
     """Does what python itself would have done with this variable at its start. The worker refuses those that come too late."""
     if name == "PYTHONPATH":
         sys.path[1:1] = [os.path.join(WORK, entry) for entry in value.split(os.pathsep)]

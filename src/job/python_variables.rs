@@ -35,6 +35,10 @@ const REFUSED: &[(&str, &str)] = &[
 ];
 const LEAVE: &str = "leave it out";
 
+/// The most that python takes.
+const DIGITS_MAX: u32 = i32::MAX.cast_unsigned();
+const FRAMES_MAX: u32 = 65_535;
+
 /// What is wrong with a variable of a job, for its publisher.
 ///
 /// # Errors
@@ -49,14 +53,14 @@ pub(super) fn check(name: &str, value: &str) -> Result<(), String> {
             "`env.{name}` has no effect: python reads it when it starts, before a job's variables are there; {remedy}"
         ))
     };
-    let number = |least: u64| value.parse::<u64>().is_ok_and(|number| number >= least);
+    let number = |least: u32, most: u32| value.parse().is_ok_and(|number| (least..=most).contains(&number));
     match name {
         "PYTHONUTF8" if value != "1" => refused("give the encoding where a file is opened"),
-        "PYTHONINTMAXSTRDIGITS" if value != "0" && !number(640) => {
-            Err(format!("`env.{name}` is not a number of digits, 640 or more, or 0 for no limit"))
-        }
-        "PYTHONTRACEMALLOC" if !number(0) => {
-            Err(format!("`env.{name}` is not a number of frames, such as 1 or 25"))
+        "PYTHONINTMAXSTRDIGITS" if value != "0" && !number(640, DIGITS_MAX) => Err(format!(
+            "`env.{name}` must be a number of digits from 640 to {DIGITS_MAX}, or 0 for no limit"
+        )),
+        "PYTHONTRACEMALLOC" if !number(0, FRAMES_MAX) => {
+            Err(format!("`env.{name}` must be a number of frames from 0 to {FRAMES_MAX}, such as 25"))
         }
         _ => match REFUSED.iter().find(|(known, _)| *known == name) {
             Some((_, remedy)) => refused(remedy),
@@ -74,9 +78,13 @@ mod tests {
     fn a_variable_without_effect_is_named_with_its_remedy() {
         let refused = check("PYTHONHASHSEED", "0").unwrap_err();
         assert!(refused.contains("`env.PYTHONHASHSEED`") && refused.contains("sort"), "{refused}");
-        for (name, value) in
-            [("PYTHONUTF8", "0"), ("PYTHONINTMAXSTRDIGITS", "639"), ("PYTHONTRACEMALLOC", "yes")]
-        {
+        for (name, value) in [
+            ("PYTHONUTF8", "0"),
+            ("PYTHONINTMAXSTRDIGITS", "639"),
+            ("PYTHONINTMAXSTRDIGITS", "2147483648"),
+            ("PYTHONTRACEMALLOC", "yes"),
+            ("PYTHONTRACEMALLOC", "65536"),
+        ] {
             assert!(check(name, value).unwrap_err().contains(name));
         }
         for (name, value) in [
